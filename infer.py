@@ -1,0 +1,8 @@
+"""Cameras, depth, points, tracks and the dynamics mask of a video: `python infer.py [INPUT ...]`, see `--help`."""
+
+import sys
+
+from page4d.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

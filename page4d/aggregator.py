@@ -1,0 +1,105 @@
+"""The trunk: alternating attention within frames and across frames, the latter modulated by the dynamics mask in the middle layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from page4d_kernels import TokenLayout
+from page4d_kernels.nvtx import stage
+from page4d_kernels.reference import accumulation_dtype
+
+from .config import Page4DConfig
+from .encoder import Encoder
+from .layers import Block, Modulation
+from .layers.attention import rope
+from .mask_head import MaskHead
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the encoder was trained with
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the heads read: outputs (B, S, P, 2C) of the kept layers, frame and global block side by side; and the mask."""
+
+    layers: list[Tensor]
+    key_bias: Tensor | None  # (B, S*P)
+    special_tokens: int
+
+
+class Aggregator(nn.Module):
+    def __init__(self, config: Page4DConfig):
+        super().__init__()
+        self.config = config
+        dim = config.embed_dim
+        self.camera_token = nn.Parameter(torch.zeros(1, 2, 1, dim))  # [first frame, every other frame]
+        self.register_token = nn.Parameter(torch.zeros(1, 2, config.register_tokens, dim))
+        self.patch_embed = Encoder(config)
+        self.frame_blocks = nn.ModuleList(self._block() for _ in range(config.depth))
+        self.global_blocks = nn.ModuleList(self._block() for _ in range(config.depth))
+        self.spatial_mask_head = MaskHead(dim, config.mask_hidden) if config.mask_hidden is not None else None
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", None, persistent=False)
+        self.register_buffer("std", None, persistent=False)
+        self.reset_buffers()
+
+    def _block(self) -> Block:
+        return Block(self.config.embed_dim, self.config.num_heads, self.config.mlp_ratio, qk_norm=True)
+
+    def reset_buffers(self) -> None:
+        """Make the constants; called again when a model made on the meta device gets its weights."""
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.patch_embed.reset_parameters()
+        for token in (self.camera_token, self.register_token):
+            nn.init.normal_(token, std=1e-6)
+
+    def _per_frame(self, token: Tensor, batch: int, frames: int) -> Tensor:
+        """(1, 2, n, C) -> (B, S, n, C): the first variant for frame 0, the second for the rest."""
+        return torch.cat([token[:, :1], token[:, 1:].expand(-1, frames - 1, -1, -1)], 1).expand(batch, -1, -1, -1)
+
+    def forward(self, images: Tensor, *, mask_strength: float, layers: tuple[int, ...], want_mask: bool) -> Features:
+        """Images (B, S, 3, H, W) in [0, 1]; `layers` are the rounds to keep, `mask_strength` the gate of the special tokens."""
+        config = self.config
+        batch, frames, _, height, width = images.shape
+        grid = (height // config.patch_size, width // config.patch_size)
+        special = config.special_tokens
+        with stage("encoder"):
+            patches = self.patch_embed(((images - self.mean) / self.std).flatten(0, 1))
+        tokens = [self._per_frame(token, batch, frames) for token in (self.camera_token, self.register_token)]
+        x = torch.cat([*tokens, patches.unflatten(0, (batch, frames)).to(self.camera_token.dtype)], 2)
+        per_frame = x.shape[2]
+        table = rope(grid, special, config.embed_dim // config.num_heads, config.rope_base, x.device)
+        layout = TokenLayout(frames, per_frame, special)
+        use_mask = mask_strength > 0 and config.masked_blocks[0] < config.masked_blocks[1]
+
+        key_bias, modulation, kept = None, None, []
+        last = max(layers, default=config.mask_after)
+        for index in range(config.depth):
+            with stage(f"frame {index}"):
+                x = self.frame_blocks[index](x.view(batch * frames, per_frame, -1), table)
+                framewise = x.view(batch, frames, per_frame, -1)
+            if index == config.mask_after and self.spatial_mask_head is not None and (use_mask or want_mask):
+                with stage("mask head"):
+                    key_bias = self.spatial_mask_head(framewise, grid, special)
+                if use_mask:
+                    modulation = Modulation(self._gate(layout, batch, mask_strength, x), key_bias, layout)
+            with stage(f"global {index}"):
+                masked = config.masked_blocks[0] <= index < config.masked_blocks[1]
+                x = x.view(batch, frames * per_frame, -1)
+                x = self.global_blocks[index](x, table, modulation if masked else None)
+            if index in layers:
+                kept.append(torch.cat([framewise, x.view_as(framewise)], -1))
+            if index == last:
+                break
+        return Features(kept, key_bias, special)
+
+    def _gate(self, layout: TokenLayout, batch: int, strength: float, like: Tensor) -> Tensor:
+        """Query gate (B, S*P): the mask strength at the special tokens."""
+        gate = torch.full((batch, layout.tokens), strength, dtype=accumulation_dtype(like.dtype), device=like.device)
+        return layout.only_special(gate)

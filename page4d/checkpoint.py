@@ -1,0 +1,188 @@
+"""Weights in and out: official .pt files and our own .safetensors, both ways, strict.
+
+Parameter names are the official release's in both formats, so nothing is renamed. Our files carry the model's configuration as JSON in
+their metadata. Two things may be absent as a whole: the track head (official PAGE-4D files were trained without) and the mask head
+(VGGT files); the model then has none, and asking for its output is an error. Anything else that does not fit is an error.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .config import Page4DConfig, preset
+from .errors import CheckpointError, ConfigError
+from .files import AtomicFiles
+from .model import Page4D
+
+CONFIG_KEY = "page4d_config"
+TRACK_HEAD = "track_head."
+MASK_HEAD = "aggregator.spatial_mask_head."
+
+
+@dataclass(frozen=True)
+class HubFile:
+    repository: str
+    filename: str
+    kind: str  # of repository, as huggingface_hub names it
+
+
+HUB = {
+    "page4d": HubFile("zhouk777/PAGE4D", "checkpoint_nomask.pt", "dataset"),
+    "page4d-mask": HubFile("zhouk777/PAGE4D", "checkpoint_mask.pt", "dataset"),
+    "vggt": HubFile("facebook/VGGT-1B", "model.safetensors", "model"),
+}
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """How the keys of a file fit a model."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshaped: list[str]  # "key: (file) instead of (model)"
+
+    @property
+    def fits(self) -> bool:
+        return not (self.missing or self.unexpected or self.misshaped)
+
+    def __str__(self) -> str:
+        """One line: per kind the count by part of the model, and the first few keys."""
+        parts = []
+        for kind, keys in (("missing", self.missing), ("unexpected", self.unexpected), ("mis-shaped", self.misshaped)):
+            if keys:
+                groups = ", ".join(f"{group}.* {count}" for group, count in Counter(key.split(".")[0] for key in keys).items())
+                shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+                parts.append(f"{len(keys)} {kind} ({groups}): {shown}")
+        return "; ".join(parts) or "all keys fit"
+
+
+def compare_keys(model: Page4D, state: dict[str, Tensor]) -> KeyReport:
+    wanted = model.state_dict()
+    shapes = [
+        f"{key}: {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    return KeyReport([key for key in wanted if key not in state], [key for key in state if key not in wanted], shapes)
+
+
+def load_pretrained(name_or_path: str | Path, config: Page4DConfig | None = None) -> Page4D:
+    """An fp32 model on the CPU; see `Page4D.from_pretrained`. Weights of an fp32 file stay mapped from it until they are moved."""
+    if str(name_or_path) in HUB:
+        path, config = _download(str(name_or_path)), config or preset(str(name_or_path))
+    else:
+        path = Path(name_or_path)
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"weights {str(name_or_path)!r}: the file {what}; give a .pt or .safetensors file or one of {', '.join(HUB)}")
+    state, stored = read_file(path)
+    config = _fit_heads(config or stored or preset("page4d"), state)
+    with torch.device("meta"):
+        model = Page4D(config)
+    report = compare_keys(model, state)
+    if not report.fits:
+        raise CheckpointError(f"{path.name} does not fit the model: {report}")
+    model.load_state_dict(state, assign=True)
+    model.aggregator.reset_buffers()
+    return model.float()
+
+
+def _fit_heads(config: Page4DConfig, state: dict[str, Tensor]) -> Page4DConfig:
+    """The configuration without the heads that the file lacks as a whole."""
+    if not any(key.startswith(TRACK_HEAD) for key in state):
+        config = config.replace(track=None)
+    if not any(key.startswith(MASK_HEAD) for key in state) and config.mask_hidden is not None:
+        if config.mask_strength > 0:
+            raise CheckpointError("these weights have no mask head, which the configuration needs: set mask_strength=0")
+        config = config.replace(mask_hidden=None)
+    elif config.mask_hidden is None and any(key.startswith(MASK_HEAD) for key in state):
+        raise CheckpointError("these weights have a mask head, but the configuration has none: set mask_hidden=256")
+    return config
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], Page4DConfig | None]:
+    """State dict and, for our own files, the configuration. Executes nothing out of the file."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile_format(path))
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path.name} is no plain weights file: it is not a checkpoint, or holds pickled Python objects, "
+            f"which are not executed ({first[:120]}); save its state dict alone"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path.name} cannot be read as a checkpoint, it may be truncated ({first[:120]}); fetch it again") from None
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
+        raise CheckpointError(f"{path.name} holds no state dict: expected names and tensors, bare or under 'model'")
+    return state, None
+
+
+def zipfile_format(path: Path) -> bool:
+    """Only torch's zip format can be mapped; files of old releases are read as a whole."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Page4DConfig | None]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        state = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read as safetensors, it may be truncated ({error}); fetch it again") from None
+    try:
+        return state, Page4DConfig.from_json(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
+    except ConfigError as error:
+        raise CheckpointError(f"{path.name}: its metadata holds {error}") from None
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    file = HUB[name]
+    try:
+        return Path(hf_hub_download(file.repository, file.filename, repo_type=file.kind))
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"weights {name!r}: {file.filename} of {file.repository} could not be fetched from the Hugging Face hub "
+            f"({first[:160]}); check the connection, or download the file and give its path"
+        ) from None
+
+
+def save_pretrained(model: Page4D, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Our own format: safetensors with the configuration inside. `dtype` converts every weight (bf16 or fp16 halve the file)."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path.name} has to end in .safetensors")
+    state = {key: _stored(value, dtype) for key, value in model.state_dict().items()}
+    metadata = {"format": "pt", CONFIG_KEY: model.config.to_json()}
+    with AtomicFiles() as files:
+        safetensors.torch.save_file(state, files.add(path), metadata)
+    return path
+
+
+def save_official(model: Page4D, path: str | Path) -> Path:
+    """The official release's format: {'model': fp32 state dict} by torch.save, for the official code to load."""
+    path = Path(path)
+    state = {key: _stored(value, torch.float32) for key, value in model.state_dict().items()}
+    with AtomicFiles() as files:
+        torch.save({"model": state}, files.add(path))
+    return path
+
+
+def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.detach().to("cpu", dtype).contiguous()

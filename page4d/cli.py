@@ -1,0 +1,270 @@
+"""The command line behind infer.py: read frames, run the model, write files, say what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from page4d_kernels import BackendError, TokenLayout, registries, use_backend
+from page4d_kernels.backends.mask_attention.problem import AttentionProblem
+from page4d_kernels.nvtx import Recording, peak_bytes, record, stage
+
+from .config import preset
+from .data import Frames, bundled_clip, load_frames
+from .errors import InputError, UserError
+from .export import EXPORTERS, NEEDED, export
+from .model import OUTPUTS, Page4D, default_device, default_dtype
+from .prediction import Prediction
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_FRAMES = 32
+RANDOM = "random"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="infer.py", description="Cameras, depth, points, tracks and the dynamics mask of a video, in one forward pass."
+    )
+    parser.add_argument("input", nargs="*", help="a video, a folder of images, or image files; the bundled clip if there is none")
+    parser.add_argument(
+        "--weights",
+        default=RANDOM,
+        help="page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET] (default: random:small)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
+    parser.add_argument(
+        "--frames", type=int, help=f"at most so many, evenly spaced (default: {DEFAULT_FRAMES}, or all with --stride or --fps)"
+    )
+    parser.add_argument("--stride", type=int, help="every so many frames")
+    parser.add_argument("--fps", type=float, help="about so many frames per second of video")
+    parser.add_argument("--size", type=_size, help="network input: a width, or HEIGHTxWIDTH; multiples of 14 (default: 518 wide)")
+    parser.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the trunk's matrix products (default: half precision on cuda, else fp32)")
+    parser.add_argument("--attn", help="attention backend, see `python -m page4d_kernels.info` (default: PAGE4D_ATTN, else auto)")
+    parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: what the weights come with)")
+    parser.add_argument("--export", type=_formats, help=f"comma-separated, of {','.join(EXPORTERS)} (default: all that apply)")
+    points = parser.add_mutually_exclusive_group()
+    points.add_argument("--query-points", nargs="+", metavar="X,Y", help="track these pixels of the first frame (original resolution)")
+    points.add_argument("--track-grid", type=int, metavar="N", help="track N x N points spread over the first frame")
+    parser.add_argument("--profile", action="store_true", help="also write trace.json for chrome://tracing or Perfetto")
+    return parser
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        return sides[0] if len(sides) == 1 else (sides[0], sides[1]) if len(sides) == 2 else int("")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give a width such as 518, or HEIGHTxWIDTH such as 336x518") from None
+
+
+def _formats(text: str) -> list[str]:
+    formats = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in formats if name not in EXPORTERS]
+    if unknown or not formats:
+        raise argparse.ArgumentTypeError(f"unknown format {', '.join(unknown) or text!r}: choose from {', '.join(EXPORTERS)}")
+    return formats
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        run(args)
+    except (UserError, BackendError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory: use fewer --frames or a smaller --size ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    device = _device(args.device)
+    _check_out(args.out)
+    with record(device) as recording, use_backend(args.attn) if args.attn else contextlib.nullcontext():
+        frames = _frames(args)
+        model = _model(args.weights, device, DTYPES[args.dtype] if args.dtype else default_dtype(device))
+        queries = _query_points(args, frames)
+        outputs = _outputs(model, args.export, queries is not None)
+
+        total = 1 + 2 * model.config.depth + len(outputs) + (queries is not None)
+        with _StageBar(total=total, desc="model", unit="stage") as bar:
+            recording.on_stage = bar.advance
+            start = time.perf_counter()
+            with _profile(args.out if args.profile else None, device), torch.inference_mode():
+                points = None if queries is None else queries.to(device)
+                prediction = model(frames.images.to(device), points, outputs=outputs, mask_strength=args.mask_strength).to("cpu")
+            seconds = time.perf_counter() - start
+            recording.on_stage = None
+        backend = attention_backend(model, prediction, args.mask_strength)
+        with stage("export"):
+            files = export(prediction, frames, args.out, args.export, progress=True)
+    if args.profile:
+        files.append(args.out / "trace.json")
+    print(summary(frames, recording, seconds, device, backend, files))
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _check_out(out: Path) -> None:
+    """Before minutes of work, not after."""
+    blocking = next((path for path in (out, *out.parents) if path.exists()), None)
+    if blocking is not None and not blocking.is_dir():
+        raise InputError(f"--out {out}: {blocking} is a file, not a folder")
+
+
+def _frames(args: argparse.Namespace) -> Frames:
+    size, limit = args.size, args.frames
+    if limit is None and args.stride is None and args.fps is None:
+        limit = DEFAULT_FRAMES
+    inputs: list[str | Path] = list(args.input)
+    if not inputs:
+        inputs = [bundled_clip()]
+        print("no input given: running the bundled clip, a rendered scene with a moving camera and moving objects")
+        size = size or BUNDLED_SIZE
+    with stage("preprocess"):
+        frames = load_frames(inputs, size=size, max_frames=limit, stride=args.stride, fps=args.fps, progress=True)
+    height, width = frames.images.shape[-2:]
+    print(f"{len(frames)} frames at {height} x {width}")
+    return frames
+
+
+BUNDLED_SIZE = 336  # the clip's own width
+
+
+def _model(weights: str, device: torch.device, dtype: torch.dtype) -> Page4D:
+    kind, _, name = weights.partition(":")
+    if kind != RANDOM:
+        return Page4D.from_pretrained(weights, device=device, dtype=dtype)
+    config = preset(name or "small")
+    print(
+        f"RANDOM WEIGHTS ({name or 'small'} preset, {device.type}): the outputs are noise and only show that everything runs; "
+        "for real results use --weights page4d, page4d-mask, vggt or a file"
+    )
+    torch.manual_seed(0)
+    return Page4D(config).set_compute_dtype(dtype).to(device).eval()
+
+
+def _query_points(args: argparse.Namespace, frames: Frames) -> Tensor | None:
+    """(N, 2) in pixels of the processed first frame."""
+    if args.query_points is not None:
+        try:
+            pairs = [[float(value) for value in text.split(",")] for text in args.query_points]
+            points = torch.tensor(pairs).view(len(pairs), 2)
+        except (ValueError, RuntimeError):
+            raise InputError(f"--query-points {' '.join(args.query_points)}: give pixels as X,Y, for instance 120,80 200,150") from None
+        height, width = frames.original_sizes[0]
+        outside = (points < 0).any(1) | (points[:, 0] > width - 1) | (points[:, 1] > height - 1) | ~points.isfinite().all(1)
+        if outside.any():
+            first = args.query_points[int(outside.nonzero()[0])]
+            raise InputError(f"query point {first} is outside the first frame of {width} x {height} pixels")
+        return frames.points_from_original(points)
+    if args.track_grid is not None:
+        if args.track_grid < 1:
+            raise InputError(f"--track-grid has to be at least 1, not {args.track_grid}")
+        height, width = frames.images.shape[-2:]
+        steps = (torch.arange(args.track_grid) + 0.5) / args.track_grid
+        y, x = torch.meshgrid(steps * height - 0.5, steps * width - 0.5, indexing="ij")
+        return torch.stack([x, y], -1).flatten(0, 1)
+    return None
+
+
+FIELDS = {"camera": {"pose_enc"}, "depth": {"depth", "depth_conf"}, "points": {"world_points"}, "mask": {"mask"}}
+
+
+def _outputs(model: Page4D, formats: list[str] | None, tracks: bool) -> list[str]:
+    """What to compute: everything, or what the formats need. Says what they lack before minutes of work, not after."""
+    outputs = [name for name in OUTPUTS if name in model.available]
+    if formats is None:
+        return outputs
+    have = set().union(*(FIELDS[name] for name in outputs), {"track"} if tracks else set())
+    for name in formats:
+        if not set(NEEDED[name]) <= have:
+            advice = "give --query-points or --track-grid" if name == "tracks" else "these weights have no head for it"
+            raise InputError(f"--export {name} needs {', '.join(NEEDED[name])}: {advice}")
+    if {"npz", "overview"} & set(formats):
+        return outputs
+    needed = {field for name in formats for field in NEEDED[name]}
+    return [name for name in outputs if FIELDS[name] & needed] or outputs[:1]
+
+
+class _StageBar(tqdm):
+    def advance(self, name: str) -> None:
+        self.set_postfix_str(name, refresh=False)
+        self.update()
+
+
+@contextlib.contextmanager
+def _profile(out: Path | None, device: torch.device) -> Iterator[None]:
+    """A torch profiler trace of the block in `out`/trace.json."""
+    if out is None:
+        yield
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        yield
+    out.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(out / "trace.json"))
+
+
+def attention_backend(model: Page4D, prediction: Prediction, mask_strength: float | None) -> str:
+    """What serves the masked global blocks of this run."""
+    config, (frames, _, height, width) = model.config, prediction.images.shape[1:]
+    per_frame = config.special_tokens + (height // config.patch_size) * (width // config.patch_size)
+    layout = TokenLayout(frames, per_frame, config.special_tokens)
+    weight = next(model.aggregator.global_blocks.parameters())
+    dtype = model.aggregator.global_blocks[0].get_parameter("attn.qkv.weight").dtype
+    head_dim = config.embed_dim // config.num_heads
+    biased = bool(config.mask_strength if mask_strength is None else mask_strength)
+    problem = AttentionProblem(
+        weight.device.type, dtype, 1, config.num_heads, layout.tokens, layout.tokens, head_dim, biased, layout if biased else None
+    )
+    return registries()["mask_attention"].choose(problem).name
+
+
+def summary(frames: Frames, recording: Recording, seconds: float, device: torch.device, backend: str, files: list[Path]) -> str:
+    """Stages with seconds and peak memory, then the run in one line, then the files."""
+    kind = "allocated" if device.type == "cuda" else "resident"
+    lines = [f"{'stage':<16}{'runs':>5}{'seconds':>10}{f'peak {kind} GiB':>22}"]
+    groups: dict[str, list] = {}
+    for name, cost in recording.stages.items():
+        head, _, index = name.partition(" ")
+        groups.setdefault(f"{head} blocks" if index.isdigit() else name, []).append(cost)
+    for name, costs in groups.items():
+        runs, spent = sum(cost.runs for cost in costs), sum(cost.seconds for cost in costs)
+        lines.append(f"{name:<16}{runs:>5}{spent:>10.2f}{max(cost.peak_bytes for cost in costs) / 2**30:>22.2f}")
+    peak = peak_bytes(device) / 2**30
+    lines.append(
+        f"{len(frames)} frames in {seconds:.2f} s ({len(frames) / seconds:.2f} frames/s) on {device}, peak {peak:.2f} GiB {kind}, "
+        f"attention backend {backend}"
+    )
+    lines.append(f"{len(files)} files in {files[0].parent}:" if files else "no files written")
+    folders: dict[Path, list[str]] = {}
+    for file in files:
+        folders.setdefault(file.parent, []).append(file.name)
+    for folder, names in folders.items():
+        shown = ", ".join(names[:8]) + (f" ... ({len(names)})" if len(names) > 8 else "")
+        lines.append(f"  {folder}: {shown}")
+    return "\n".join(lines)

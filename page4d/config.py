@@ -1,0 +1,191 @@
+"""Model configuration: frozen dataclasses and presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """DINOv2-style vision transformer that makes the patch tokens."""
+
+    depth: int = 24
+    num_heads: int = 16
+    position_grid: int = 37  # side of the square grid of learned position embeddings: 518 / 14
+
+
+@dataclass(frozen=True)
+class CameraHeadConfig:
+    depth: int = 4
+    num_heads: int = 16
+    iterations: int = 4
+
+
+@dataclass(frozen=True)
+class DenseHeadConfig:
+    """DPT: one level per kept layer."""
+
+    features: int = 256
+    out_channels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
+
+
+@dataclass(frozen=True)
+class TrackHeadConfig:
+    features: int = 128  # channels of the feature map and of a track's feature
+    out_channels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
+    hidden: int = 384
+    num_heads: int = 8
+    depth: int = 6
+    virtual_tracks: int = 64
+    iterations: int = 4
+    levels: int = 7
+    radius: int = 4
+
+
+@dataclass(frozen=True)
+class Page4DConfig:
+    """A PAGE-4D (or VGGT) model. A head that is None does not exist, a mask_hidden of None means no mask head.
+
+    `masked_blocks` is the half-open range of global blocks whose attention the mask modulates; the mask head reads the tokens after
+    frame block `mask_after`; `kept_layers` are the four rounds whose outputs the heads read, the last one also by the camera head.
+    """
+
+    embed_dim: int = 1024
+    num_heads: int = 16
+    depth: int = 24
+    mlp_ratio: int = 4
+    patch_size: int = 14
+    register_tokens: int = 4
+    rope_base: float = 100.0
+    masked_blocks: tuple[int, int] = (10, 20)
+    mask_after: int = 9
+    mask_hidden: int | None = 256
+    mask_strength: float = 64.0  # gate of the special tokens when the caller names none; 0 = no modulation
+    kept_layers: tuple[int, int, int, int] = (4, 11, 17, 23)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    camera: CameraHeadConfig | None = field(default_factory=CameraHeadConfig)
+    depth_head: DenseHeadConfig | None = field(default_factory=DenseHeadConfig)
+    point_head: DenseHeadConfig | None = field(default_factory=DenseHeadConfig)
+    track: TrackHeadConfig | None = field(default_factory=TrackHeadConfig)
+
+    @property
+    def special_tokens(self) -> int:
+        """Camera token and registers, before the patches of each frame."""
+        return 1 + self.register_tokens
+
+    def __post_init__(self) -> None:
+        for name, heads in (("num_heads", self.num_heads), ("encoder.num_heads", self.encoder.num_heads)):
+            _expect(self.embed_dim % heads == 0, f"embed_dim {self.embed_dim} is not a multiple of {name} {heads}")
+        head_dim = self.embed_dim // self.num_heads
+        _expect(head_dim % 4 == 0, f"the head dim {head_dim} has to be a multiple of 4 for 2-D RoPE")
+        first, end = self.masked_blocks
+        _expect(0 <= first <= end <= self.depth, f"masked_blocks {self.masked_blocks} is no range within {self.depth} blocks")
+        late = f"the mask head reads after frame block {self.mask_after}, too late for global block {first}"
+        _expect(first == end or 0 <= self.mask_after <= first, late)
+        ordered = sorted(set(self.kept_layers)) == list(self.kept_layers) and len(self.kept_layers) == 4
+        _expect(ordered and self.kept_layers[0] >= 0, f"kept_layers {self.kept_layers} has to be four ascending layers")
+        _expect(self.kept_layers[-1] < self.depth, f"kept_layers {self.kept_layers} reaches past the {self.depth} layers")
+        _expect(self.mask_strength >= 0, f"mask_strength has to be at least 0, not {self.mask_strength}")
+        needless = f"mask_strength {self.mask_strength} needs a mask head, but mask_hidden is None: use 0"
+        _expect(self.mask_strength == 0 or self.mask_hidden is not None, needless)
+        unread = f"the mask head reads after frame block {self.mask_after}, but no layer past {self.kept_layers[-1]} is run"
+        _expect(self.mask_hidden is None or self.mask_after <= self.kept_layers[-1], unread)
+        if self.camera is not None:
+            _expect(
+                2 * self.embed_dim % self.camera.num_heads == 0, f"camera.num_heads {self.camera.num_heads} does not divide 2 embed_dim"
+            )
+        for name, head in (("depth_head", self.depth_head), ("point_head", self.point_head), ("track", self.track)):
+            if head is not None:
+                fits = all(channels % 4 == 0 for channels in (*head.out_channels, head.features // 2))
+                _expect(fits, f"{name}: out_channels and features / 2 have to be multiples of 4 for the position embedding")
+        if self.track is not None:
+            _expect(self.track.hidden % self.track.num_heads == 0, f"track.hidden {self.track.hidden} is not a multiple of its heads")
+
+    def replace(self, **changes: Any) -> Page4DConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Page4DConfig:
+        try:
+            return _from_dict(cls, json.loads(text))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"not a model configuration: {error}") from None
+
+
+_NESTED = {
+    "encoder": EncoderConfig,
+    "camera": CameraHeadConfig,
+    "depth_head": DenseHeadConfig,
+    "point_head": DenseHeadConfig,
+    "track": TrackHeadConfig,
+}
+
+
+def _from_dict(cls: type, values: dict[str, Any]) -> Any:
+    def convert(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
+        return _from_dict(_NESTED[name], value) if isinstance(value, dict) else value
+
+    return cls(**{name: convert(name, value) for name, value in values.items()})
+
+
+def _small() -> Page4DConfig:
+    """A quarter of the width and half of the depth: runs in seconds on a CPU. Has no released weights."""
+    dense = DenseHeadConfig(features=64, out_channels=(48, 96, 192, 192))
+    return Page4DConfig(
+        embed_dim=256,
+        num_heads=4,
+        depth=12,
+        masked_blocks=(5, 10),
+        mask_after=4,
+        mask_hidden=64,
+        kept_layers=(2, 5, 8, 11),
+        encoder=EncoderConfig(depth=6, num_heads=4),
+        camera=CameraHeadConfig(depth=2, num_heads=8),
+        depth_head=dense,
+        point_head=dense,
+        track=TrackHeadConfig(features=64, out_channels=dense.out_channels, hidden=128, depth=3),
+    )
+
+
+def _tiny() -> Page4DConfig:
+    """All 24 layers at width 128: for tests."""
+    dense = DenseHeadConfig(features=32, out_channels=(24, 32, 48, 64))
+    return Page4DConfig(
+        embed_dim=128,
+        num_heads=2,
+        encoder=EncoderConfig(depth=3, num_heads=2),
+        camera=CameraHeadConfig(depth=2, num_heads=4),
+        depth_head=dense,
+        point_head=dense,
+        track=TrackHeadConfig(features=32, out_channels=dense.out_channels, hidden=64),
+    )
+
+
+PRESETS: dict[str, Page4DConfig] = {
+    "page4d": Page4DConfig(mask_strength=0.0),  # checkpoint_nomask: the mask served training only
+    "page4d-mask": Page4DConfig(),
+    "vggt": Page4DConfig(mask_hidden=None, mask_strength=0.0),
+    "small": _small(),
+    "tiny": _tiny(),
+}
+
+
+def preset(name: str) -> Page4DConfig:
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,199 @@
+"""Frames of a video, a folder or image files, sampled and preprocessed for the network."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import InputError
+from .preprocess import Processed, Size, check_size, preprocess, stack
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Frames:
+    """S preprocessed frames of H x W pixels, where they came from, and the map between their pixels and the originals'.
+
+    processed = original * scale + offset, in continuous coordinates (the corner of the first pixel is 0).
+    """
+
+    images: Tensor  # (S, 3, H, W) fp32 in [0, 1]
+    names: list[str]  # file stem, or frame_000012 with the index in the video; unique
+    timestamps: list[float]  # seconds from the start of the video; for image files the index
+    original_sizes: list[tuple[int, int]]  # (height, width) of each frame
+    scale: Tensor  # (S, 2) fp64: x, y
+    offset: Tensor  # (S, 2) fp64: x, y
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def intrinsics_in_original(self, intrinsics: Tensor) -> Tensor:
+        """Intrinsics (S, 3, 3) in pixels of the originals, of intrinsics (S, 3, 3) in pixels of `images`."""
+        rows = intrinsics.double()
+        scale, offset = self.scale.to(rows.device), self.offset.to(rows.device)
+        upper = (rows[:, :2] - offset[..., None] * rows[:, 2:]) / scale[..., None]
+        return torch.cat([upper, rows[:, 2:]], 1).to(intrinsics.dtype)
+
+    def points_to_original(self, xy: Tensor) -> Tensor:
+        """Pixels (S, N, 2) of the originals, of pixels (S, N, 2) of `images`; pixel centres are integers in both."""
+        scale, offset = self.scale[:, None].to(xy.device), self.offset[:, None].to(xy.device)
+        return ((xy.double() + 0.5 - offset) / scale - 0.5).to(xy.dtype)
+
+    def points_from_original(self, xy: Tensor, frame: int = 0) -> Tensor:
+        """Pixels (N, 2) of one frame of `images`, of pixels (N, 2) of its original; pixel centres are integers in both."""
+        scale, offset = self.scale[frame].to(xy.device), self.offset[frame].to(xy.device)
+        return ((xy.double() + 0.5) * scale + offset - 0.5).to(xy.dtype)
+
+    def inside(self) -> Tensor:
+        """(S, H, W) bool: pixels that show the original, as opposed to padding."""
+        height, width = self.images.shape[-2:]
+        original = torch.tensor(self.original_sizes, dtype=torch.float64)
+        x = (torch.arange(width, dtype=torch.float64) + 0.5 - self.offset[:, :1]) / self.scale[:, :1]
+        y = (torch.arange(height, dtype=torch.float64) + 0.5 - self.offset[:, 1:]) / self.scale[:, 1:]
+        in_x, in_y = (x > 0) & (x < original[:, 1:]), (y > 0) & (y < original[:, :1])
+        return in_y[:, :, None] & in_x[:, None, :]
+
+
+def load_frames(
+    inputs: Sequence[str | Path],
+    *,
+    size: Size | None = None,
+    mode: str = "crop",
+    max_frames: int | None = None,
+    stride: int | None = None,
+    fps: float | None = None,
+    progress: bool = False,
+) -> Frames:
+    """Read one video, one folder of images (in natural order), or image files in the given order.
+
+    `size`, with sides that are multiples of 14, and `mode`:
+      an int W (default 518): "crop" = width W, height in proportion to the nearest multiple of 14, at most W by cutting rows off;
+      "pad" = longer side W, white around it up to W x W.
+      (H, W): "crop" = the image covers H x W and is cut to it about its centre; "pad" = it fits in H x W, white around it.
+    `stride`: every stride-th frame. `fps`: about that many frames per second of video. `max_frames`: of these, at most so many,
+    evenly spaced, the first and the last among them. Frames that are not chosen are neither converted nor kept.
+    Raises InputError, with one line for the user, for every input that does not work.
+    """
+    size = check_size(size, mode)
+    _check_sampling(max_frames, stride, fps)
+    paths = _resolve(inputs)
+
+    def select(timestamps: list[float]) -> list[int]:
+        return sample(timestamps, max_frames=max_frames, stride=stride, fps=fps)
+
+    def convert(image: Image.Image) -> Processed:
+        return preprocess(image, size=size, mode=mode)
+
+    with tqdm(desc="reading frames", unit="frame", disable=not progress) as bar:
+        if _is_video(paths):
+            from .video import read_video
+
+            processed, indices, timestamps = read_video(paths[0], select, convert, bar.update)
+            names = [f"frame_{index:06d}" for index in indices]
+        else:
+            if fps is not None:
+                raise InputError("fps needs a video, as image files have no timestamps: use stride or a frame count")
+            indices = select([float(i) for i in range(len(paths))])
+            processed, timestamps = [], [float(i) for i in indices]
+            for index in indices:
+                processed.append(_read_image(paths[index], convert))
+                bar.update()
+            names = _unique_names([paths[index] for index in indices])
+    sizes = [p.original_size for p in processed]
+    images, scale, offset = stack(processed)
+    return Frames(images, names, timestamps, sizes, scale, offset)
+
+
+def sample(timestamps: list[float], *, max_frames: int | None, stride: int | None, fps: float | None) -> list[int]:
+    """Indices of the frames to keep, in ascending order, of frames with ascending timestamps in seconds."""
+    chosen = list(range(0, len(timestamps), stride or 1))
+    if fps is not None:
+        chosen, next_tick = [], 0
+        for index, time in enumerate(timestamps):
+            ticks = (time - timestamps[0]) * fps + 1e-6  # the slack forgives timestamps rounded down to a container's time base
+            if ticks >= next_tick:
+                chosen.append(index)
+                next_tick = floor(ticks) + 1
+    if max_frames is None or len(chosen) <= max_frames:
+        return chosen
+    last = len(chosen) - 1
+    return [chosen[round(i * last / max(1, max_frames - 1))] for i in range(max_frames)]
+
+
+def _check_sampling(max_frames: int | None, stride: int | None, fps: float | None) -> None:
+    if stride is not None and fps is not None:
+        raise InputError("stride and fps exclude each other: give one of them")
+    if stride is not None and stride < 1:
+        raise InputError(f"stride must be 1 or more, not {stride}")
+    if fps is not None and not 0 < fps < float("inf"):
+        raise InputError(f"fps must be a positive number, not {fps:g}")
+    if max_frames is not None and max_frames < 1:
+        raise InputError(f"the number of frames must be 1 or more, not {max_frames}")
+
+
+def _resolve(inputs: Sequence[str | Path]) -> list[Path]:
+    """The files to read: a video alone, or images."""
+    if isinstance(inputs, (str, Path)):
+        inputs = [inputs]
+    paths = [Path(entry).expanduser() for entry in inputs]
+    if not paths:
+        raise InputError("nothing to read: give a video, a folder of images or image files")
+    for path in paths:
+        if not os.path.exists(path):
+            raise InputError(f"{str(path)!r} does not exist: check the path")
+        if len(paths) > 1 and path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise InputError(f"{str(path)!r} is not an image file: give one video, one folder, or image files only")
+    return _list_folder(paths[0]) if len(paths) == 1 and paths[0].is_dir() else paths
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"cannot open the folder {str(folder)!r} ({error.strerror}): check its permissions") from error
+    images = [folder / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
+    if not images:
+        known = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        raise InputError(f"no images in the folder {str(folder)!r}: it should hold files of the types {known}")
+    return sorted(images, key=lambda path: _natural(path.name))
+
+
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A sort key in which image2 comes before image10; the name itself settles ties such as 1 and 01."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], name
+
+
+def _is_video(paths: list[Path]) -> bool:
+    """A single file that is no image by its name; the decoder then has the last word on whether it is a video."""
+    return len(paths) == 1 and paths[0].suffix.lower() not in IMAGE_SUFFIXES
+
+
+def _read_image(path: Path, convert: Callable[[Image.Image], Processed]) -> Processed:
+    try:
+        with Image.open(path) as image:
+            return convert(image)
+    except InputError as error:
+        raise InputError(f"{str(path)!r}: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f"{str(path)!r} is not an image that can be read: remove it or copy it again") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
+        raise InputError(f"cannot read the image {str(path)!r} ({error}): remove it or copy it again") from error
+
+
+def _unique_names(paths: list[Path]) -> list[str]:
+    """File stems; numbered if two of them are equal, as outputs are named by them."""
+    stems = [path.stem for path in paths]
+    if len({stem.lower() for stem in stems}) == len(stems):
+        return stems
+    return [f"{i:06d}_{stem}" for i, stem in enumerate(stems)]

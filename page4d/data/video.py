@@ -1,0 +1,127 @@
+"""Videos: which frames there are, and decoding only what is needed of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import av
+from PIL import Image
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+T = TypeVar("T")
+Select = Callable[[list[float]], list[int]]  # all timestamps -> ascending indices of the frames to keep
+
+log = logging.getLogger(__name__)
+
+
+def read_video(
+    path: Path, select: Select, convert: Callable[[Image.Image], T], tick: Callable[[], object]
+) -> tuple[list[T], list[int], list[float]]:
+    """Decode `path` once and return `convert(image)` of the selected frames, their indices and timestamps (seconds from the first).
+
+    Which frames to keep is settled before decoding, from the container's packets. Where these promised other frames than the
+    decoder gives (a truncated file, an odd container) the choice is made again from what was decoded, in one more pass.
+    `tick` is called once for each kept frame of the first pass.
+    """
+    timestamps = _packet_timestamps(path)
+    chosen, promised = select(timestamps), len(timestamps)
+    kept, timestamps = _decode(path, chosen, convert, tick)
+    if len(kept) < len(chosen) or not chosen:
+        if not timestamps:
+            raise InputError(f"{str(path)!r} has no frame that can be decoded: the file is empty or damaged, try another copy")
+        if len(timestamps) < promised:
+            log.warning("%s: only %d of %d frames can be decoded, the file is damaged or cut short", path, len(timestamps), promised)
+        revised = select(timestamps)
+        if revised != list(kept):
+            kept, timestamps = _decode(path, revised, convert, lambda: None)
+    return list(kept.values()), list(kept), [timestamps[i] for i in kept]
+
+
+def _packet_timestamps(path: Path) -> list[float]:
+    """Timestamps in display order of all frames, by reading packets without decoding any; decodes only if packets carry no times."""
+    with _open(path) as (container, stream):
+        times = [(packet.pts, packet.dts) for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        for ticks in zip(*times, strict=True):  # the presentation times, or else the decoding times
+            known = sorted(t for t in ticks if t is not None)
+            if len(known) == len(times):
+                base = stream.time_base or 1
+                return [float((t - known[0]) * base) for t in known]
+    return _decode(path, [], lambda image: image, lambda: None)[1]
+
+
+def _decode(
+    path: Path, chosen: list[int], convert: Callable[[Image.Image], T], tick: Callable[[], object]
+) -> tuple[dict[int, T], list[float]]:
+    """Chosen frames by index, and the timestamps of all frames up to the last chosen one (of all frames if none is chosen)."""
+    kept: dict[int, T] = {}
+    timestamps: list[float] = []
+    wanted = set(chosen)
+    first: float | None = None
+    with _open(path) as (container, stream):
+        rate = float(stream.average_rate or 0) or 25.0
+        for index, frame in enumerate(_frames(container, stream, path)):
+            time = index / rate + (first or 0.0) if frame.time is None else frame.time
+            first = time if first is None else first
+            timestamps.append(time - first)
+            if index in wanted:
+                kept[index] = convert(upright(frame.to_image(), frame.rotation))
+                tick()
+                if index == chosen[-1]:
+                    break
+    return kept, timestamps
+
+
+def upright(image: Image.Image, rotation: int) -> Image.Image:
+    """The image turned counterclockwise by `rotation` degrees, a multiple of 90 (phones store the sensor's orientation like this)."""
+    turns = {
+        90: Image.Transpose.ROTATE_90,
+        180: Image.Transpose.ROTATE_180,
+        270: Image.Transpose.ROTATE_270,
+    }
+    turn = turns.get(rotation % 360)
+    return image if turn is None else image.transpose(turn)
+
+
+def _frames(container: InputContainer, stream: VideoStream, path: Path) -> Iterator[VideoFrame]:
+    """All decodable frames; damaged packets are skipped and counted in one warning."""
+    damaged = 0
+    try:
+        for packet in container.demux(stream):
+            try:
+                yield from packet.decode()
+            except av.error.InvalidDataError:
+                damaged += 1
+    except av.error.EOFError:
+        pass
+    finally:
+        if damaged:
+            log.warning("%s: skipped %d damaged packet(s)", path, damaged)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its video stream; everything FFmpeg has to say against the file becomes an InputError."""
+    try:
+        # An absolute path, as FFmpeg reads 'name:rest' as a protocol.
+        with av.open(os.path.abspath(path)) as container:
+            if not container.streams.video or container.format.name == "tty":  # "tty" draws text files as terminal screens
+                raise InputError(f"{str(path)!r} has no video in it: give a video, a folder of images or image files")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except (av.error.FFmpegError, OSError) as error:
+        if path.is_file() and path.stat().st_size == 0:
+            raise InputError(f"{str(path)!r} is empty (0 bytes): copy or download it again") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {str(path)!r} as a video ({reason}): the file is damaged or of another kind") from error

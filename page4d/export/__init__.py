@@ -1,0 +1,75 @@
+"""Writing predictions to files, one module per format. Every file appears whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..data.frames import Frames
+from ..errors import InputError
+from ..prediction import Prediction
+from ._views import check
+from .depth import write_depth
+from .mask import write_mask
+from .npz import write_npz
+from .overview import write_overview
+from .ply import write_ply
+from .tracks import write_tracks
+from .trajectory import write_trajectory
+
+__all__ = ["EXPORTERS", "NEEDED", "available", "export"]
+
+Exporter = Callable[[Prediction, Frames, Path], list[Path]]
+
+EXPORTERS: dict[str, Exporter] = {
+    "npz": lambda prediction, frames, out_dir: write_npz(out_dir / "predictions.npz", prediction, frames),
+    "ply": lambda prediction, frames, out_dir: write_ply(out_dir / "points.ply", prediction, frames),
+    "depth": lambda prediction, frames, out_dir: write_depth(out_dir, prediction, frames),
+    "mask": lambda prediction, frames, out_dir: write_mask(out_dir, prediction, frames),
+    "trajectory": lambda prediction, frames, out_dir: write_trajectory(out_dir, prediction, frames),
+    "tracks": lambda prediction, frames, out_dir: write_tracks(out_dir, prediction, frames),
+    "overview": lambda prediction, frames, out_dir: write_overview(out_dir / "overview.png", prediction, frames),
+}
+
+NEEDED: dict[str, tuple[str, ...]] = {  # fields of the prediction that a format cannot do without
+    "npz": (),
+    "ply": ("depth", "depth_conf", "pose_enc"),
+    "depth": ("depth",),
+    "mask": ("mask",),
+    "trajectory": ("pose_enc",),
+    "tracks": ("track",),
+    "overview": (),
+}
+
+
+def available(prediction: Prediction) -> list[str]:
+    """The formats whose outputs this prediction holds."""
+    return [name for name, needed in NEEDED.items() if all(getattr(prediction, field) is not None for field in needed)]
+
+
+def export(
+    prediction: Prediction, frames: Frames, out_dir: str | Path, formats: Sequence[str] | None = None, progress: bool = False
+) -> list[Path]:
+    """Write the formats (None: all that this prediction has outputs for) into `out_dir`, made if needed; the paths written.
+
+    Before anything is written, raises InputError for an unknown format or one whose output the prediction lacks.
+    """
+    names = available(prediction) if formats is None else list(dict.fromkeys(formats))
+    for name in names:
+        if name not in EXPORTERS:
+            raise InputError(f"unknown export format {name!r}: use some of {', '.join(EXPORTERS)}")
+        try:
+            check(prediction, frames, *NEEDED[name])
+        except InputError as error:
+            raise InputError(f"cannot export {name!r}: {error}") from error
+    out_dir = Path(out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {str(out_dir)!r} ({error.strerror}): choose another output folder") from error
+    written: list[Path] = []
+    for name in tqdm(names, desc="exporting", unit="format", disable=not progress):
+        written += EXPORTERS[name](prediction, frames, out_dir)
+    return written

@@ -1,0 +1,119 @@
+"""Pictures of a prediction, as arrays: what the depth, mask, track and overview files share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..data.frames import Frames
+from ..errors import InputError
+from ..prediction import Prediction
+from ._color import colormap, distinct, to_uint8
+
+Pixels = NDArray[np.uint8]  # (H, W, 3)
+
+MASK_COLOR = np.array([255, 32, 32], np.float32)
+TAIL = 8  # frames of a track's past that are drawn
+
+
+def check(prediction: Prediction, frames: Frames, *needed: str) -> None:
+    """One sequence, with as many frames as `frames`, and the needed fields."""
+    if prediction.images.shape[0] != 1:
+        raise ValueError(f"only one sequence can be exported at a time, this prediction holds {prediction.images.shape[0]}")
+    if prediction.images.shape[1] != len(frames):
+        raise ValueError(f"the prediction has {prediction.images.shape[1]} frames, but {len(frames)} were read")
+    for name in needed:
+        if getattr(prediction, name) is None:
+            raise InputError(f"this prediction has no {_OUTPUTS[name]}")
+
+
+_OUTPUTS = {
+    "pose_enc": "cameras: run the model with 'camera' among its outputs",
+    "depth": "depth: run the model with 'depth' among its outputs",
+    "depth_conf": "depth confidence: run the model with 'depth' among its outputs",
+    "world_points": "point map: run the model with 'points' among its outputs",
+    "mask": "dynamics mask: run the model with 'mask' among its outputs",
+    "track": "tracks: run the model with 'track' among its outputs, and give query points",
+}
+
+
+def array(tensor: Tensor) -> NDArray[Any]:
+    """The first (only) sequence as a numpy array; half precisions become float32."""
+    value = tensor[0].detach().cpu()
+    return (value.float() if value.is_floating_point() and value.dtype != torch.float64 else value).numpy()
+
+
+def frame_pixels(prediction: Prediction, index: int) -> Pixels:
+    """One frame as the network saw it."""
+    return to_uint8(prediction.images[0, index].detach().cpu().float().numpy()).transpose(1, 2, 0)
+
+
+def inverse_depth_range(depth: NDArray[Any], inside: NDArray[np.bool_]) -> tuple[float, float]:
+    """Percentiles 2 and 98 of 1 / depth over the clip's valid pixels, so that one scale serves all frames."""
+    valid = inside & np.isfinite(depth) & (depth > 0)
+    if not valid.any():
+        return 0.0, 1.0
+    low, high = np.percentile(1 / depth[valid], (2, 98))
+    return float(low), float(high)
+
+
+def depth_picture(depth: NDArray[Any], limits: tuple[float, float]) -> Pixels:
+    """Depth (H, W) in colours, near = warm; grey where there is none."""
+    low, high = limits
+    inverse = np.divide(1, depth, out=np.full(depth.shape, np.nan), where=np.isfinite(depth) & (depth > 0))
+    return colormap((inverse - low) / max(high - low, 1e-12))
+
+
+def motion_maps(prediction: Prediction) -> NDArray[np.float32]:
+    """(S, H, W): the dynamics mask, bilinearly enlarged to the frames' size."""
+    motion = prediction.motion[0].detach().cpu().float()
+    return torch.nn.functional.interpolate(motion[:, None], size=prediction.images.shape[-2:], mode="bilinear")[:, 0].numpy()
+
+
+def motion_range(prediction: Prediction) -> tuple[float, float]:
+    """Percentiles 1 and 99 of the mask over the clip: the overlay runs from clear to red between them."""
+    low, high = np.nanpercentile(array(prediction.motion), (1, 99))
+    return float(low), float(high)
+
+
+def motion_picture(pixels: Pixels, motion: NDArray[np.float32], limits: tuple[float, float]) -> Pixels:
+    """A frame, greyed, with red over it in proportion to its mask (H, W)."""
+    low, high = limits
+    alpha = 0.85 * np.nan_to_num((motion - low) / max(high - low, 1e-6)).clip(0, 1)[..., None]
+    grey = 0.6 * pixels.mean(-1, keepdims=True) + 0.4 * pixels
+    return (grey * (1 - alpha) + MASK_COLOR * alpha + 0.5).astype(np.uint8)
+
+
+def track_picture(prediction: Prediction, index: int) -> Image.Image:
+    """A frame with every point in its colour, a tail of where it was, and a ring with a dark core where it is hidden."""
+    assert prediction.track is not None
+    tracks = array(prediction.track[:, : index + 1])
+    visible = np.ones(tracks.shape[1], bool) if prediction.vis is None else array(prediction.vis)[index] >= 0.5
+    image = Image.fromarray(frame_pixels(prediction, index))
+    draw = ImageDraw.Draw(image)
+    radius = max(2.0, min(image.size) / 90)
+    for n in range(tracks.shape[1]):
+        color = distinct(n)
+        past = tracks[max(0, index - TAIL) :, n]
+        past = past[np.isfinite(past).all(-1)]
+        if not np.isfinite(tracks[index, n]).all():
+            continue
+        if len(past) > 1:
+            draw.line([(float(x), float(y)) for x, y in past], fill=color, width=max(1, round(radius / 2)))
+        x, y = (float(value) for value in tracks[index, n])
+        box = (x - radius, y - radius, x + radius, y + radius)
+        if visible[n]:
+            draw.ellipse(box, fill=color, outline=(0, 0, 0))
+        else:
+            draw.ellipse(box, fill=(0, 0, 0), outline=color)
+    return image
+
+
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own typeface; a bitmap of fixed size where Pillow was built without FreeType."""
+    return ImageFont.load_default(size)

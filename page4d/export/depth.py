@@ -1,0 +1,40 @@
+"""Depth maps: 16-bit PNGs with their scales, and coloured previews."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..data.frames import Frames
+from ..files import AtomicFiles
+from ..prediction import Prediction
+from ._views import array, check, depth_picture, inverse_depth_range
+
+
+def write_depth(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
+    """`depth/<name>.png`, `depth/<name>_preview.png` and `depth/depth.json`, at the network's resolution.
+
+    depth = value * scale (scene units, along the camera's z) with each frame's own scale; value 0 = no valid depth.
+    Previews share one range of colours over the clip, near = warm.
+    """
+    check(prediction, frames, "depth")
+    assert prediction.depth is not None
+    folder = Path(out_dir) / "depth"
+    depth = array(prediction.depth)[..., 0]
+    limits = inverse_depth_range(depth, frames.inside().numpy())
+    entries = []
+    with AtomicFiles() as files:
+        for name, frame in zip(frames.names, depth, strict=True):
+            valid = np.isfinite(frame) & (frame > 0)
+            low, high = (float(frame[valid].min()), float(frame[valid].max())) if valid.any() else (0.0, 0.0)
+            scale = high / 65535 if high else 1.0
+            values = np.where(valid, (np.where(valid, frame, 0) / scale).round().clip(1, 65535), 0).astype(np.uint16)
+            Image.fromarray(values).save(files.add(folder / f"{name}.png"))
+            Image.fromarray(depth_picture(frame, limits)).save(files.add(folder / f"{name}_preview.png"))
+            entries.append({"name": name, "file": f"{name}.png", "scale": scale, "min": low, "max": high})
+        note = "depth = value * scale along the camera's z, in scene units; value 0 = invalid"
+        files.add(folder / "depth.json").write_text(json.dumps({"convention": note, "frames": entries}, indent=1) + "\n")
+    return files.paths

@@ -1,0 +1,60 @@
+"""Cameras: a TUM trajectory and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from ..data.frames import Frames
+from ..files import AtomicFiles
+from ..geometry import decode_pose, matrix_to_quaternion
+from ..prediction import Cameras, Prediction
+from ._views import check
+
+CONVENTION = (
+    "OpenCV (x right, y down, z forward); extrinsics are camera-from-world, 3 x 4: x_cam = R x_world + t; translations in scene units; "
+    "intrinsics in pixels of the original image of width x height, the corner of its first pixel is (0, 0); null = not finite"
+)
+
+log = logging.getLogger(__name__)
+
+
+def write_trajectory(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
+    """`trajectory.tum` (timestamp tx ty tz qx qy qz qw, world-from-camera, one line per frame) and `cameras.json`."""
+    check(prediction, frames, "pose_enc")
+    assert prediction.pose_enc is not None
+    height, width = prediction.images.shape[-2:]
+    cameras = Cameras(*decode_pose(prediction.pose_enc.detach().cpu().double(), (height, width)))
+    poses = cameras.world_from_camera[0]
+    quaternions = matrix_to_quaternion(poses[..., :3])
+    intrinsics = frames.intrinsics_in_original(cameras.intrinsics[0])
+    if not torch.isfinite(intrinsics).all():
+        log.warning("some cameras have a field of view of 0, so an infinite focal length: it is null in cameras.json")
+    lines = ["# timestamp tx ty tz qx qy qz qw"]
+    for timestamp, values in zip(frames.timestamps, torch.cat([poses[..., 3], quaternions], -1).tolist(), strict=True):
+        lines.append(" ".join([f"{timestamp:.6f}", *(f"{value:.9g}" for value in values)]))
+    entries = [
+        {
+            "name": frames.names[i],
+            "timestamp": frames.timestamps[i],
+            "width": frames.original_sizes[i][1],
+            "height": frames.original_sizes[i][0],
+            "extrinsics": _rows(cameras.extrinsics[0, i]),
+            "intrinsics": _rows(intrinsics[i]),
+        }
+        for i in range(len(frames))
+    ]
+    with AtomicFiles() as files:
+        files.add(Path(out_dir) / "trajectory.tum").write_text("\n".join(lines) + "\n")
+        text = json.dumps({"convention": CONVENTION, "frames": entries}, indent=1, allow_nan=False)
+        files.add(Path(out_dir) / "cameras.json").write_text(text + "\n")
+    return files.paths
+
+
+def _rows(matrix: torch.Tensor) -> list[list[float | None]]:
+    """JSON has no infinity."""
+    finite = torch.isfinite(matrix).tolist()
+    return [[v if ok else None for v, ok in zip(row, oks, strict=True)] for row, oks in zip(matrix.tolist(), finite, strict=True)]

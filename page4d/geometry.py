@@ -1,0 +1,89 @@
+"""Pose encoding, rotations and unprojection.
+
+Conventions: OpenCV cameras (x right, y down, z forward); extrinsics are camera-from-world, x_cam = R x_world + t; quaternions are
+(x, y, z, w); the pose encoding is [t (3), quaternion (4), fov_h, fov_w] with vertical and horizontal fields of view in radians.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
+    """Rotation matrices (..., 3, 3) of quaternions (..., 4) in x, y, z, w order; they need not be normalised."""
+    x, y, z, w = quaternion.unbind(-1)
+    s = 2 / (quaternion * quaternion).sum(-1)
+    rows = [
+        1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w),
+        s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w),
+        s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y),
+    ]  # fmt: skip
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
+def matrix_to_quaternion(matrix: Tensor) -> Tensor:
+    """Unit quaternions (..., 4) in x, y, z, w order with w >= 0 of rotation matrices (..., 3, 3).
+
+    Of the four equivalent formulas, each row takes the one that divides by the largest component.
+    """
+    m00, m01, m02, m10, m11, m12, m20, m21, m22 = matrix.flatten(-2).unbind(-1)
+    squares = [1 + m00 + m11 + m22, 1 + m00 - m11 - m22, 1 - m00 + m11 - m22, 1 - m00 - m11 + m22]  # 4 w^2, 4 x^2, ...
+    magnitude = torch.stack(squares, -1).clamp_min(0).sqrt()
+    sq = magnitude * magnitude
+    candidates = torch.stack(
+        [
+            torch.stack([sq[..., 0], m21 - m12, m02 - m20, m10 - m01], -1),
+            torch.stack([m21 - m12, sq[..., 1], m10 + m01, m02 + m20], -1),
+            torch.stack([m02 - m20, m10 + m01, sq[..., 2], m12 + m21], -1),
+            torch.stack([m10 - m01, m02 + m20, m12 + m21, sq[..., 3]], -1),
+        ],
+        -2,
+    ) / (2 * magnitude.clamp_min(0.1)).unsqueeze(-1)
+    best = magnitude.argmax(-1)[..., None, None].expand(*magnitude.shape[:-1], 1, 4)
+    w, x, y, z = candidates.gather(-2, best).squeeze(-2).unbind(-1)
+    quaternion = torch.stack([x, y, z, w], -1)
+    return torch.where(w.unsqueeze(-1) < 0, -quaternion, quaternion)
+
+
+def encode_pose(extrinsics: Tensor, intrinsics: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Pose encoding (..., 9) fp32 of extrinsics (..., 3, 4) and intrinsics (..., 3, 3) in pixels of an (H, W) image."""
+    height, width = image_size
+    fov_h = 2 * torch.atan((height / 2) / intrinsics[..., 1, 1])
+    fov_w = 2 * torch.atan((width / 2) / intrinsics[..., 0, 0])
+    quaternion = matrix_to_quaternion(extrinsics[..., :3])
+    return torch.cat([extrinsics[..., 3], quaternion, fov_h[..., None], fov_w[..., None]], -1).float()
+
+
+def decode_pose(pose_enc: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Extrinsics (..., 3, 4) and intrinsics (..., 3, 3) of pose encodings (..., 9); the principal point is the image centre.
+
+    A field of view of 0 (the network's ReLU allows it) gives an infinite focal length.
+    """
+    height, width = image_size
+    extrinsics = torch.cat([quaternion_to_matrix(pose_enc[..., 3:7]), pose_enc[..., :3, None]], -1)
+    intrinsics = pose_enc.new_zeros(*pose_enc.shape[:-1], 3, 3)
+    intrinsics[..., 0, 0] = (width / 2) / torch.tan(pose_enc[..., 8] / 2)
+    intrinsics[..., 1, 1] = (height / 2) / torch.tan(pose_enc[..., 7] / 2)
+    intrinsics[..., 0, 2] = width / 2
+    intrinsics[..., 1, 2] = height / 2
+    intrinsics[..., 2, 2] = 1
+    return extrinsics, intrinsics
+
+
+def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:
+    """World points (..., H, W, 3) of depth maps (..., H, W): x_world = R^T (x_cam - t), pixel centres at integer (u, v).
+
+    The rotation back to the world runs in float64, as small baselines far from the origin lose digits otherwise.
+    """
+    height, width = depth.shape[-2:]
+    v, u = torch.meshgrid(
+        torch.arange(height, device=depth.device, dtype=torch.float64),
+        torch.arange(width, device=depth.device, dtype=torch.float64),
+        indexing="ij",
+    )
+    intrinsics, extrinsics, z = intrinsics.double(), extrinsics.double(), depth.double()
+    fx, fy, cx, cy = (intrinsics[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    points_camera = torch.stack([(u - cx) * z / fx, (v - cy) * z / fy, z], -1)
+    rotation, translation = extrinsics[..., :3], extrinsics[..., 3]
+    return torch.einsum("...ji,...hwj->...hwi", rotation, points_camera - translation[..., None, None, :]).to(depth.dtype)

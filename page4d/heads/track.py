@@ -1,0 +1,213 @@
+"""Point tracks: a feature map per frame, correlation with each query's feature, and an iterated transformer update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import TrackHeadConfig
+from ..errors import InputError
+from ..layers import LayerNorm, Linear, Mlp
+from .dense import DensePredictor
+
+STRIDE = 2  # image pixels per feature-map pixel
+FLOW_SCALE = 518  # the input width the released weights were trained at
+SAMPLES_IN_FLIGHT = 2**26  # values of sampled features at a time
+
+
+def _sample(maps: Tensor, points: Tensor, padding: str) -> Tensor:
+    """Bilinear samples (N, C, *points.shape[1:3]) of maps (N, C, h, w) at pixel positions (N, a, b, 2), x first."""
+    size = maps.new_tensor([maps.shape[-1], maps.shape[-2]])
+    return F.grid_sample(maps, 2 * points / (size - 1).clamp_min(1) - 1, padding_mode=padding, align_corners=True)
+
+
+def _sincos_at(points: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """The sincos map of `channels` over a (h, w) grid, sampled bilinearly (clamped at the border) at points (..., 2).
+
+    Channels [sin x, cos x, sin y, cos y], frequencies 10000^(-m / (channels / 4)). The map is separable, so each axis is interpolated
+    between two rows of a table of its own.
+    """
+    quarter = channels // 4
+    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device=points.device) / quarter)
+    sampled = []
+    for axis, length in ((0, size[1]), (1, size[0])):
+        angles = torch.arange(length, dtype=torch.float64, device=points.device)[:, None] * frequencies
+        table = torch.cat([angles.sin(), angles.cos()], -1).float().to(points.dtype)
+        position = points[..., axis].clamp(0, length - 1)
+        low = position.floor().long().clamp_max(length - 2)
+        sampled.append(torch.lerp(table[low], table[low + 1], (position - low).unsqueeze(-1)))
+    return torch.cat(sampled, -1)
+
+
+def _flow_embedding(flow: Tensor, channels: int) -> Tensor:
+    """[sin, cos] interleaved of each component of flow (..., 2) at linear frequencies, `channels` per component."""
+    step = 2 * 1000 / channels
+    frequencies = torch.arange(channels // 2, dtype=flow.dtype, device=flow.device) * step
+    angles = flow[..., None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
+
+
+class TrackerBlock(nn.Module):
+    """Post-normalised skip, as the released weights want it: x = LN(x); x += attention(x, context); x += mlp(LN(x)).
+
+    Self-attention keeps its parameters under `attn`, cross-attention under `cross_attn` beside `norm_context`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, cross: bool):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.norm_context = LayerNorm(dim) if cross else None
+        self.norm2 = LayerNorm(dim)
+        self.add_module("cross_attn" if cross else "attn", nn.MultiheadAttention(dim, num_heads, batch_first=True))
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = self.norm1(x)
+        if self.norm_context is None or context is None:
+            attention, context = self.get_submodule("attn"), x
+        else:
+            attention, context = self.get_submodule("cross_attn"), self.norm_context(context)
+        x = x + attention(x, context, context, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class UpdateFormer(nn.Module):
+    """Attention over time for every track, then among tracks of a frame through a few virtual ones."""
+
+    def __init__(self, inputs: int, outputs: int, config: TrackHeadConfig):
+        super().__init__()
+        hidden = config.hidden
+
+        def blocks(cross: bool) -> nn.ModuleList:
+            return nn.ModuleList(TrackerBlock(hidden, config.num_heads, cross) for _ in range(config.depth))
+
+        self.virual_tracks = nn.Parameter(torch.randn(1, config.virtual_tracks, 1, hidden))  # spelt so in the released state dict
+        self.input_norm = LayerNorm(inputs)
+        self.input_transform = Linear(inputs, hidden)
+        self.output_norm = LayerNorm(hidden)
+        self.flow_head = Linear(hidden, outputs)
+        self.time_blocks = blocks(cross=False)
+        self.space_virtual_blocks = blocks(cross=False)
+        self.space_point2virtual_blocks = blocks(cross=True)
+        self.space_virtual2point_blocks = blocks(cross=True)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.flow_head.weight, std=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, S, inputs) -> (B, N, S, outputs)."""
+        batch, points, frames, _ = x.shape
+        first = self.input_transform(self.input_norm(x))
+        z = torch.cat([first, self.virual_tracks.expand(batch, -1, frames, -1)], 1)
+        groups = zip(
+            self.time_blocks, self.space_virtual2point_blocks, self.space_virtual_blocks, self.space_point2virtual_blocks, strict=True
+        )
+        for time, to_virtual, among_virtual, to_points in groups:
+            z = time(z.flatten(0, 1)).unflatten(0, (batch, -1))
+            per_frame = z.transpose(1, 2).flatten(0, 1)
+            real, virtual = per_frame[:, :points], per_frame[:, points:]
+            virtual = among_virtual(to_virtual(virtual, real))
+            real = to_points(real, virtual)
+            z = torch.cat([real, virtual], 1).unflatten(0, (batch, frames)).transpose(1, 2)
+        return self.flow_head(self.output_norm(z[:, :points] + first))
+
+
+class Tracker(nn.Module):
+    def __init__(self, config: TrackHeadConfig):
+        super().__init__()
+        self.config = config
+        latent = config.features
+        self.inputs = 3 * latent + 4
+        self.query_ref_token = nn.Parameter(torch.randn(1, 2, self.inputs))  # [first frame, every other frame]
+        self.updateformer = UpdateFormer(self.inputs, latent + 2, config)
+        self.corr_mlp = Mlp(config.levels * (2 * config.radius + 1) ** 2, config.hidden, latent)
+        self.fmap_norm = LayerNorm(latent)
+        self.ffeat_norm = LayerNorm(latent)
+        self.ffeat_updater = nn.Sequential(Linear(latent, latent), nn.GELU())
+        self.vis_predictor = nn.Sequential(Linear(latent, 1))
+        self.conf_predictor = nn.Sequential(Linear(latent, 1))
+
+    def _correlation(self, pyramid: list[Tensor], features: Tensor, positions: Tensor) -> Tensor:
+        """Dot products of each track's feature (B, S, N, L) with the map around its position (B, S, N, 2), all levels: (B, S, N, 567).
+
+        The released model correlates with the whole map and samples that; sampling the map first is the same (both are linear) and
+        needs memory for the window alone. Within a window the x offset is the slow index.
+        """
+        batch, frames, points, latent = features.shape
+        radius = self.config.radius
+        offset = torch.arange(-radius, radius + 1, device=features.device, dtype=positions.dtype)
+        window = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), -1).view(1, 1, -1, 2)
+        features, positions = features.flatten(0, 1), positions.flatten(0, 1)
+        step = max(1, SAMPLES_IN_FLIGHT // (points * window.shape[2] * latent))
+        levels = []
+        for level, maps in enumerate(pyramid):
+            around = positions.unsqueeze(2) / 2**level + window
+            pieces = []
+            for f, m, p in zip(features.split(step), maps.split(step), around.split(step), strict=True):
+                pieces.append(torch.einsum("snl,slnw->snw", f, _sample(m, p, "zeros")) / math.sqrt(latent))
+            levels.append(torch.cat(pieces))
+        return torch.cat(levels, -1).unflatten(0, (batch, frames))
+
+    def forward(self, maps: Tensor, query_points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Feature maps (B, S, L, h, w), query points (B, N, 2) in pixels of frame 0.
+
+        Returns tracks of all iterations (iterations, B, S, N, 2) in image pixels, visibility and confidence (B, S, N).
+        """
+        frames, latent, height, width = maps.shape[1:]
+        maps = self.fmap_norm(maps.permute(0, 1, 3, 4, 2)).permute(0, 1, 4, 2, 3)
+        query = query_points / STRIDE
+        features = _sample(maps[:, 0], query.unsqueeze(2), "border").squeeze(3).transpose(1, 2)
+        features = features.unsqueeze(1).expand(-1, frames, -1, -1)  # (B, S, N, L)
+        positions = query.unsqueeze(1).expand(-1, frames, -1, -1)
+        pyramid = [maps.flatten(0, 1)]
+        for _ in range(self.config.levels - 1):
+            pyramid.append(F.avg_pool2d(pyramid[-1], 2))
+
+        reference = self.query_ref_token[:, [0] + [1] * (frames - 1)].unsqueeze(2)  # (1, S, 1, inputs)
+        constant = _sincos_at(query, self.inputs, (height, width)).unsqueeze(1) + reference
+        tracks = []
+        for _ in range(self.config.iterations):
+            positions = positions.detach()
+            correlation = self.corr_mlp(self._correlation(pyramid, features, positions))
+            flow = positions - positions[:, :1]
+            scaled = flow / FLOW_SCALE
+            x = torch.cat([_flow_embedding(flow, latent // 2), scaled, scaled, correlation, features], -1) + constant
+            delta = self.updateformer(x.transpose(1, 2)).transpose(1, 2)
+            features = features + self.ffeat_updater(self.ffeat_norm(delta[..., 2:]))
+            moved = positions + delta[..., :2]
+            positions = torch.cat([query.unsqueeze(1), moved[:, 1:]], 1)  # the query itself does not move
+            tracks.append(STRIDE * positions)
+        visibility, confidence = (torch.sigmoid(head(features)).squeeze(-1) for head in (self.vis_predictor, self.conf_predictor))
+        return torch.stack(tracks), visibility, confidence
+
+
+class TrackHead(nn.Module):
+    def __init__(self, dim: int, patch_size: int, config: TrackHeadConfig):
+        super().__init__()
+        self.feature_extractor = DensePredictor(dim, patch_size, config.out_channels, config.features, config.features, positions=False)
+        self.tracker = Tracker(config)
+        self.smallest_image = STRIDE * 2 ** (config.levels - 1)
+        self.smallest_image += -self.smallest_image % patch_size
+
+    def forward(
+        self, layers: list[Tensor], special_tokens: int, image_size: tuple[int, int], query_points: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Tracker.forward`; layers as for the dense heads."""
+        if min(image_size) < self.smallest_image:
+            raise InputError(
+                f"tracking needs images of at least {self.smallest_image} x {self.smallest_image} pixels, "
+                f"not {image_size[0]} x {image_size[1]}: use a larger size or leave the query points out"
+            )
+        batch, frames = layers[0].shape[:2]
+        size = (image_size[0] // STRIDE, image_size[1] // STRIDE)
+        extract = self.feature_extractor
+        maps = torch.cat([extract.features(piece, special_tokens, image_size, size) for piece in extract.chunks(layers, image_size)])
+        return self.tracker(maps.unflatten(0, (batch, frames)), query_points)

@@ -1,0 +1,77 @@
+"""Multi-head self-attention through the kernel library, with optional QK-norm + RoPE and mask modulation."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from page4d_kernels import TokenLayout, mask_attention, qk_norm_rope, rope_tables
+
+from .linear import LayerNorm, Linear
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary tables of a patch grid, for `qk_norm_rope`."""
+
+    cos: Tensor  # (positions, D/4)
+    sin: Tensor
+    grid: tuple[int, int]
+    special_tokens: int
+
+
+@functools.lru_cache(maxsize=16)
+def rope(grid: tuple[int, int], special_tokens: int, head_dim: int, base: float, device: torch.device) -> Rope:
+    """Made once per grid and device; usable in training even when first made for inference."""
+    with torch.inference_mode(False):
+        cos, sin = rope_tables(grid, head_dim, base, device)
+    return Rope(cos, sin, grid, special_tokens)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """The dynamics mask as attention takes it."""
+
+    query_gate: Tensor  # (B, N)
+    key_bias: Tensor  # (B, N)
+    layout: TokenLayout
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(D) + r c^T) v between a packed projection and an output projection."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.q_norm = LayerNorm(dim // num_heads) if qk_norm else None
+        self.k_norm = LayerNorm(dim // num_heads) if qk_norm else None
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        if self.q_norm is not None and self.k_norm is not None and rope is not None:
+            q, k, v = qk_norm_rope(
+                qkv,
+                self.q_norm.weight,
+                self.q_norm.bias,
+                self.k_norm.weight,
+                self.k_norm.bias,
+                rope.cos,
+                rope.sin,
+                grid=rope.grid,
+                special_tokens=rope.special_tokens,
+                eps=self.q_norm.eps,
+            )
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if modulation is None:
+            out = mask_attention(q, k, v)
+        else:
+            out = mask_attention(q, k, v, modulation.query_gate, modulation.key_bias, layout=modulation.layout)
+        assert isinstance(out, Tensor)  # no log-sum-exp was asked for
+        return self.proj(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Attention, Modulation, Rope
+from .linear import LayerNorm
+from .mlp import Mlp
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, init: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x += ls1 attn(norm1 x), x += ls2 mlp(norm2 x)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, *, qk_norm: bool = False, eps: float = 1e-5, scale_init: float = 0.01):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, qk_norm)
+        self.ls1 = LayerScale(dim, scale_init)
+        self.norm2 = LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, mlp_ratio * dim)
+        self.ls2 = LayerScale(dim, scale_init)
+
+    def forward(self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), rope, modulation))
+        return x + self.ls2(self.mlp(self.norm2(x)))

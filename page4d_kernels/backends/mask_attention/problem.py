@@ -1,0 +1,46 @@
+"""What a backend of `mask_attention` is told about a call before it serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ...layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    device: str  # "cpu", "cuda", "mps" ...
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    biased: bool = False  # query_gate and key_bias are given
+    layout: TokenLayout | None = None
+    needs_grad: frozenset[str] = frozenset()  # of "q", "k", "v", "query_gate", "key_bias"
+    need_lse: bool = False
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def all_of(*checks: Callable[[AttentionProblem], list[str]]) -> Callable[[AttentionProblem], list[str]]:
+    """One `why_not` out of several."""
+    return lambda problem: [reason for check in checks for reason in check(problem)]
+
+
+def no_lse(problem: AttentionProblem) -> list[str]:
+    return ["it does not return the log-sum-exp"] if problem.need_lse else []
+
+
+def only_cuda_half(problem: AttentionProblem) -> list[str]:
+    reasons = []
+    if problem.device != "cuda":
+        reasons.append(f"it runs on cuda, the tensors are on {problem.device}")
+    if problem.dtype not in HALF:
+        reasons.append(f"it takes float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
+    return reasons

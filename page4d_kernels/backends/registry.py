@@ -1,0 +1,137 @@
+"""Which backend serves an op. Generic: an op brings a *problem* (a description of its arguments), backends say why they cannot serve it.
+
+A name chosen by the argument, `use_backend` or the op's environment variable (in this order) never falls back: it serves or raises
+with its reasons. "auto" takes the first of the registry's documented order that has no reason against it, and logs that once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import env
+
+logger = logging.getLogger("page4d_kernels")
+
+AUTO = "auto"
+_registries: dict[str, Registry] = {}
+_overrides: dict[str, str] = {}
+
+
+class BackendError(RuntimeError):
+    """No backend, or not the chosen one, can serve the problem; the message says why and what could."""
+
+
+def _nothing_missing() -> list[str]:
+    return []
+
+
+def _serves_everything(problem: Any) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op.
+
+    `why_not(problem)` lists in words what keeps it from serving; `missing()` lists what keeps it from serving anything here.
+    With `backward`, `forward` and `backward` run inside the op's torch.library operator, which brings the autograd formula and the
+    fake implementation; without, `forward` is ordinary differentiable PyTorch and is called as it is.
+    """
+
+    name: str
+    summary: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    why_not: Callable[[Any], list[str]] = _serves_everything
+    missing: Callable[[], list[str]] = _nothing_missing
+
+
+class Registry:
+    """The backends of one op."""
+
+    def __init__(self, op: str, variable: str, order: tuple[str, ...]):
+        self.op, self.variable, self.order = op, variable, order
+        self._backends: dict[str, Backend] = {}
+        self._logged: set[str] = set()
+        _registries[op] = self
+
+    def register(self, backend: Backend) -> None:
+        if backend.name in self._backends:
+            raise ValueError(f"{self.op} has a backend named {backend.name} already")
+        self._backends[backend.name] = backend
+
+    def __iter__(self) -> Iterator[Backend]:
+        return iter(self._backends.values())
+
+    def get(self, name: str) -> Backend:
+        if name not in self._backends:
+            raise BackendError(f"unknown backend {name!r} for {self.op}: choose one of auto, {', '.join(self._backends)}")
+        return self._backends[name]
+
+    def reasons(self, name: str, problem: Any) -> list[str]:
+        """Why `name` cannot serve `problem`, in words; empty if it can."""
+        backend = self.get(name)
+        return backend.missing() or backend.why_not(problem)
+
+    def usable(self, problem: Any) -> list[str]:
+        return [name for name in self._backends if not self.reasons(name, problem)]
+
+    def choose(self, problem: Any, name: str | None = None) -> Backend:
+        """The backend that serves `problem`: `name` > `use_backend` > environment variable > the automatic order."""
+        name = name or _overrides.get(self.op) or env.get(self.variable) or AUTO
+        if name != AUTO:
+            reasons = self.reasons(name, problem)
+            if reasons:
+                could = ", ".join(self.usable(problem)) or "none"
+                raise BackendError(f"{self.op}: backend {name!r} cannot serve this: {'; '.join(reasons)} (backends that could: {could})")
+            return self.get(name)
+        refused: list[str] = []
+        for candidate in self.order:
+            reasons = self.reasons(candidate, problem)
+            if not reasons:
+                self._log_once(candidate, refused)
+                return self.get(candidate)
+            refused.append(f"{candidate}: {'; '.join(reasons)}")
+        raise BackendError(f"{self.op}: no backend can serve this: {' | '.join(refused)}")
+
+    def _log_once(self, name: str, refused: list[str]) -> None:
+        if torch.compiler.is_compiling():  # a logging call would break the graph
+            return
+        message = f"{self.op}: auto takes {name}" + (f" (not {' | '.join(refused)})" if refused else "")
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.info(message)
+
+
+def registries() -> dict[str, Registry]:
+    """Every op's registry, by op name."""
+    return dict(_registries)
+
+
+@contextlib.contextmanager
+def use_backend(name: str, op: str = "mask_attention") -> Iterator[None]:
+    """Within the block, `op` is served by `name` ("auto" for the automatic choice) unless a call names another. Process-wide."""
+    if op not in _registries:
+        raise BackendError(f"unknown op {op!r}: choose one of {', '.join(_registries)}")
+    if name != AUTO:
+        _registries[op].get(name)
+    before = _overrides.get(op)
+    _overrides[op] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del _overrides[op]
+        else:
+            _overrides[op] = before
+
+
+def is_backend_supported(name: str, problem: Any, op: str = "mask_attention") -> bool:
+    """Whether `name` can serve `problem`; `registries()[op].reasons(name, problem)` says why not."""
+    return not _registries[op].reasons(name, problem)

@@ -1,0 +1,30 @@
+"""Every environment variable of the project, in one table."""
+
+from __future__ import annotations
+
+import os
+
+VARIABLES: dict[str, str] = {
+    "PAGE4D_ATTN": "backend of mask_attention: auto (default) or a name from `python -m page4d_kernels.info`",
+    "PAGE4D_MASK_HEAD": "backend of mask_head: auto (default) or a name",
+    "PAGE4D_QK_NORM_ROPE": "backend of qk_norm_rope: auto (default) or a name",
+    "PAGE4D_NVTX": "1: mark every stage with an NVTX range for Nsight Systems (default 0)",
+    "PAGE4D_DEBUG": "1: check what callers promise (finite bias, gate zero outside special tokens); synchronises (default 0)",
+}
+
+
+def get(name: str, default: str = "") -> str:
+    """The variable's value, stripped; `name` has to be in the table."""
+    if name not in VARIABLES:
+        raise KeyError(f"{name} is not in the table of environment variables")
+    return os.environ.get(name, default).strip()
+
+
+def flag(name: str) -> bool:
+    """True for 1, true, yes, on; False for 0, false, no, off and unset; anything else is an error."""
+    value = get(name, "0").lower()
+    if value in {"1", "true", "yes", "on"}:
+        return True
+    if value in {"", "0", "false", "no", "off"}:
+        return False
+    raise ValueError(f"{name}={value!r} is not a switch: use 0 or 1")

@@ -1,0 +1,69 @@
+"""`python -m page4d_kernels.info`: versions, devices, environment, and every backend of every op with what keeps it from serving here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from . import env
+from .backends.mask_attention.problem import AttentionProblem
+from .backends.mask_head.problem import MaskHeadProblem
+from .backends.qk_norm_rope.problem import QkNormRopeProblem
+from .backends.registry import registries
+from .layout import TokenLayout
+
+PACKAGES = ("page4d", "torch", "triton", "flash-attn", "xformers", "numpy", "av")
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def typical_problems(device: str) -> dict[str, Any]:
+    """Per op, an inference call of the official size: 2 frames of 336 x 518."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    tokens = 5 + 24 * 37
+    layout = TokenLayout(2, tokens, 5)
+    return {
+        "mask_attention": AttentionProblem(device, dtype, 1, 16, 2 * tokens, 2 * tokens, 64, biased=True, layout=layout),
+        "mask_head": MaskHeadProblem(device, dtype, 1, 2, (24, 37), 5, 1024, 256),
+        "qk_norm_rope": QkNormRopeProblem(device, dtype, 1, 2 * tokens, 16, 64, (24, 37), 5),
+    }
+
+
+def devices() -> list[str]:
+    found = [f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        found.append(f"cuda:{index}: {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
+    if torch.backends.mps.is_available():
+        found.append("mps: Apple GPU")
+    return found
+
+
+def report() -> str:
+    lines = ["versions", f"  python {platform.python_version()}"]
+    lines += [f"  {package} {version(package)}" for package in PACKAGES]
+    lines += ["devices", *(f"  {device}" for device in devices())]
+    lines += ["environment"]
+    lines += [f"  {name}={env.get(name) or '(not set)'}: {meaning}" for name, meaning in env.VARIABLES.items()]
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    problems = typical_problems(device)
+    for op, registry in registries().items():
+        lines.append(f"{op} on {device} ({registry.variable}; auto tries {', '.join(registry.order)})")
+        for backend in registry:
+            reasons = registry.reasons(backend.name, problems[op])
+            state = f"no: {'; '.join(reasons)}" if reasons else "usable"
+            lines.append(f"  {backend.name:<15} {backend.summary}\n  {'':<15} {state}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

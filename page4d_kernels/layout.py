@@ -1,0 +1,41 @@
+"""How a sequence of tokens is made of frames: the one thing the kernels know about where their tokens come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """`frames` runs of `tokens_per_frame` tokens, each beginning with `special_tokens` special ones.
+
+    Given to `mask_attention` it is a promise that the query gate is zero outside the special tokens; backends use it to do the
+    biased work for frames * special_tokens rows only, and makes the gate's gradient 0 everywhere else. PAGE4D_DEBUG=1 checks the promise.
+    """
+
+    frames: int
+    tokens_per_frame: int
+    special_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.tokens_per_frame < 1:
+            raise ValueError(f"{self}: frames and tokens_per_frame have to be at least 1")
+        if not 0 <= self.special_tokens <= self.tokens_per_frame:
+            raise ValueError(f"{self}: special_tokens has to be between 0 and tokens_per_frame")
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.tokens_per_frame
+
+    def special(self, x: Tensor, dim: int) -> Tensor:
+        """The special tokens of `x` along `dim`, as one run of frames * special_tokens (a copy of those alone)."""
+        dim %= x.dim()
+        return x.unflatten(dim, (self.frames, self.tokens_per_frame)).narrow(dim + 1, 0, self.special_tokens).flatten(dim, dim + 1)
+
+    def only_special(self, x: Tensor) -> Tensor:
+        """`x` (B, N) with 0 outside the special tokens."""
+        special = torch.arange(self.tokens, device=x.device) % self.tokens_per_frame < self.special_tokens
+        return x.where(special, 0.0)

@@ -1,0 +1,92 @@
+"""Named stages: NVTX ranges for Nsight when PAGE4D_NVTX=1, and seconds and peak memory per stage when recorded. A no-op otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from . import env
+
+
+@dataclass
+class Stage:
+    """What one stage cost, summed over its runs."""
+
+    runs: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0  # highest memory seen by the end of a run: resident memory of the process on CPU, allocated memory on CUDA
+
+
+@dataclass
+class Recording:
+    """Stages by name, in order of first appearance. A nested stage is also counted in the one around it."""
+
+    device: torch.device
+    on_stage: Callable[[str], object] | None = None  # called at the end of each stage
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+
+_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("page4d_recording", default=None)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest memory so far in bytes: allocated on a CUDA device, resident in the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # POSIX only, and not needed to import the package
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def record(device: torch.device | str) -> Iterator[Recording]:
+    """Measure every `stage` run inside. Synchronises a CUDA device at both ends of each stage: for reports, not for benchmarks."""
+    recording = Recording(torch.device(device))
+    token = _recording.set(recording)
+    try:
+        yield recording
+    finally:
+        _recording.reset(token)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Name the work inside, for Nsight and for `record`."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    recording = _recording.get()
+    mark = env.flag("PAGE4D_NVTX") and torch.cuda.is_available()
+    if mark:
+        torch.cuda.nvtx.range_push(name)
+    traced = torch.profiler.record_function(name)  # names the stage in a torch profiler trace
+    traced.__enter__()
+    if recording is not None:
+        _synchronize(recording.device)
+        start = time.perf_counter()
+    try:
+        yield
+    finally:
+        if recording is not None:
+            _synchronize(recording.device)
+            entry = recording.stages.setdefault(name, Stage())
+            entry.runs += 1
+            entry.seconds += time.perf_counter() - start
+            entry.peak_bytes = max(entry.peak_bytes, peak_bytes(recording.device))
+            if recording.on_stage is not None:
+                recording.on_stage(name)
+        traced.__exit__(None, None, None)
+        if mark:
+            torch.cuda.nvtx.range_pop()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

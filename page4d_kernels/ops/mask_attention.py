@@ -1,0 +1,203 @@
+"""`mask_attention`: attention with a separable additive bias, softmax(q k^T * scale + r c^T) v."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import env
+from ..backends.mask_attention import BACKENDS
+from ..backends.mask_attention.problem import AttentionProblem
+from ..layout import TokenLayout
+from ..reference import accumulation_dtype
+from ._checks import dtype_name, expect, expect_finite, expect_floats, expect_like, expect_tensor, values_can_be_read
+
+
+def mask_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_gate: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    layout: TokenLayout | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention whose logits get r_i c_j added, the same for every head:
+
+        out = softmax(q k^T * scale + r c^T) v,   r = query_gate, c = key_bias
+
+    This is PAGE-4D's mask-modulated attention: r is the mask strength at the special tokens and 0 elsewhere, c what the mask head
+    predicts for each token. Differentiable in q, k, v, r and c where the backend says so.
+
+    Args:
+        q: (B, H, Nq, D), float32, float16, bfloat16 or float64, any strides with unit stride in D.
+        k, v: (B, H, Nk, D), dtype and device of q.
+        query_gate: r, (B, Nq), float32 (float64 with float64 q). Given together with key_bias or not at all.
+        key_bias: c, (B, Nk), float32 (float64 with float64 q).
+        layout: promise that r is zero outside the special tokens of each frame; lets backends skip the bias for all other rows.
+        scale: factor of q k^T; 1/sqrt(D) by default.
+        backend: a name from `python -m page4d_kernels.info`; default `use_backend`, then PAGE4D_ATTN, then automatic.
+        return_lse: also return log(sum_j exp(logit_ij)), (B, H, Nq) float32 (float64 with float64 q), to merge partial results.
+
+    Returns:
+        (B, H, Nq, D) in q's dtype; a row whose logits are all -inf gives 0. With `return_lse` a pair.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or strides do not fit; r or c is not finite (seen on the CPU, and elsewhere
+            with PAGE4D_DEBUG=1, as it synchronises the device).
+        BackendError: the chosen backend (or none) can serve this; the message lists the reasons and the backends that could.
+
+    Source: PAGE-4D (ICLR 2026), dynamics-aware aggregator.
+    """
+    _check(q, k, v, query_gate, key_bias, layout)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if layout is not None and query_gate is not None and query_gate.requires_grad:
+        query_gate = layout.only_special(query_gate)  # the promise makes the rest constants: no gradient there, whatever the backend
+    problem = describe(q, k, v, query_gate, key_bias, layout=layout, return_lse=return_lse)
+    chosen = BACKENDS.choose(problem, backend)
+    if chosen.backward is None:
+        return chosen.forward(q, k, v, query_gate, key_bias, layout, scale)  # such a backend has declined `return_lse`
+    packed = None if layout is None else [layout.frames, layout.tokens_per_frame, layout.special_tokens]
+    out, lse = torch.ops.page4d.mask_attention(q, k, v, query_gate, key_bias, packed, scale, chosen.name)
+    return (out, lse) if return_lse else out
+
+
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_gate: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    layout: TokenLayout | None = None,
+    return_lse: bool = False,
+) -> AttentionProblem:
+    """The problem that `BACKENDS.reasons` and `is_backend_supported` judge."""
+    tensors = {"q": q, "k": k, "v": v, "query_gate": query_gate, "key_bias": key_bias}
+    needs = [name for name, x in tensors.items() if x is not None and x.requires_grad] if torch.is_grad_enabled() else []
+    batch, heads, queries, head_dim = q.shape
+    biased = query_gate is not None
+    return AttentionProblem(
+        q.device.type, q.dtype, batch, heads, queries, k.shape[2], head_dim, biased, layout, frozenset(needs), return_lse
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, layout: TokenLayout | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        expect_tensor(name, x, 4, "(B, H, N, D)")
+        expect_like(name, x, "q", q)
+        expect(x.stride(-1) == 1 or x.shape[-1] == 1, f"{name} has to have unit stride in its last dimension, not {x.stride(-1)}")
+    expect_floats("mask_attention", q)
+    expect(k.shape == v.shape, f"k and v have to have the same shape, not {tuple(k.shape)} and {tuple(v.shape)}")
+    fits = q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    expect(fits, f"q {tuple(q.shape)} and k {tuple(k.shape)} have to agree in batch, heads and head dim")
+    expect(all(size > 0 for size in (*q.shape, k.shape[2])), f"no dimension may be empty: q {tuple(q.shape)}, k {tuple(k.shape)}")
+    expect((query_gate is None) == (key_bias is None), "query_gate and key_bias have to be given together or not at all")
+    if query_gate is not None and key_bias is not None:
+        for name, x, other, tokens in (("query_gate", query_gate, "q", q.shape[2]), ("key_bias", key_bias, "k", k.shape[2])):
+            expect_tensor(name, x, 2, "(B, N)")
+            shape = (q.shape[0], tokens)
+            expect(x.shape == shape, f"{name} has to have shape {shape} to fit {other}, not {tuple(x.shape)}")
+            expect(x.device == q.device, f"{name} is on {x.device} but q is on {q.device}: move one of them")
+            wanted = accumulation_dtype(q.dtype)
+            if x.dtype != wanted:
+                raise TypeError(f"{name} has to be {dtype_name(wanted)} with {dtype_name(q.dtype)} q, not {dtype_name(x.dtype)}")
+            expect_finite(name, x)
+    if layout is not None:
+        fits = layout.tokens == q.shape[2] == k.shape[2]
+        expect(fits, f"{layout} has {layout.tokens} tokens, but there are {q.shape[2]} queries and {k.shape[2]} keys")
+        if query_gate is not None and env.flag("PAGE4D_DEBUG") and values_can_be_read(query_gate):
+            rest = query_gate.unflatten(1, (layout.frames, layout.tokens_per_frame))[:, :, layout.special_tokens :]
+            expect(not bool(rest.any()), f"query_gate is not zero outside the special tokens, as {layout} promises")
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """The convention for outputs: (B, H, N, D) over (B, N, H, D) memory, as projections before and after want it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _unpack(layout: Sequence[int] | None) -> TokenLayout | None:
+    return None if layout is None else TokenLayout(*layout)
+
+
+@torch.library.custom_op("page4d::mask_attention", mutates_args=())
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_gate: Tensor | None,
+    key_bias: Tensor | None,
+    layout: Sequence[int] | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    out, lse = BACKENDS.get(backend).forward(q, k, v, query_gate, key_bias, _unpack(layout), scale)
+    return _token_major(out), lse
+
+
+@_op.register_fake
+def _(q, k, v, query_gate, key_bias, layout, scale, backend):
+    batch, heads, queries, head_dim = q.shape
+    out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    return out, q.new_empty(batch, heads, queries, dtype=accumulation_dtype(q.dtype))
+
+
+@torch.library.custom_op("page4d::mask_attention_backward", mutates_args=())
+def _backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_gate: Tensor | None,
+    key_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    layout: Sequence[int] | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, query_gate, key_bias; the last two are empty when there is no bias."""
+    backward = BACKENDS.get(backend).backward
+    assert backward is not None  # only backends with one are served by this operator
+    d_q, d_k, d_v, d_gate, d_bias = backward(q, k, v, query_gate, key_bias, out, lse, d_out, d_lse, _unpack(layout), scale)
+    vectors = [lse.new_empty(0) if x is None else x for x in (d_gate, d_bias)]
+    return _token_major(d_q), _token_major(d_k), _token_major(d_v), vectors[0], vectors[1]
+
+
+@_backward_op.register_fake
+def _(q, k, v, query_gate, key_bias, out, lse, d_out, d_lse, layout, scale, backend):
+    def like(x: Tensor) -> Tensor:
+        batch, heads, tokens, head_dim = x.shape
+        return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+    vectors = [lse.new_empty(0) if x is None else torch.empty_like(x) for x in (query_gate, key_bias)]
+    return like(q), like(k), like(v), *vectors
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, query_gate, key_bias, layout, scale, backend = inputs
+    ctx.save_for_backward(q, k, v, query_gate, key_bias, *output)
+    ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, d_out, d_lse):
+    q, k, v, query_gate, key_bias, out, lse = ctx.saved_tensors
+    if d_out is None:
+        d_out = torch.zeros_like(out)
+    d_q, d_k, d_v, d_gate, d_bias = torch.ops.page4d.mask_attention_backward(
+        q, k, v, query_gate, key_bias, out, lse, d_out, d_lse, ctx.layout, ctx.scale, ctx.backend
+    )
+    if query_gate is None:
+        d_gate = d_bias = None
+    return d_q, d_k, d_v, d_gate, d_bias, None, None, None
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,128 @@
+"""Error budgets and input factories, shared by tests and benchmarks.
+
+The budget of a result is what plain PyTorch in the same dtype gets wrong: |out - oracle| <= 2 |plain - oracle| + a rounding term,
+with a float64 oracle on inputs upcast from the tested dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import TokenLayout
+from .reference import accumulation_dtype
+from .reference.mask_attention import mask_attention as reference
+
+NAMES = ("q", "k", "v", "query_gate", "key_bias")
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_gate: Tensor | None
+    key_bias: Tensor | None
+    layout: TokenLayout | None
+
+    def tensors(self) -> list[Tensor | None]:
+        return [self.q, self.k, self.v, self.query_gate, self.key_bias]
+
+    def to(self, dtype: torch.dtype) -> AttentionInputs:
+        """q, k, v in `dtype`, the bias vectors in what goes with it; new leaves."""
+        vectors = accumulation_dtype(dtype)
+        q, k, v = (x.detach().to(dtype) for x in (self.q, self.k, self.v))
+        query_gate, key_bias = (None if x is None else x.detach().to(vectors) for x in (self.query_gate, self.key_bias))
+        return AttentionInputs(q, k, v, query_gate, key_bias, self.layout)
+
+    def requires_grad_(self) -> AttentionInputs:
+        for x in self.tensors():
+            if x is not None:
+                x.requires_grad_()
+        return self
+
+
+def attention_inputs(
+    layout: TokenLayout,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    strength: float = 64.0,
+    spread: float = 1.0,
+    packed: bool = False,
+    seed: int = 0,
+) -> AttentionInputs:
+    """Random q, k, v ~ spread * N(0, 1), gate = strength at special tokens, bias ~ U(-1/2, 1/2) at patches.
+
+    `packed`: q, k, v are views of one (B, N, 3, H, D) projection, as a model makes them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = layout.tokens
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator, dtype=torch.float64) * spread
+    qkv = qkv.to(device=device, dtype=dtype).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv if packed else qkv.contiguous()
+    special = (torch.arange(tokens) % layout.tokens_per_frame < layout.special_tokens).expand(batch, -1)
+    bias = torch.rand(batch, tokens, generator=generator, dtype=torch.float64) - 0.5
+    vectors = (special * strength, bias.masked_fill(special, 0))
+    query_gate, key_bias = (x.to(device=device, dtype=accumulation_dtype(dtype)) for x in vectors)
+    return AttentionInputs(q, k, v, query_gate, key_bias, layout)
+
+
+def plain_attention(inputs: AttentionInputs, scale: float) -> Tensor:
+    """What a user would write in the inputs' own dtype: the logits and the probabilities are rounded to it. Sets the budget."""
+    logits = inputs.q @ inputs.k.transpose(-1, -2) * scale
+    if inputs.query_gate is not None and inputs.key_bias is not None:
+        logits = logits + (inputs.query_gate[:, None, :, None] * inputs.key_bias[:, None, None, :]).to(logits.dtype)
+    return logits.softmax(-1) @ inputs.v
+
+
+def oracle_attention(inputs: AttentionInputs, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in float64; differentiable in inputs that are float64 leaves already."""
+    exact = inputs if inputs.q.dtype == torch.float64 else inputs.to(torch.float64)
+    return reference(exact.q, exact.k, exact.v, exact.query_gate, exact.key_bias, scale)
+
+
+def assert_within_budget(name: str, result: Tensor, oracle: Tensor, plain: Tensor, factor: float = 2.0, slack: float = 0.0) -> None:
+    """Largest error at most `factor` times that of the plain version plus a few roundings of the largest value. NaN never passes.
+
+    `slack` is an absolute allowance for results that are small differences of large terms, see `gradient_slack`.
+    """
+    rounding = torch.finfo(result.dtype).eps * 4 * float(oracle.abs().max()) + slack
+    budget = factor * float((plain.double() - oracle).abs().max()) + rounding
+    error = float((result.double() - oracle).abs().max())
+    if not error <= budget:
+        raise AssertionError(f"{name}: error {error:.3e} is over its budget {budget:.3e} (oracle up to {float(oracle.abs().max()):.3e})")
+
+
+@torch.no_grad()
+def gradient_slack(exact: AttentionInputs, out: Tensor, lse: Tensor, d_out: Tensor, scale: float) -> dict[str, float]:
+    """What fp32 rounding alone may do to each gradient: the backward formulas with every term replaced by its magnitude.
+
+    dS = P (dP - rowsum(dO O)) cancels, and P = exp(logit - lse) carries the rounding of lse in every value.
+    """
+    q, k, v, r, c = (None if x is None else x.detach().abs() for x in exact.tensors())
+    assert q is not None and k is not None and v is not None
+    d_out = d_out.double().abs()
+    logits = exact.q @ exact.k.transpose(-1, -2) * scale
+    if exact.query_gate is not None and exact.key_bias is not None:
+        logits = logits + exact.query_gate[:, None, :, None] * exact.key_bias[:, None, None, :]
+    p = torch.exp(logits - lse.unsqueeze(-1))
+    terms = p * (d_out @ v.transpose(-1, -2) + (d_out * out.abs()).sum(-1, keepdim=True))
+    sizes = {"q": terms @ k * scale, "k": terms.transpose(-1, -2) @ q * scale, "v": p.transpose(-1, -2) @ d_out}
+    if r is not None and c is not None:
+        over_heads = terms.sum(1)
+        sizes |= {"query_gate": (over_heads * c.unsqueeze(1)).sum(-1), "key_bias": (over_heads * r.unsqueeze(2)).sum(1)}
+    rounding = torch.finfo(torch.float32).eps * (4 + float(lse.abs().max()))
+    return {name: rounding * float(size.max()) for name, size in sizes.items()}
+
+
+def attention_gradients(out: Tensor, inputs: AttentionInputs, d_out: Tensor) -> dict[str, Tensor]:
+    """Gradients by name of those inputs that are there."""
+    present = {name: x for name, x in zip(NAMES, inputs.tensors(), strict=True) if x is not None}
+    gradients = torch.autograd.grad(out, list(present.values()), d_out.to(out.dtype), materialize_grads=True)
+    return dict(zip(present, gradients, strict=True))

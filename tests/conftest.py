@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+for _name in [name for name in os.environ if name.startswith("PAGE4D_")]:
+    del os.environ[_name]  # the suite chooses backends itself
+
+
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """torch.empty and its relatives filled with NaN: reading what was never written shows."""
+
+    def poison(function):
+        def wrapper(*args, **kwargs):
+            x = function(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() and x.device.type != "meta" else x
+
+        return wrapper
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

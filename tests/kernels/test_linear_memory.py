@@ -1,0 +1,62 @@
+"""`sdpa` and `chunked` hold neither N x N logits nor a whole copy of q, k or v."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from page4d_kernels import TokenLayout
+from page4d_kernels.backends.mask_attention import chunked, sdpa
+from page4d_kernels.testing import attention_inputs
+
+LAYOUT = TokenLayout(40, 80, 5)  # 3 200 tokens: N^2 is 39 times a whole q with 2 heads of 40
+
+
+class Outputs(TorchDispatchMode):
+    """The elements of every tensor that is newly made, by operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view and function._schema.name[-1] != "_":
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor):
+                    self.made.append((str(function), x.numel()))
+        return out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sdpa_makes_one_output_and_a_few_rows(packed):
+    inputs = attention_inputs(LAYOUT, head_dim=40, packed=packed)
+    with Outputs() as outputs:
+        sdpa._forward(*inputs.tensors(), LAYOUT, 0.15)
+    whole = inputs.q.numel()
+    large = [name for name, numel in outputs.made if numel >= whole]
+    assert large == ["aten._scaled_dot_product_flash_attention_for_cpu.default"], large
+
+
+def test_sdpa_backward_is_linear():
+    inputs = attention_inputs(LAYOUT, head_dim=40, packed=True).requires_grad_()
+    with Outputs() as outputs:
+        sdpa._forward(*inputs.tensors(), LAYOUT, 0.15).sum().backward()
+    assert max(numel for _, numel in outputs.made) <= 2 * inputs.q.numel()
+
+
+def test_chunked_stays_within_its_tiles():
+    inputs = attention_inputs(LAYOUT, head_dim=40, heads=2)
+    with Outputs() as outputs:
+        chunked._forward(*inputs.tensors(), LAYOUT, 0.15)
+    assert LAYOUT.tokens**2 * 2 > 2 * chunked.TILE_LOGITS
+    assert max(numel for _, numel in outputs.made) <= chunked.TILE_LOGITS
+
+
+def test_chunked_backward_stays_within_its_tiles():
+    inputs = attention_inputs(LAYOUT, head_dim=40, heads=2)
+    out, lse = chunked._forward(*inputs.tensors(), LAYOUT, 0.15)
+    with Outputs() as outputs:
+        chunked._backward(*inputs.tensors(), out, lse, torch.ones_like(out), None, LAYOUT, 0.15)
+    assert max(numel for _, numel in outputs.made) <= chunked.TILE_LOGITS

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from page4d_kernels import mask_head
+from page4d_kernels.backends.mask_head import BACKENDS
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NAMES = [backend.name for backend in BACKENDS]
+SHAPES = [(1, 2, (3, 4), 5), (2, 1, (1, 2), 0), (1, 3, (6, 5), 5), (2, 2, (1, 7), 1)]  # batch, frames, grid, special tokens
+
+
+def make(batch, frames, grid, special, channels=24, hidden=16, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    per_frame = special + grid[0] * grid[1]
+    tokens = torch.randn(batch, frames, per_frame, channels, generator=generator) * 3 + 1
+    shapes = [(channels, 1, 3, 3), (channels,), (hidden, channels, 1, 1), (hidden,), (1, hidden, 1, 1), (1,)]
+    parameters = [torch.randn(shape, generator=generator) * 0.3 for shape in shapes]
+    return tokens.to(device, dtype), [p.to(device, dtype) for p in parameters], {"grid": grid, "special_tokens": special}
+
+
+def by_modules(tokens, parameters, grid, special_tokens):
+    """torch modules, one frame at a time."""
+    channels, hidden = tokens.shape[-1], parameters[2].shape[0]
+    head = nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+        nn.GELU(),
+        nn.Conv2d(channels, hidden, 1),
+        nn.GELU(),
+        nn.Conv2d(hidden, 1, 1),
+    ).to(tokens.dtype)
+    head.load_state_dict(dict(zip(head.state_dict(), parameters, strict=True)))
+    bias = torch.zeros(tokens.shape[:3], dtype=tokens.dtype)
+    for b in range(tokens.shape[0]):
+        for s in range(tokens.shape[1]):
+            patches = tokens[b, s, special_tokens:]
+            z = (patches - patches.mean(0)) / patches.std(0).clamp_min(1e-6)
+            g = head(z.T.reshape(1, channels, *grid))[0, 0].flatten() + z.mean(1)
+            bias[b, s, special_tokens:] = torch.sigmoid(g) - 0.5
+    return bias.flatten(1), head
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", NAMES)
+def test_forward(backend, shape, device, poisoned_empty):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.float16, 2e-6), (torch.bfloat16, 2e-6)):
+        tokens, parameters, where = make(*shape, dtype=dtype, device=device)
+        out = mask_head(tokens, *parameters, **where, backend=backend)
+        with torch.no_grad():
+            oracle, _ = by_modules(tokens.cpu().double(), [p.cpu().double() for p in parameters], **where)
+        assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (out.cpu().double() - oracle).abs().max() < tolerance
+        special = out.view(*tokens.shape[:3])[:, :, : where["special_tokens"]]
+        assert not special.any() and out.abs().max() < 0.5
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", NAMES)
+def test_gradients(backend, shape, poisoned_empty):
+    tokens, parameters, where = make(*shape, dtype=torch.float64)
+    leaves = [p.requires_grad_() for p in parameters]
+    tokens.requires_grad_()
+    d_out = torch.randn(tokens.shape[0], tokens.shape[1] * tokens.shape[2], dtype=torch.float64)
+    out = mask_head(tokens, *leaves, **where, backend=backend)
+    gradients = torch.autograd.grad(out, [*leaves, tokens], d_out, allow_unused=True)
+    assert gradients[-1] is None  # the tokens are detached by definition
+    oracle, head = by_modules(tokens.detach(), [p.detach() for p in parameters], **where)
+    for gradient, expected in zip(gradients[:-1], torch.autograd.grad(oracle, list(head.parameters()), d_out), strict=True):
+        assert torch.allclose(gradient, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_constant_patches_do_not_divide_by_zero(backend):
+    tokens, parameters, where = make(1, 1, (3, 4), 5)
+    out = mask_head(torch.ones_like(tokens), *parameters, **where, backend=backend)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_opcheck(backend):
+    tokens, parameters, _ = make(2, 2, (3, 4), 5)
+    leaves = [p.requires_grad_() for p in parameters]
+    torch.library.opcheck(torch.ops.page4d.mask_head.default, (tokens, leaves, [3, 4], 5, backend))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", NAMES)
+def test_compiles_without_graph_break(backend):
+    tokens, parameters, where = make(2, 2, (3, 4), 5)
+    compiled = torch.compile(lambda *x: mask_head(*x, **where, backend=backend), fullgraph=True)
+    assert torch.allclose(compiled(tokens, *parameters), mask_head(tokens, *parameters, **where, backend=backend), atol=1e-6)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from page4d_kernels import qk_norm_rope, rope_tables
+from page4d_kernels.backends.qk_norm_rope import BACKENDS
+from page4d_kernels.testing import assert_within_budget
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NAMES = [backend.name for backend in BACKENDS]
+GRIDS = [((3, 4), 5, 2, 1), ((1, 1), 1, 1, 2), ((5, 2), 0, 3, 1), ((7, 13), 5, 1, 1)]  # grid, special tokens, frames, batch
+
+
+def make(grid, special, frames, batch, head_dim=64, dtype=torch.float32, device="cpu", heads=2):
+    generator = torch.Generator().manual_seed(0)
+    tokens = frames * (special + grid[0] * grid[1])
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator)
+    parameters = [torch.randn(head_dim, generator=generator) for _ in range(4)]
+    cos, sin = rope_tables(grid, head_dim, device=device)
+    return [qkv.to(device, dtype), *(p.to(device, dtype) for p in parameters), cos, sin], {"grid": grid, "special_tokens": special}
+
+
+def by_hand(x, weight, bias, grid, special, frames):
+    """LayerNorm by torch, then each pair of channels turned by its own 2 x 2 rotation, token by token. (B, N, H, D) -> (B, H, N, D)."""
+    x = F.layer_norm(x, x.shape[-1:], weight, bias)
+    head_dim = x.shape[-1]
+    half, quarter = head_dim // 2, head_dim // 4
+    out = x.clone()
+    per_frame = special + grid[0] * grid[1]
+    for token in range(per_frame * frames):
+        patch = token % per_frame - special
+        y_x = (0, 0) if patch < 0 else (patch // grid[1] + 1, patch % grid[1] + 1)
+        for axis, position in enumerate(y_x):
+            for m in range(quarter):
+                angle = position * 100.0 ** (-2 * m / half)
+                i, j = axis * half + m, axis * half + quarter + m
+                a, b = x[:, token, :, i], x[:, token, :, j]
+                out[:, token, :, i] = a * math.cos(angle) - b * math.sin(angle)
+                out[:, token, :, j] = b * math.cos(angle) + a * math.sin(angle)
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("shape", GRIDS, ids=str)
+@pytest.mark.parametrize("backend", NAMES)
+def test_forward_against_rotations_by_hand(backend, shape, head_dim, device, poisoned_empty):
+    grid, special, frames, _ = shape
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        tensors, where = make(*shape, head_dim, dtype, device)
+        q, k, v = qk_norm_rope(*tensors, **where, backend=backend)
+        exact = [x.double() for x in tensors]
+        for i, out in enumerate((q, k)):
+            oracle = by_hand(exact[0][:, :, i], exact[1 + 2 * i], exact[2 + 2 * i], grid, special, frames)
+            plain = by_hand(tensors[0][:, :, i], tensors[1 + 2 * i], tensors[2 + 2 * i], grid, special, frames)
+            tables = 1e-6 * float(oracle.abs().max()) * max(grid)  # the tables' angles are formed in fp32, as the released model's are
+            assert_within_budget("qk"[i], out, oracle, plain, slack=tables)
+        assert torch.equal(v, tensors[0][:, :, 2].transpose(1, 2))
+        assert v.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_gradients(backend, poisoned_empty):
+    tensors, where = make((3, 4), 5, 2, 2, 16, torch.float64)
+    leaves = [x.requires_grad_() for x in tensors[:5]]
+
+    def function(*leaves):
+        return qk_norm_rope(*leaves, *tensors[5:], **where, backend=backend)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_low_precision_gradients(backend):
+    tensors, where = make((3, 4), 5, 2, 2, 64, torch.bfloat16)
+    exact = [x.double().requires_grad_() for x in tensors[:5]]
+    leaves = [x.requires_grad_() for x in tensors[:5]]
+    upstream = [torch.randn(2, 2, 34, 64, dtype=torch.float64) for _ in range(3)]
+    oracle = torch.autograd.grad(qk_norm_rope(*exact, *tensors[5:], **where, backend=backend), exact, upstream)
+    low = torch.autograd.grad(qk_norm_rope(*leaves, *tensors[5:], **where, backend=backend), leaves, [x.bfloat16() for x in upstream])
+    for gradient, expected in zip(low, oracle, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.double() - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_strided_projection(backend):
+    """A projection whose rows are longer than 3HD: the first part of a wider buffer."""
+    tensors, where = make((3, 4), 5, 2, 2)
+    wide = torch.cat([tensors[0].flatten(2), torch.zeros(2, 34, 10)], -1)
+    view = wide[:, :, : 3 * 2 * 64].unflatten(-1, (3, 2, 64))
+    assert not view.is_contiguous()
+    for x, y in zip(
+        qk_norm_rope(view, *tensors[1:], **where, backend=backend), qk_norm_rope(*tensors, **where, backend=backend), strict=True
+    ):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_opcheck(backend):
+    tensors, _ = make((3, 4), 5, 2, 2, 16)
+    leaves = [x.requires_grad_() for x in tensors[:5]]
+    torch.library.opcheck(torch.ops.page4d.qk_norm_rope.default, (*leaves, *tensors[5:], [3, 4], 5, 1e-5, backend))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", NAMES)
+def test_compiles_without_graph_break(backend):
+    tensors, where = make((3, 4), 5, 2, 2)
+    compiled = torch.compile(lambda *x: qk_norm_rope(*x, **where, backend=backend), fullgraph=True)
+    for x, y in zip(compiled(*tensors), qk_norm_rope(*tensors, **where, backend=backend), strict=True):
+        assert torch.allclose(x, y)
