@@ -74,7 +74,7 @@ class Aggregator(nn.Module):
         tokens = [self._per_frame(token, batch, frames) for token in (self.camera_token, self.register_token)]
         x = torch.cat([*tokens, patches.unflatten(0, (batch, frames)).to(self.camera_token.dtype)], 2)
         per_frame = x.shape[2]
-        table = rope(grid, special, config.embed_dim // config.num_heads, config.rope_base, x.device)
+        table = rope(grid, special, config.embed_dim // config.num_heads, config.rope_base, x.device, accumulation_dtype(x.dtype))
         layout = TokenLayout(frames, per_frame, special)
         use_mask = mask_strength > 0 and config.masked_blocks[0] < config.masked_blocks[1]
 

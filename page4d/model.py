@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -114,11 +115,10 @@ class Page4D(nn.Module):
             images = images.unsqueeze(0)
         if query_points is not None and query_points.dim() == 2:
             query_points = query_points.unsqueeze(0)
+        strength = self.config.mask_strength if mask_strength is None else mask_strength
         wanted = self._wanted(outputs, query_points)
         self._check(images, query_points)
-        strength = self.config.mask_strength if mask_strength is None else mask_strength
-        if strength > 0 and self.aggregator.spatial_mask_head is None:
-            raise InputError(f"mask_strength {strength} needs a mask head, and this model has none: use 0")
+        self._check_mask(images, strength, "mask" in wanted)
 
         kept = self.config.kept_layers
         layers = kept if wanted & {"depth", "points", "track"} else kept[-1:] if "camera" in wanted else ()
@@ -176,10 +176,21 @@ class Page4D(nn.Module):
             raise InputError(
                 f"image height and width have to be multiples of {patch}, not {height} x {width}: resize to {nearest[0]} x {nearest[1]}"
             )
-        if query_points is None:
+        if query_points is None or self.track_head is None:
             return
         if query_points.dim() != 3 or query_points.shape[0] != batch or query_points.shape[2] != 2 or not query_points.shape[1]:
             raise InputError(f"query_points have to be ({batch}, N, 2) or (N, 2) with N >= 1, not {tuple(query_points.shape)}")
+        smallest = self.track_head.smallest_image
+        if min(height, width) < smallest:
+            raise InputError(f"tracking needs images of at least {smallest} x {smallest} pixels, not {height} x {width}: use a larger size")
+
+    def _check_mask(self, images: Tensor, strength: float, wanted: bool) -> None:
+        if not 0 <= strength < math.inf:
+            raise InputError(f"mask_strength has to be at least 0 and finite, not {strength}")
+        if strength > 0 and self.aggregator.spatial_mask_head is None:
+            raise InputError(f"mask_strength {strength} needs a mask head, and this model has none: use 0")
+        if (strength > 0 or wanted) and images.shape[-2:] == (self.config.patch_size, self.config.patch_size):
+            raise InputError("the dynamics mask needs at least two patches, and the image is a single one: use a larger size")
 
     def _heads(self, wanted: set[str], layers: list[Tensor], images: Tensor, query_points: Tensor | None) -> dict[str, Tensor]:
         """Run the heads; the kept layers are cast to what the heads compute in."""

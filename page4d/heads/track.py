@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TrackHeadConfig
-from ..errors import InputError
 from ..layers import LayerNorm, Linear, Mlp
 from .dense import DensePredictor
 
@@ -194,18 +193,13 @@ class TrackHead(nn.Module):
         super().__init__()
         self.feature_extractor = DensePredictor(dim, patch_size, config.out_channels, config.features, config.features, positions=False)
         self.tracker = Tracker(config)
-        self.smallest_image = STRIDE * 2 ** (config.levels - 1)
-        self.smallest_image += -self.smallest_image % patch_size
+        coarsest = STRIDE * 2 ** (config.levels - 1)  # image pixels per pixel of the coarsest map
+        self.smallest_image = -(-coarsest // patch_size) * patch_size
 
     def forward(
         self, layers: list[Tensor], special_tokens: int, image_size: tuple[int, int], query_points: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Tracker.forward`; layers as for the dense heads."""
-        if min(image_size) < self.smallest_image:
-            raise InputError(
-                f"tracking needs images of at least {self.smallest_image} x {self.smallest_image} pixels, "
-                f"not {image_size[0]} x {image_size[1]}: use a larger size or leave the query points out"
-            )
+        """See `Tracker.forward`; layers as for the dense heads, images of at least `smallest_image` pixels a side."""
         batch, frames = layers[0].shape[:2]
         size = (image_size[0] // STRIDE, image_size[1] // STRIDE)
         extract = self.feature_extractor

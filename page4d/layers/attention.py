@@ -24,10 +24,10 @@ class Rope:
 
 
 @functools.lru_cache(maxsize=16)
-def rope(grid: tuple[int, int], special_tokens: int, head_dim: int, base: float, device: torch.device) -> Rope:
-    """Made once per grid and device; usable in training even when first made for inference."""
+def rope(grid: tuple[int, int], special_tokens: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype) -> Rope:
+    """Made once per grid, device and dtype; usable in training even when first made for inference."""
     with torch.inference_mode(False):
-        cos, sin = rope_tables(grid, head_dim, base, device)
+        cos, sin = rope_tables(grid, head_dim, base, device, dtype)
     return Rope(cos, sin, grid, special_tokens)
 
 

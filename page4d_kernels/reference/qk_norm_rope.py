@@ -8,14 +8,21 @@ from torch import Tensor
 from . import accumulation_dtype
 
 
-def rope_tables(grid: tuple[int, int], head_dim: int, base: float = 100.0, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin (max(h, w) + 1, head_dim / 4) in fp32 of p * base^(-2m / (head_dim / 2)) for positions p = 0 .. max(h, w).
+def rope_tables(
+    grid: tuple[int, int],
+    head_dim: int,
+    base: float = 100.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (max(h, w) + 1, head_dim / 4) of p * base^(-2m / (head_dim / 2)) for positions p = 0 .. max(h, w).
 
-    The angles are formed in fp32, as the released model's are.
+    The angles are formed in fp32, as the released model's are, then cast to `dtype` (float32, or float64 for a float64 model).
     """
     half = head_dim // 2
     exponent = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
     angles = torch.arange(max(grid) + 1, dtype=torch.float32, device=device)[:, None] * (1.0 / base**exponent)[None, :]
+    angles = angles.to(dtype)
     return angles.cos(), angles.sin()
 
 

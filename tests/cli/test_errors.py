@@ -1,0 +1,140 @@
+"""A user's mistake: one clear line on stderr, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from page4d.cli import main
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.full((60, 80, 3), 99, np.uint8)).save(path)
+    return path
+
+
+def refuse(capsys, *args) -> str:
+    """The line; argparse's own complaints end in one too, after the usage."""
+    try:
+        code = main([str(arg) for arg in args])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert "Traceback" not in error
+    line = error.strip().splitlines()[-1]
+    assert "error: " in line
+    return line
+
+
+BAD_OPTIONS = [
+    (["--size", "100"], "multiples of 14"),
+    (["--size", "0"], "multiples of 14"),
+    (["--size", "28x30"], "multiples of 14"),
+    (["--size", "big"], "not a size"),
+    (["--size", "1x2x3"], "not a size"),
+    (["--frames", "0"], "1 or more"),
+    (["--frames", "many"], "invalid int"),
+    (["--stride", "0"], "1 or more"),
+    (["--stride", "2", "--fps", "3"], "exclude each other"),
+    (["--fps", "2"], "fps needs a video"),
+    (["--device", "gpu"], "device 'gpu' cannot be used"),
+    (["--dtype", "int8"], "invalid choice"),
+    (["--attn", "tritn"], "unknown backend 'tritn' for mask_attention: choose one of auto, reference"),
+    (["--attn", "flash"], "cannot serve this"),
+    (["--export", "obj"], "unknown format 'obj'"),
+    (["--export", ""], "unknown format"),
+    (["--export", "tracks"], "--export tracks needs track: give --query-points"),
+    (["--query-points", "5"], "give pixels as X,Y"),
+    (["--query-points", "5,6,7"], "give pixels as X,Y"),
+    (["--query-points", "a,b"], "give pixels as X,Y"),
+    (["--query-points", "5,6", "900,6"], "query point 900,6 is outside the first frame of 80 x 60"),
+    (["--query-points", "5,nan"], "outside the first frame"),
+    (["--track-grid", "0"], "at least 1"),
+    (["--track-grid", "2", "--query-points", "1,1"], "not allowed with"),
+    (["--track-grid", "2", "--size", "112"], "tracking needs images of at least 140 x 140"),
+    (["--weights", "random:huge"], "unknown preset 'huge'"),
+    (["--weights", "nowhere.pt"], "does not exist"),
+    (["--mask-strength", "-1"], "at least 0"),
+    (["--no-such-option"], "unrecognized arguments"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_option(options, words, image, tmp_path, capsys):
+    arguments = [image, "--out", tmp_path / "out", "--weights", "random:tiny", *options]
+    if "--size" not in options:
+        arguments += ["--size", "56"]
+    assert words in refuse(capsys, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_single_patch(image, tmp_path, capsys):
+    line = refuse(capsys, image, "--size", "14x14", "--weights", "random:tiny", "--out", tmp_path / "out")
+    assert "at least two patches" in line and not (tmp_path / "out").exists()
+
+
+class TestInputs:
+    def refuse(self, capsys, tmp_path, *inputs):
+        line = refuse(capsys, *inputs, "--out", tmp_path / "out", "--weights", "random:tiny")
+        assert not (tmp_path / "out").exists()
+        return line
+
+    def test_missing(self, capsys, tmp_path):
+        assert "does not exist" in self.refuse(capsys, tmp_path, tmp_path / "nothing.mp4")
+
+    def test_empty_folder(self, capsys, tmp_path):
+        assert "no images in the folder" in self.refuse(capsys, tmp_path, tmp_path)
+
+    @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root can read every folder")
+    def test_unreadable_folder(self, capsys, tmp_path):
+        folder = tmp_path / "closed"
+        folder.mkdir(mode=0)
+        assert "permissions" in self.refuse(capsys, tmp_path, folder)
+
+    def test_unreadable_folder_reported_by_the_system(self, capsys, tmp_path, monkeypatch):
+        folder = tmp_path / "closed"
+        folder.mkdir()
+
+        def refuse_listing(path):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("page4d.data.frames.os.listdir", refuse_listing)
+        assert "Permission denied" in self.refuse(capsys, tmp_path, folder)
+
+    @pytest.mark.parametrize("content", [b"", b"hello", b"\x00\x00\x00\x18ftypmp42" + b"\x00" * 50])
+    def test_corrupt_video(self, capsys, tmp_path, content):
+        path = tmp_path / "clip.mp4"
+        path.write_bytes(content)
+        self.refuse(capsys, tmp_path, path)
+
+    def test_video_without_frames(self, capsys, tmp_path):
+        path = tmp_path / "clip.mp4"
+        with av.open(str(path), "w") as container:
+            container.add_stream("mpeg4", rate=10).width = 64
+        self.refuse(capsys, tmp_path, path)
+
+    def test_corrupt_image(self, capsys, tmp_path, image):
+        broken = tmp_path / "broken.png"
+        broken.write_bytes(image.read_bytes()[:60])
+        assert "broken.png" in self.refuse(capsys, tmp_path, image, broken)
+
+    def test_output_folder_is_a_file(self, capsys, image):
+        assert "is a file, not a folder" in refuse(capsys, image, "--out", image / "deeper")
+
+
+def test_out_of_memory(capsys, image, tmp_path, monkeypatch):
+    def give_up(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 99 GiB\nmore detail")
+
+    monkeypatch.setattr("page4d.model.Page4D.forward", give_up)
+    assert main([str(image), "--out", str(tmp_path / "out"), "--weights", "random:tiny"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "out of memory: use fewer --frames or a smaller --size (tried to allocate 99 GiB)" in error

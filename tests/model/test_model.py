@@ -1,0 +1,244 @@
+"""The model around its numbers: what is computed when, precision, input errors, structure."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from page4d import PRESETS, Page4D, Page4DConfig, Prediction, preset
+from page4d.errors import ConfigError, InputError
+from page4d.mask_head import mask_schedule
+from page4d_kernels import nvtx
+
+IMAGES = torch.rand(1, 2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model(golden_weights) -> Page4D:
+    model = Page4D(preset("tiny")).eval()
+    model.load_state_dict(golden_weights)
+    return model
+
+
+def stages_of(model, *args, **kwargs):
+    with nvtx.record("cpu") as recording, torch.no_grad():
+        prediction = model(*args, **kwargs)
+    return prediction, list(recording.stages)
+
+
+def test_only_what_is_asked_for_is_computed(model):
+    prediction, stages = stages_of(model, IMAGES, outputs=["camera"], mask_strength=0)
+    assert set(prediction.tensors()) == {"images", "pose_enc", "pose_enc_list"}
+    assert "depth head" not in stages and "mask head" not in stages
+    prediction, stages = stages_of(model, IMAGES, outputs=["mask"], mask_strength=0)
+    assert set(prediction.tensors()) == {"images", "mask"}
+    assert "frame 9" in stages and "frame 10" not in stages  # nothing is run past what is read
+    prediction, stages = stages_of(model, IMAGES)
+    wanted = ["encoder", *(f"{kind} {i}" for i in range(24) for kind in ("frame", "global"))]
+    wanted[wanted.index("frame 9") + 1 : wanted.index("frame 9") + 1] = ["mask head"]
+    assert stages == [*wanted, "camera head", "depth head", "point head"]
+    assert set(prediction.tensors()) >= {"mask", "depth", "world_points", "pose_enc"}
+
+
+def test_kept_layers_are_only_those_that_are_read(model):
+    kept = []
+    hook = model.aggregator.register_forward_hook(lambda module, args, out: kept.append(len(out.layers)))
+    with torch.no_grad():
+        model(IMAGES, outputs=["camera"])
+        model(IMAGES, outputs=["depth"])
+    hook.remove()
+    assert kept == [1, 4]
+
+
+def test_shapes_and_batch_axis(model):
+    images, points = torch.rand(3, 3, 140, 154), torch.tensor([[10.0, 20.0], [100.5, 60.0]])
+    with torch.no_grad():
+        p = model(images, points)
+    assert p.pose_enc.shape == (1, 3, 9) and p.pose_enc_list.shape == (4, 1, 3, 9)
+    assert p.depth.shape == (1, 3, 140, 154, 1) and p.depth_conf.shape == (1, 3, 140, 154)
+    assert p.world_points.shape == (1, 3, 140, 154, 3)
+    assert p.mask.shape == (1, 3, 10, 11) and p.motion.min() > 0 and p.motion.max() < 1
+    assert p.track.shape == (1, 3, 2, 2) and p.track_list.shape == (4, 1, 3, 2, 2) and p.vis.shape == p.conf.shape == (1, 3, 2)
+    assert torch.allclose(p.track[:, 0], points)
+    assert p.cameras.extrinsics.shape == (1, 3, 3, 4) and p.points()[0].shape == p.points("head")[0].shape
+
+
+def test_mask_changes_the_cameras_through_the_special_tokens(model):
+    with torch.no_grad():
+        on, off = (model(IMAGES, outputs=["camera", "mask"], mask_strength=strength) for strength in (64.0, 0.0))
+    assert torch.equal(on.mask, off.mask)  # the mask head reads below the first masked block
+    assert (on.pose_enc - off.pose_enc).abs().max() > 1e-3
+
+
+def test_gradient_reaches_the_mask_head_through_attention(model):
+    model.zero_grad()
+    model(IMAGES, outputs=["camera"]).pose_enc.sum().backward()
+    for parameter in model.aggregator.spatial_mask_head.parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
+def test_bf16_trunk_keeps_the_residual_stream_and_the_heads_in_fp32(golden_weights, model, autocast):
+    low = Page4D(preset("tiny")).eval()
+    low.load_state_dict(golden_weights)
+    if not autocast:
+        low.set_compute_dtype(torch.bfloat16)
+        assert low.aggregator.global_blocks[3].attn.qkv.weight.dtype == torch.bfloat16
+        assert low.aggregator.global_blocks[3].norm1.weight.dtype == low.depth_head.norm.weight.dtype == torch.float32
+    dtypes = {}
+    low.aggregator.global_blocks[12].register_forward_hook(lambda module, args, out: dtypes.update(residual=out.dtype))
+    low.aggregator.global_blocks[12].attn.qkv.register_forward_hook(lambda module, args, out: dtypes.update(qkv=out.dtype))
+    low.depth_head.projects[0].register_forward_hook(lambda module, args, out: dtypes.update(head=out.dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        p = low(IMAGES)
+    assert dtypes == {"residual": torch.float32, "qkv": torch.bfloat16, "head": torch.float32}
+    with torch.no_grad():
+        exact = model(IMAGES)
+    assert (p.depth.log() - exact.depth.log()).abs().mean() < 0.05
+    assert p.mask.dtype == torch.float32 and (p.mask - exact.mask).abs().max() < 0.05
+
+
+def test_no_device_synchronisation_in_a_forward(model, monkeypatch):
+    monkeypatch.setattr("page4d_kernels.ops._checks.values_can_be_read", lambda x: False)  # as on a GPU
+
+    class NoSync(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function._schema.name
+            assert name not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}, name
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), NoSync():
+        model(torch.rand(2, 3, 140, 140), torch.tensor([[5.0, 5.0]]))
+
+
+@pytest.mark.slow
+def test_a_masked_block_compiles_without_graph_break(model):
+    from page4d.layers import Modulation
+    from page4d.layers.attention import rope
+    from page4d_kernels import TokenLayout
+
+    layout = TokenLayout(2, 11, 5)
+    x = torch.randn(1, 22, 128, requires_grad=True)
+    gate = layout.only_special(torch.full((1, 22), 64.0))
+    args = (x, rope((2, 3), 5, 64, 100.0, x.device, x.dtype), Modulation(gate, torch.rand(1, 22) - 0.5, layout))
+    block = model.aggregator.global_blocks[12]
+    expected, compiled = block(*args), torch.compile(block, fullgraph=True)(*args)
+    assert torch.allclose(compiled, expected, atol=1e-4)
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (compiled, expected)]
+    assert torch.allclose(*gradients, atol=1e-2)
+
+
+def refuse(model, *args, **kwargs) -> str:
+    with pytest.raises(InputError) as error:
+        model(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_image_sizes(model, height, width):
+    if height and width and height % 14 == 0 and width % 14 == 0:
+        if height == width == 14:
+            assert "at least two patches" in refuse(model, torch.zeros(1, 3, height, width))
+        return
+    assert "multiples of 14" in refuse(model, torch.zeros(1, 3, height, width))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=0, max_size=6).map(tuple))
+def test_image_shapes(model, shape):
+    refuse(model, torch.zeros(shape))
+
+
+def test_input_errors(model):
+    assert "no frame" in refuse(model, torch.zeros(0, 3, 28, 28))
+    assert "floating point" in refuse(model, torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
+    assert "unknown output 'normals'" in refuse(model, IMAGES, outputs=["normals"])
+    assert "no output" in refuse(model, IMAGES, outputs=[])
+    assert "at least 140 x 140" in refuse(model, IMAGES, torch.zeros(1, 2))
+    assert "query_points have to be" in refuse(model, IMAGES, torch.zeros(1, 0, 2))
+    assert "query_points have to be" in refuse(model, IMAGES, torch.zeros(2, 3))
+
+
+def test_heads_that_are_not_there(golden_weights):
+    config = preset("tiny").replace(track=None, depth_head=None, mask_hidden=None, mask_strength=0.0)
+    bare = Page4D(config).eval()
+    assert "depth" in refuse(bare, IMAGES, outputs=["depth"])
+    assert "track" in refuse(bare, IMAGES, torch.zeros(1, 2))
+    assert "mask" in refuse(bare, IMAGES, outputs=["mask"])
+    assert "needs a mask head" in refuse(bare, IMAGES, mask_strength=64.0)
+    with torch.no_grad():
+        p = bare(IMAGES)
+    assert p.depth is None and p.mask is None
+    for missing in ("points", "motion"):
+        with pytest.raises(ValueError, match="run the model with"):
+            value = getattr(p, missing)
+            if callable(value):
+                value()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"embed_dim": 131}, "not a multiple of num_heads"),
+        ({"masked_blocks": (10, 30)}, "no range within 24 blocks"),
+        ({"mask_after": 12}, "too late"),
+        ({"kept_layers": (4, 4, 5, 6)}, "ascending"),
+        ({"kept_layers": (4, 11, 17, 24)}, "past the 24 layers"),
+        ({"kept_layers": (1, 2, 3, 4)}, "no layer past 4 is run"),
+        ({"mask_strength": -1.0}, "at least 0"),
+        ({"mask_hidden": None}, "needs a mask head"),
+    ],
+)
+def test_configurations_that_contradict_themselves(changes, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        preset("tiny").replace(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_presets():
+    with pytest.raises(ConfigError, match=r"unknown preset 'huge': choose one of page4d, page4d-mask, vggt, small, tiny"):
+        preset("huge")
+    for config in PRESETS.values():
+        assert Page4DConfig.from_json(config.to_json()) == config
+    for damaged in ("[]", "{", '{"width": 3}', '{"embed_dim": "x"}'):
+        with pytest.raises(ConfigError):
+            Page4DConfig.from_json(damaged)
+
+
+def test_mask_schedule():
+    assert [mask_schedule(n, 6000, 10000) for n in (0, 5999, 6000, 10000, 99999)] == [64, 64, 64, 0, 0]
+    assert mask_schedule(8000, 6000, 10000) == pytest.approx(32)
+    assert mask_schedule(0, 0, 0) == 0
+
+
+def test_prediction_round_trip(tmp_path, model):
+    with torch.no_grad():
+        p = model(IMAGES, outputs=["camera", "mask"])
+    loaded = Prediction.load(p.save(tmp_path / "p.npz"))
+    assert loaded.tensors().keys() == p.tensors().keys()
+    assert all(torch.equal(value, loaded.tensors()[name]) for name, value in p.tensors().items())
+    assert p.to(torch.float64).pose_enc.dtype == torch.float64
+    assert list(tmp_path.iterdir()) == [tmp_path / "p.npz"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        p.mask = None
+
+
+def test_nvtx_names_every_stage(model, monkeypatch):
+    """Without a GPU the ranges themselves cannot be made, their names and nesting can."""
+    pushed, depth = [], []
+    monkeypatch.setenv("PAGE4D_NVTX", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: (pushed.append(name), depth.append(name)))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: depth.pop())
+    with torch.no_grad():
+        model(IMAGES)
+    assert not depth
+    assert {"encoder", "frame 0", "mask head", "global 23", "camera head", "depth head", "point head"} <= set(pushed)
