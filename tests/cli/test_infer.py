@@ -87,6 +87,18 @@ def test_bundled_clip(tmp_path):
     assert {"encoder", "frame 0", "global 11", "mask head", "camera head"} <= names
 
 
+@pytest.mark.slow
+def test_official_size_fits_in_8_gib(tmp_path, capsys):
+    """1.26 G parameters, 2 frames of 336 x 518, mask on."""
+    printed = run_script("--weights", "random:page4d-mask", "--size", "336x518", "--frames", "2", "--out", tmp_path / "out")
+    with capsys.disabled():
+        print("\n" + printed[printed.index("stage") :])
+    assert "2 frames at 336 x 518" in printed
+    peak = float(printed.split("peak ")[-1].split(" GiB")[0])
+    assert 4.7 < peak < 8  # the weights alone are 4.7
+    check_outputs(tmp_path / "out", 2, (336, 518), (252, 336), 0)
+
+
 def folder_of_images(folder: Path, count: int = 3) -> Path:
     folder.mkdir()
     generator = np.random.default_rng(0)
