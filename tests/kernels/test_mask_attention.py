@@ -22,8 +22,9 @@ from page4d_kernels.testing import (
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NAMES = [backend.name for backend in BACKENDS]
-# compiled per case, tens of seconds each: FlexAttention has a test of its own below
-EAGER = [name for name in NAMES if name != "flex"]
+MISSING = [name for name in NAMES if BACKENDS.get(name).missing()]
+# FlexAttention is compiled per case, seconds each: it has a test of its own below
+EAGER = [name for name in NAMES if name not in MISSING and name != "flex"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -87,6 +88,13 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0):
 
 def call(inputs, backend: str, **kwargs):
     return mask_attention(inputs.q, inputs.k, inputs.v, inputs.query_gate, inputs.key_bias, layout=inputs.layout, backend=backend, **kwargs)
+
+
+@pytest.mark.parametrize("backend", MISSING)
+def test_a_backend_that_is_missing_says_why_and_never_falls_back(backend):
+    inputs = make(CASES[0], torch.float32, "cpu")
+    with pytest.raises(BackendError, match=rf"backend '{backend}' cannot serve this: .+ \(backends that could: .*sdpa"):
+        call(inputs, backend)
 
 
 def skip_unless_served(inputs, backend: str) -> None:
@@ -232,7 +240,7 @@ class TestLibraryOperator:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", [name for name in EAGER if name not in ("flash", "xformers")])
+@pytest.mark.parametrize("backend", EAGER)
 def test_compiles_without_graph_break(backend):
     inputs = make(CASES[0], torch.float32, "cpu").requires_grad_()
     compiled = torch.compile(lambda *tensors: mask_attention(*tensors, layout=inputs.layout, backend=backend), fullgraph=True)
