@@ -89,6 +89,8 @@ class Aggregator(nn.Module):
                     key_bias = self.spatial_mask_head(framewise, grid, special)
                 if use_mask:
                     modulation = Modulation(self._gate(layout, batch, mask_strength, x), key_bias, layout)
+            if not layers and index == last:
+                break  # only the mask was asked for
             with stage(f"global {index}"):
                 masked = config.masked_blocks[0] <= index < config.masked_blocks[1]
                 x = x.view(batch, frames * per_frame, -1)

@@ -11,13 +11,14 @@ import pickle
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from .config import Page4DConfig, preset
+from .config import PRESETS, Page4DConfig, preset
 from .errors import CheckpointError, ConfigError
 from .files import AtomicFiles
 from .model import Page4D
@@ -79,10 +80,7 @@ def load_pretrained(name_or_path: str | Path, config: Page4DConfig | None = None
     if str(name_or_path) in HUB:
         path, config = _download(str(name_or_path)), config or preset(str(name_or_path))
     else:
-        path = Path(name_or_path)
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"weights {str(name_or_path)!r}: the file {what}; give a .pt or .safetensors file or one of {', '.join(HUB)}")
+        path = local_file(name_or_path)
     state, stored = read_file(path)
     config = _fit_heads(config or stored or preset("page4d"), state)
     with torch.device("meta"):
@@ -93,6 +91,16 @@ def load_pretrained(name_or_path: str | Path, config: Page4DConfig | None = None
     model.load_state_dict(state, assign=True)
     model.aggregator.reset_buffers()
     return model.float()
+
+
+def local_file(path: str | Path) -> Path:
+    """The path of a weights file that exists."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    what = "is a directory" if path.is_dir() else "does not exist"
+    advice = f"random:{path} gives that preset random weights" if str(path) in PRESETS else f"or one of {', '.join(HUB)}"
+    raise CheckpointError(f"weights {str(path)!r}: the file {what}; give a .pt or .safetensors file, {advice}")
 
 
 def _fit_heads(config: Page4DConfig, state: dict[str, Tensor]) -> Page4DConfig:
@@ -126,7 +134,14 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], Page4DConfig | None]:
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise CheckpointError(f"{path.name} holds no state dict: expected names and tensors, bare or under 'model'")
-    return state, None
+    return _weights(path, state), None
+
+
+def _weights(path: Path, state: dict[Any, Tensor]) -> dict[str, Tensor]:
+    for key, value in state.items():
+        if not isinstance(key, str) or not value.is_floating_point() or value.layout != torch.strided:
+            raise CheckpointError(f"{path.name}: {key!r} ({value.dtype}, {value.layout}) is not a named floating-point weight")
+    return state
 
 
 def zipfile_format(path: Path) -> bool:
@@ -143,7 +158,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Page4DConfig | Non
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} cannot be read as safetensors, it may be truncated ({error}); fetch it again") from None
     try:
-        return state, Page4DConfig.from_json(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
+        return _weights(path, state), Page4DConfig.from_json(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
     except ConfigError as error:
         raise CheckpointError(f"{path.name}: its metadata holds {error}") from None
 

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from page4d_kernels import BackendError, TokenLayout, registries, use_backend
-from page4d_kernels.backends.mask_attention.problem import AttentionProblem
+from page4d_kernels import BackendError, env, mask_attention, registries, use_backend
+from page4d_kernels.env import VariableError
 from page4d_kernels.nvtx import Recording, peak_bytes, record, stage
 
+from .checkpoint import HUB, local_file
 from .config import preset
 from .data import Frames, bundled_clip, load_frames
 from .errors import InputError, UserError
 from .export import EXPORTERS, NEEDED, export
+from .files import AtomicFiles, check_writable
 from .model import OUTPUTS, Page4D, default_device, default_dtype
-from .prediction import Prediction
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_FRAMES = 32
@@ -31,9 +32,7 @@ RANDOM = "random"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="infer.py", description="Cameras, depth, points, tracks and the dynamics mask of a video, in one forward pass."
-    )
+    parser = argparse.ArgumentParser(description="Cameras, depth, points, tracks and the dynamics mask of a video, in one forward pass.")
     parser.add_argument("input", nargs="*", help="a video, a folder of images, or image files; the bundled clip if there is none")
     parser.add_argument(
         "--weights",
@@ -47,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, help="every so many frames")
     parser.add_argument("--fps", type=float, help="about so many frames per second of video")
     parser.add_argument("--size", type=_size, help="network input: a width, or HEIGHTxWIDTH; multiples of 14 (default: 518 wide)")
+    parser.add_argument("--fit", choices=("crop", "pad"), default="crop", help="cut what does not fit the size, or pad with white")
     parser.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the trunk's matrix products (default: half precision on cuda, else fp32)")
     parser.add_argument("--attn", help="attention backend, see `python -m page4d_kernels.info` (default: PAGE4D_ATTN, else auto)")
@@ -79,40 +79,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        run(args)
-    except (UserError, BackendError) as error:
+        report = run(args)
+    except (UserError, BackendError, VariableError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory: use fewer --frames or a smaller --size ({str(error).splitlines()[0]})", file=sys.stderr)
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        detail = (str(error).splitlines() or [""])[0]
+        print(f"error: out of memory: use fewer --frames or a smaller --size ({detail})", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    with contextlib.suppress(BrokenPipeError):  # nobody is reading any more; the files are written
+        print(report, flush=True)
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def say(text: str) -> None:
+    """What happens on the way; the report alone goes to standard output."""
+    print(text, file=sys.stderr)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Everything the options ask for; the report to print. What can be checked before the work is checked before it."""
     device = _device(args.device)
-    _check_out(args.out)
+    for registry in registries().values():
+        registry.requested()
+    env.flag("PAGE4D_NVTX"), env.flag("PAGE4D_DEBUG")
+    check_writable(args.out)
+    if args.weights not in HUB and not args.weights.startswith(RANDOM):
+        local_file(args.weights)
     with record(device) as recording, use_backend(args.attn) if args.attn else contextlib.nullcontext():
         frames = _frames(args)
         model = _model(args.weights, device, DTYPES[args.dtype] if args.dtype else default_dtype(device))
         queries = _query_points(args, frames)
         outputs = _outputs(model, args.export, queries is not None)
+        strength = model.config.mask_strength if args.mask_strength is None else args.mask_strength
+        calls = registries()["mask_attention"].calls
+        mask_attention(*torch.zeros(3, 1, 1, 1, 8), backend="chunked")  # the first operator call imports torch's compiler
+        calls.clear()
 
-        total = 1 + 2 * model.config.depth + len(outputs) + (queries is not None)
-        with _StageBar(total=total, desc="model", unit="stage") as bar:
+        total = 2 + 2 * model.config.depth + len(outputs)
+        with _StageBar(total=total, desc="model", unit="stage", disable=None) as bar:
             recording.on_stage = bar.advance
-            start = time.perf_counter()
             with _profile(args.out if args.profile else None, device), torch.inference_mode():
+                start = time.perf_counter()
                 points = None if queries is None else queries.to(device)
-                prediction = model(frames.images.to(device), points, outputs=outputs, mask_strength=args.mask_strength).to("cpu")
-            seconds = time.perf_counter() - start
+                prediction = model(frames.images.to(device), points, outputs=outputs, mask_strength=strength).to("cpu")
+                seconds = time.perf_counter() - start
             recording.on_stage = None
-        backend = attention_backend(model, prediction, args.mask_strength)
+            bar.total = bar.n
         with stage("export"):
             files = export(prediction, frames, args.out, args.export, progress=True)
     if args.profile:
         files.append(args.out / "trace.json")
-    print(summary(frames, recording, seconds, device, backend, files))
+    served = ", ".join(f"{name} ({count} calls)" for name, count in calls.most_common())
+    facts = [f"attention by {served}", f"mask strength {strength:g}" + (" (off)" if strength == 0 else "")]
+    return summary(frames, recording, seconds, device, facts, files)
 
 
 def _device(name: str | None) -> torch.device:
@@ -120,17 +145,12 @@ def _device(name: str | None) -> torch.device:
         return default_device()
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
-
-
-def _check_out(out: Path) -> None:
-    """Before minutes of work, not after."""
-    blocking = next((path for path in (out, *out.parents) if path.exists()), None)
-    if blocking is not None and not blocking.is_dir():
-        raise InputError(f"--out {out}: {blocking} is a file, not a folder")
 
 
 def _frames(args: argparse.Namespace) -> Frames:
@@ -140,13 +160,20 @@ def _frames(args: argparse.Namespace) -> Frames:
     inputs: list[str | Path] = list(args.input)
     if not inputs:
         inputs = [bundled_clip()]
-        print("no input given: running the bundled clip, a rendered scene with a moving camera and moving objects")
+        say("no input given: running the bundled clip, a rendered scene with a moving camera and moving objects")
         size = size or BUNDLED_SIZE
     with stage("preprocess"):
-        frames = load_frames(inputs, size=size, max_frames=limit, stride=args.stride, fps=args.fps, progress=True)
+        frames = load_frames(inputs, size=size, mode=args.fit, max_frames=limit, stride=args.stride, fps=args.fps, progress=True)
     height, width = frames.images.shape[-2:]
-    print(f"{len(frames)} frames at {height} x {width}")
+    say(f"{count(frames)} at {height} x {width}{_cut(frames)}")
     return frames
+
+
+def _cut(frames: Frames) -> str:
+    """A word about what cropping took away of the first frame."""
+    (height, width), scale = frames.original_sizes[0], frames.scale[0]
+    seen = min(1.0, frames.images.shape[-1] / (width * float(scale[0]))) * min(1.0, frames.images.shape[-2] / (height * float(scale[1])))
+    return f"; {1 - seen:.0%} of each picture is cut off (--fit pad keeps it)" if seen < 0.95 else ""
 
 
 BUNDLED_SIZE = 336  # the clip's own width
@@ -157,7 +184,7 @@ def _model(weights: str, device: torch.device, dtype: torch.dtype) -> Page4D:
     if kind != RANDOM:
         return Page4D.from_pretrained(weights, device=device, dtype=dtype)
     config = preset(name or "small")
-    print(
+    say(
         f"RANDOM WEIGHTS ({name or 'small'} preset, {device.type}): the outputs are noise and only show that everything runs; "
         "for real results use --weights page4d, page4d-mask, vggt or a file"
     )
@@ -172,13 +199,21 @@ def _query_points(args: argparse.Namespace, frames: Frames) -> Tensor | None:
             pairs = [[float(value) for value in text.split(",")] for text in args.query_points]
             points = torch.tensor(pairs).view(len(pairs), 2)
         except (ValueError, RuntimeError):
-            raise InputError(f"--query-points {' '.join(args.query_points)}: give pixels as X,Y, for instance 120,80 200,150") from None
+            raise InputError(
+                f"--query-points {' '.join(args.query_points)}: give pixels as X,Y such as 120,80 200,150, after the input"
+            ) from None
         height, width = frames.original_sizes[0]
         outside = (points < 0).any(1) | (points[:, 0] > width - 1) | (points[:, 1] > height - 1) | ~points.isfinite().all(1)
         if outside.any():
             first = args.query_points[int(outside.nonzero()[0])]
-            raise InputError(f"query point {first} is outside the first frame of {width} x {height} pixels")
-        return frames.points_from_original(points)
+            raise InputError(f"query point {first} is outside the first frame of {height} x {width} pixels (height x width)")
+        points = frames.points_from_original(points)
+        height, width = frames.images.shape[-2:]
+        outside = (points < -0.5).any(1) | (points[:, 0] > width - 0.5) | (points[:, 1] > height - 0.5)
+        if outside.any():
+            first = args.query_points[int(outside.nonzero()[0])]
+            raise InputError(f"query point {first} is in a part of the frame that is cut off: use --fit pad, or another point")
+        return points
     if args.track_grid is not None:
         if args.track_grid < 1:
             raise InputError(f"--track-grid has to be at least 1, not {args.track_grid}")
@@ -225,41 +260,28 @@ def _profile(out: Path | None, device: torch.device) -> Iterator[None]:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         yield
-    out.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(out / "trace.json"))
+    with AtomicFiles() as files:
+        profiler.export_chrome_trace(str(files.add(out / "trace.json")))
 
 
-def attention_backend(model: Page4D, prediction: Prediction, mask_strength: float | None) -> str:
-    """What serves the masked global blocks of this run."""
-    config, (frames, _, height, width) = model.config, prediction.images.shape[1:]
-    per_frame = config.special_tokens + (height // config.patch_size) * (width // config.patch_size)
-    layout = TokenLayout(frames, per_frame, config.special_tokens)
-    weight = next(model.aggregator.global_blocks.parameters())
-    dtype = model.aggregator.global_blocks[0].get_parameter("attn.qkv.weight").dtype
-    head_dim = config.embed_dim // config.num_heads
-    biased = bool(config.mask_strength if mask_strength is None else mask_strength)
-    problem = AttentionProblem(
-        weight.device.type, dtype, 1, config.num_heads, layout.tokens, layout.tokens, head_dim, biased, layout if biased else None
-    )
-    return registries()["mask_attention"].choose(problem).name
+def count(frames: Frames) -> str:
+    return f"{len(frames)} frame" + ("s" if len(frames) > 1 else "")
 
 
-def summary(frames: Frames, recording: Recording, seconds: float, device: torch.device, backend: str, files: list[Path]) -> str:
+def summary(frames: Frames, recording: Recording, seconds: float, device: torch.device, facts: list[str], files: list[Path]) -> str:
     """Stages with seconds and peak memory, then the run in one line, then the files."""
     kind = "allocated" if device.type == "cuda" else "resident"
-    lines = [f"{'stage':<16}{'runs':>5}{'seconds':>10}{f'peak {kind} GiB':>22}"]
+    lines = [f"{'stage':<16}{'runs':>5}{'seconds':>10}{f'peak so far, GiB {kind}':>30}"]
     groups: dict[str, list] = {}
     for name, cost in recording.stages.items():
         head, _, index = name.partition(" ")
         groups.setdefault(f"{head} blocks" if index.isdigit() else name, []).append(cost)
     for name, costs in groups.items():
         runs, spent = sum(cost.runs for cost in costs), sum(cost.seconds for cost in costs)
-        lines.append(f"{name:<16}{runs:>5}{spent:>10.2f}{max(cost.peak_bytes for cost in costs) / 2**30:>22.2f}")
+        lines.append(f"{name:<16}{runs:>5}{spent:>10.2f}{max(cost.peak_bytes for cost in costs) / 2**30:>30.2f}")
     peak = peak_bytes(device) / 2**30
-    lines.append(
-        f"{len(frames)} frames in {seconds:.2f} s ({len(frames) / seconds:.2f} frames/s) on {device}, peak {peak:.2f} GiB {kind}, "
-        f"attention backend {backend}"
-    )
+    lines.append(f"{count(frames)} in {seconds:.2f} s ({len(frames) / seconds:.2f} frames/s) on {device}, peak {peak:.2f} GiB {kind}")
+    lines.append(", ".join(facts))
     lines.append(f"{len(files)} files in {files[0].parent}:" if files else "no files written")
     folders: dict[Path, list[str]] = {}
     for file in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,7 @@ class Page4DConfig:
         return 1 + self.register_tokens
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "")
         for name, heads in (("num_heads", self.num_heads), ("encoder.num_heads", self.encoder.num_heads)):
             _expect(self.embed_dim % heads == 0, f"embed_dim {self.embed_dim} is not a multiple of {name} {heads}")
         head_dim = self.embed_dim // self.num_heads
@@ -91,11 +93,12 @@ class Page4DConfig:
         first, end = self.masked_blocks
         _expect(0 <= first <= end <= self.depth, f"masked_blocks {self.masked_blocks} is no range within {self.depth} blocks")
         late = f"the mask head reads after frame block {self.mask_after}, too late for global block {first}"
-        _expect(first == end or 0 <= self.mask_after <= first, late)
+        _expect(first == end or self.mask_after <= first, late)
+        blind = f"mask_strength {self.mask_strength} has no effect, as masked_blocks {self.masked_blocks} is empty: use 0"
+        _expect(self.mask_strength == 0 or first < end, blind)
         ordered = sorted(set(self.kept_layers)) == list(self.kept_layers) and len(self.kept_layers) == 4
         _expect(ordered and self.kept_layers[0] >= 0, f"kept_layers {self.kept_layers} has to be four ascending layers")
         _expect(self.kept_layers[-1] < self.depth, f"kept_layers {self.kept_layers} reaches past the {self.depth} layers")
-        _expect(self.mask_strength >= 0, f"mask_strength has to be at least 0, not {self.mask_strength}")
         needless = f"mask_strength {self.mask_strength} needs a mask head, but mask_hidden is None: use 0"
         _expect(self.mask_strength == 0 or self.mask_hidden is not None, needless)
         unread = f"the mask head reads after frame block {self.mask_after}, but no layer past {self.kept_layers[-1]} is run"
@@ -121,8 +124,30 @@ class Page4DConfig:
     def from_json(cls, text: str) -> Page4DConfig:
         try:
             return _from_dict(cls, json.loads(text))
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ConfigError(f"not a model configuration: {error}") from None
+
+
+FROM_ZERO = ("register_tokens", "masked_blocks", "mask_after", "mask_strength", "kept_layers", "radius")  # the rest is positive
+
+
+def _check_numbers(config: Any, prefix: str) -> None:
+    """Every field, nested ones included, is a number of its type in range, or absent where that means something."""
+    for entry in dataclasses.fields(config):
+        name, value = prefix + entry.name, getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value, f"{name}.")
+            continue
+        if value is None and "None" in entry.type:
+            continue
+        number = float if entry.type == "float" else int
+        values = value if entry.type.startswith("tuple") and isinstance(value, tuple) else (value,)
+        wanted = "a finite number" if number is float else "a whole number"
+        for x in values:
+            typed = isinstance(x, int) or (number is float and isinstance(x, float) and math.isfinite(x))
+            _expect(typed and not isinstance(x, bool), f"{name} has to be {wanted}, not {value!r}")
+            least = 0 if entry.name in FROM_ZERO else 1 if number is int else 1e-9
+            _expect(x >= least, f"{name} has to be {'at least 0' if least == 0 else 'positive'}, not {value!r}")
 
 
 _NESTED = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+from .errors import InputError
 
 
 class AtomicFiles:
@@ -26,24 +29,52 @@ class AtomicFiles:
 
     def add(self, path: Path) -> Path:
         """The temporary name to write `path` under; it keeps the suffix, from which libraries infer the format."""
+        if path in self.paths:
+            raise ValueError(f"{str(path)!r} would be written twice")
         missing = [folder for folder in path.parents if not folder.exists()]
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             self._folders.append(folder)
-        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+        if path.is_dir():  # renaming would find out too late, with other files already in place
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        temporary = path.with_name(f".{uuid.uuid4().hex[:8]}{path.suffix}")
         self._pending.append((temporary, path))
         return temporary
+
+    def discard(self) -> None:
+        """Remove the temporary files that are left and the folders made for them, as far as possible."""
+        for temporary, _ in self._pending:
+            with suppress(OSError):
+                temporary.unlink()
+        for folder in reversed(self._folders):
+            with suppress(OSError):  # somebody else may have put something there
+                folder.rmdir()
 
     def __enter__(self) -> AtomicFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
-            for temporary, final in self._pending:
-                os.replace(temporary, final)
+            try:
+                for temporary, final in self._pending:
+                    os.replace(temporary, final)
+            except BaseException:
+                self.discard()
+                raise
             return
-        for temporary, _ in self._pending:
-            temporary.unlink(missing_ok=True)
-        for folder in reversed(self._folders):
-            with suppress(OSError):  # somebody else may have put something there
-                folder.rmdir()
+        self.discard()
+        if isinstance(error, OSError):  # the user knows the file by its final name
+            for temporary, final in self._pending:
+                if str(error.filename) == str(temporary):
+                    error.filename = str(final)
+
+
+def check_writable(out_dir: Path) -> None:
+    """InputError unless files can be written into `out_dir`, made if need be. Leaves nothing behind, no new folder either."""
+    files = AtomicFiles()
+    try:
+        files.add(out_dir / "probe").write_bytes(b"probe")
+    except OSError as error:
+        raise InputError(f"cannot write into the folder {str(out_dir)!r} ({error.strerror}): choose another output folder") from error
+    finally:
+        files.discard()

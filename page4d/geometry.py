@@ -74,15 +74,16 @@ def decode_pose(pose_enc: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, 
 def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:
     """World points (..., H, W, 3) of depth maps (..., H, W): x_world = R^T (x_cam - t), pixel centres at integer (u, v).
 
-    The rotation back to the world runs in float64, as small baselines far from the origin lose digits otherwise.
+    Computed in float64 where the device has it, as small baselines far from the origin lose digits otherwise.
     """
     height, width = depth.shape[-2:]
+    dtype = torch.float32 if depth.device.type == "mps" else torch.float64
     v, u = torch.meshgrid(
-        torch.arange(height, device=depth.device, dtype=torch.float64),
-        torch.arange(width, device=depth.device, dtype=torch.float64),
+        torch.arange(height, device=depth.device, dtype=dtype),
+        torch.arange(width, device=depth.device, dtype=dtype),
         indexing="ij",
     )
-    intrinsics, extrinsics, z = intrinsics.double(), extrinsics.double(), depth.double()
+    intrinsics, extrinsics, z = intrinsics.to(dtype), extrinsics.to(dtype), depth.to(dtype)
     fx, fy, cx, cy = (intrinsics[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
     points_camera = torch.stack([(u - cx) * z / fx, (v - cy) * z / fy, z], -1)
     rotation, translation = extrinsics[..., :3], extrinsics[..., 3]

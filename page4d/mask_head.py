@@ -10,7 +10,7 @@ from page4d_kernels import mask_head
 
 
 class MaskHead(nn.Module):
-    """Tokens (B, S, P, C) -> key bias (B, S*P) in (-1/2, 1/2), 0 at special tokens. `head0` holds the parameters in the op's order."""
+    """Tokens (B, S, P, C) -> key bias (B, S*P) in (-1/2, 1/2), 0 at special tokens."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -18,7 +18,9 @@ class MaskHead(nn.Module):
         self.head0 = nn.Sequential(depthwise, nn.GELU(), nn.Conv2d(dim, hidden, 1), nn.GELU(), nn.Conv2d(hidden, 1, 1))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], special_tokens: int) -> Tensor:
-        return mask_head(tokens, *self.head0.parameters(), grid=grid, special_tokens=special_tokens)
+        depthwise, _, hidden, _, out = self.head0
+        parameters = [x for layer in (depthwise, hidden, out) for x in (layer.get_parameter("weight"), layer.get_parameter("bias"))]
+        return mask_head(tokens, *parameters, grid=grid, special_tokens=special_tokens)
 
 
 def mask_schedule(step: float, hold_start: float, hold_end: float, strength: float = 64.0) -> float:

@@ -104,7 +104,8 @@ class Page4D(nn.Module):
 
         Args:
             images: (B, S, 3, H, W) or (S, 3, H, W) in [0, 1], RGB, H and W multiples of the patch size.
-            query_points: (B, N, 2) or (N, 2), x and y in pixels of frame 0 (pixel centres at integers): asks for tracks.
+            query_points: (B, N, 2) or (N, 2), x and y in pixels of frame 0 (pixel centres at integers): asks for tracks. A point that is
+                not finite has no finite track.
             outputs: any of "camera", "depth", "points", "mask"; all that the model has by default.
             mask_strength: gate of the special tokens, overrides the configuration's; 0 switches the modulation off.
 
@@ -145,6 +146,8 @@ class Page4D(nn.Module):
         return {name for name, head in heads.items() if head is not None}
 
     def _wanted(self, outputs: Collection[str] | None, query_points: Tensor | None) -> set[str]:
+        if isinstance(outputs, str):
+            raise InputError(f"outputs have to be a collection of names, such as [{outputs!r}], not one string")
         wanted = self.available & set(OUTPUTS) if outputs is None else set(outputs)
         unknown = sorted(wanted - set(OUTPUTS))
         if unknown:
@@ -189,6 +192,8 @@ class Page4D(nn.Module):
             raise InputError(f"mask_strength has to be at least 0 and finite, not {strength}")
         if strength > 0 and self.aggregator.spatial_mask_head is None:
             raise InputError(f"mask_strength {strength} needs a mask head, and this model has none: use 0")
+        if strength > 0 and self.config.masked_blocks[0] == self.config.masked_blocks[1]:
+            raise InputError(f"mask_strength {strength} has no effect: this configuration masks no block; use 0")
         if (strength > 0 or wanted) and images.shape[-2:] == (self.config.patch_size, self.config.patch_size):
             raise InputError("the dynamics mask needs at least two patches, and the image is a single one: use a larger size")
 

@@ -93,9 +93,9 @@ class Prediction:
     def save(self, path: str | Path) -> Path:
         """Write every present field to a compressed .npz; the file appears whole or not at all."""
         path = Path(path)
-        arrays = {name: value.detach().cpu().float().numpy() for name, value in self.tensors().items()}
-        with AtomicFiles() as files:
-            np.savez_compressed(files.add(path), allow_pickle=False, **arrays)
+        arrays = {name: _numpy(value) for name, value in self.tensors().items()}
+        with AtomicFiles() as files, open(files.add(path), "wb") as file:  # by name, numpy would append a suffix
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # the stubs mistake arrays for options
         return path
 
     @classmethod
@@ -103,3 +103,9 @@ class Prediction:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             return cls(**{name: torch.from_numpy(file[name]) for name in file.files})
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    """numpy has no bf16; what is below fp32 becomes fp32."""
+    value = value.detach().cpu()
+    return (value if value.dtype == torch.float64 else value.float()).numpy()

@@ -13,6 +13,10 @@ VARIABLES: dict[str, str] = {
 }
 
 
+class VariableError(ValueError):
+    """An environment variable with a value that it cannot have."""
+
+
 def get(name: str, default: str = "") -> str:
     """The variable's value, stripped; `name` has to be in the table."""
     if name not in VARIABLES:
@@ -27,4 +31,4 @@ def flag(name: str) -> bool:
         return True
     if value in {"", "0", "false", "no", "off"}:
         return False
-    raise ValueError(f"{name}={value!r} is not a switch: use 0 or 1")
+    raise VariableError(f"{name}={value!r} is not a switch: use 0 or 1")

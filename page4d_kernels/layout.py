@@ -13,7 +13,7 @@ class TokenLayout:
     """`frames` runs of `tokens_per_frame` tokens, each beginning with `special_tokens` special ones.
 
     Given to `mask_attention` it is a promise that the query gate is zero outside the special tokens; backends use it to do the
-    biased work for frames * special_tokens rows only, and makes the gate's gradient 0 everywhere else. PAGE4D_DEBUG=1 checks the promise.
+    biased work for frames * special_tokens rows only, and make the gate's gradient 0 everywhere else. PAGE4D_DEBUG=1 checks the promise.
     """
 
     frames: int

@@ -1,4 +1,4 @@
-"""Named stages: NVTX ranges for Nsight when PAGE4D_NVTX=1, and seconds and peak memory per stage when recorded. A no-op otherwise."""
+"""Named stages: a profiler label each, an NVTX range for Nsight when PAGE4D_NVTX=1, seconds and peak memory when recorded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Stage:
 
     runs: int = 0
     seconds: float = 0.0
-    peak_bytes: int = 0  # highest memory seen by the end of a run: resident memory of the process on CPU, allocated memory on CUDA
+    peak_bytes: int = 0  # highest memory of the process so far, by the end of the stage: resident on CPU, allocated on CUDA
 
 
 @dataclass
@@ -39,8 +39,10 @@ def peak_bytes(device: torch.device) -> int:
     """Highest memory so far in bytes: allocated on a CUDA device, resident in the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # POSIX only, and not needed to import the package
-
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -100,7 +100,7 @@ def render_clip(
     depth = np.empty((frames, height, width), np.float32)
     dynamic = np.empty((frames, height, width), bool)
     poses = []
-    for i in tqdm(range(frames), desc="rendering", unit="frame", disable=not progress):
+    for i in tqdm(range(frames), desc="rendering", unit="frame", disable=None if progress else True):
         time = i / max(1, frames - 1)
         bodies = _scene(time, noise)
         center, rotation = _camera(time)  # rotation: world-from-camera

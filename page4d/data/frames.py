@@ -10,7 +10,7 @@ from math import floor
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ class Frames:
     images: Tensor  # (S, 3, H, W) fp32 in [0, 1]
     names: list[str]  # file stem, or frame_000012 with the index in the video; unique
     timestamps: list[float]  # seconds from the start of the video; for image files the index
-    original_sizes: list[tuple[int, int]]  # (height, width) of each frame
+    original_sizes: list[tuple[int, int]]  # (height, width) of each frame, upright
     scale: Tensor  # (S, 2) fp64: x, y
     offset: Tensor  # (S, 2) fp64: x, y
 
@@ -38,10 +38,13 @@ class Frames:
         return len(self.names)
 
     def intrinsics_in_original(self, intrinsics: Tensor) -> Tensor:
-        """Intrinsics (S, 3, 3) in pixels of the originals, of intrinsics (S, 3, 3) in pixels of `images`."""
+        """Intrinsics (S, 3, 3) in pixels of the originals, of intrinsics (S, 3, 3) in pixels of `images`.
+
+        Pixel centres are integers in both, as in `points_to_original`: the centre of the first pixel is (0, 0).
+        """
         rows = intrinsics.double()
         scale, offset = self.scale.to(rows.device), self.offset.to(rows.device)
-        upper = (rows[:, :2] - offset[..., None] * rows[:, 2:]) / scale[..., None]
+        upper = rows[:, :2] / scale[..., None] + ((0.5 - offset) / scale - 0.5)[..., None] * rows[:, 2:]
         return torch.cat([upper, rows[:, 2:]], 1).to(intrinsics.dtype)
 
     def points_to_original(self, xy: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ def load_frames(
     def convert(image: Image.Image) -> Processed:
         return preprocess(image, size=size, mode=mode)
 
-    with tqdm(desc="reading frames", unit="frame", disable=not progress) as bar:
+    with tqdm(desc="reading frames", unit="frame", disable=None if progress else True) as bar:
         if _is_video(paths):
             from .video import read_video
 
@@ -182,7 +185,7 @@ def _is_video(paths: list[Path]) -> bool:
 def _read_image(path: Path, convert: Callable[[Image.Image], Processed]) -> Processed:
     try:
         with Image.open(path) as image:
-            return convert(image)
+            return convert(ImageOps.exif_transpose(image))
     except InputError as error:
         raise InputError(f"{str(path)!r}: {error}") from error
     except Image.UnidentifiedImageError as error:

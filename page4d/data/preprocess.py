@@ -47,9 +47,11 @@ def check_size(size: Size | None, mode: str) -> Size:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparent pixels show white."""
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    """RGB of 8 bits; transparent pixels show white."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_8_bit(image))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -70,7 +72,7 @@ def stack(processed: list[Processed]) -> tuple[Tensor, Tensor, Tensor]:
     width = max(p.pixels.shape[1] for p in processed)
     sizes = {p.pixels.shape[:2] for p in processed}
     if len(sizes) > 1:
-        log.warning("the images have %d different sizes after resizing: padding all to %d x %d with white", len(sizes), width, height)
+        log.warning("the images have %d different sizes after resizing: padding all to %d x %d with white", len(sizes), height, width)
     images = torch.ones(len(processed), 3, height, width)
     offset = torch.empty(len(processed), 2, dtype=torch.float64)
     for i, p in enumerate(processed):
@@ -124,10 +126,18 @@ def _round_to_patch(side: float, image: Image.Image) -> int:
     rounded = round(side / PATCH) * PATCH
     if rounded == 0:
         raise InputError(
-            f"an image of {image.width} x {image.height} pixels is too elongated: its short side would be 0 patches; "
+            f"an image of {image.height} x {image.width} pixels (height x width) is too elongated: its short side would be 0 patches; "
             "crop it first, or give a height and a width"
         )
     return rounded
+
+
+def _to_8_bit(image: Image.Image) -> NDArray[np.uint8]:
+    """Greys (H, W) of 16 bits, which some files open with in a 32-bit mode. Pillow itself would clip them to white."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise InputError("its greys are fractions or take more than 16 bits: convert it to 8 or 16 bit first")
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> NDArray[np.uint8]:

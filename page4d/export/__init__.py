@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from ..data.frames import Frames
 from ..errors import InputError
+from ..files import check_writable
 from ..prediction import Prediction
 from ._views import check
 from .depth import write_depth
@@ -54,7 +55,8 @@ def export(
 ) -> list[Path]:
     """Write the formats (None: all that this prediction has outputs for) into `out_dir`, made if needed; the paths written.
 
-    Before anything is written, raises InputError for an unknown format or one whose output the prediction lacks.
+    Raises InputError before anything is written for an unknown format or one whose output the prediction lacks, and where files
+    cannot be written; the formats written until then stay, of the failing one nothing does.
     """
     names = available(prediction) if formats is None else list(dict.fromkeys(formats))
     for name in names:
@@ -65,11 +67,12 @@ def export(
         except InputError as error:
             raise InputError(f"cannot export {name!r}: {error}") from error
     out_dir = Path(out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {str(out_dir)!r} ({error.strerror}): choose another output folder") from error
+    check_writable(out_dir)
     written: list[Path] = []
-    for name in tqdm(names, desc="exporting", unit="format", disable=not progress):
-        written += EXPORTERS[name](prediction, frames, out_dir)
+    try:
+        for name in tqdm(names, desc="exporting", unit="format", disable=None if progress else True):
+            written += EXPORTERS[name](prediction, frames, out_dir)
+    except OSError as error:
+        path = error.filename2 or error.filename or out_dir  # a failed renaming names the final path second
+        raise InputError(f"cannot write {str(path)!r} ({error.strerror or error}): choose another output folder") from error
     return written

@@ -18,6 +18,8 @@ from ._color import colormap, distinct, to_uint8
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 MASK_COLOR = np.array([255, 32, 32], np.float32)
+MOTION_LIMITS = (0.5, 1.0)  # clear and full red; above 1/2 the cameras are told to look away
+MOTION_TITLE = f"motion {MOTION_LIMITS[0]:g} (clear) to {MOTION_LIMITS[1]:g} (red)"
 TAIL = 8  # frames of a track's past that are drawn
 
 
@@ -75,16 +77,11 @@ def motion_maps(prediction: Prediction) -> NDArray[np.float32]:
     return torch.nn.functional.interpolate(motion[:, None], size=prediction.images.shape[-2:], mode="bilinear")[:, 0].numpy()
 
 
-def motion_range(prediction: Prediction) -> tuple[float, float]:
-    """Percentiles 1 and 99 of the mask over the clip: the overlay runs from clear to red between them."""
-    low, high = np.nanpercentile(array(prediction.motion), (1, 99))
-    return float(low), float(high)
-
-
-def motion_picture(pixels: Pixels, motion: NDArray[np.float32], limits: tuple[float, float]) -> Pixels:
-    """A frame, greyed, with red over it in proportion to its mask (H, W)."""
-    low, high = limits
-    alpha = 0.85 * np.nan_to_num((motion - low) / max(high - low, 1e-6)).clip(0, 1)[..., None]
+def motion_picture(pixels: Pixels, motion: NDArray[np.float32]) -> Pixels:
+    """A frame, greyed, with red over it in proportion to its motion (H, W). The limits are the same for all clips, as limits
+    taken from the clip would paint the noise of a static one red."""
+    low, high = MOTION_LIMITS
+    alpha = 0.85 * np.nan_to_num((motion - low) / (high - low)).clip(0, 1)[..., None]
     grey = 0.6 * pixels.mean(-1, keepdims=True) + 0.4 * pixels
     return (grey * (1 - alpha) + MASK_COLOR * alpha + 0.5).astype(np.uint8)
 

@@ -15,7 +15,7 @@ from ._views import array, check, depth_picture, inverse_depth_range
 
 
 def write_depth(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """`depth/<name>.png`, `depth/<name>_preview.png` and `depth/depth.json`, at the network's resolution.
+    """`depth/<name>.png`, `depth/preview/<name>.png` and `depth/depth.json`, at the network's resolution.
 
     depth = value * scale (scene units, along the camera's z) with each frame's own scale; value 0 = no valid depth.
     Previews share one range of colours over the clip, near = warm.
@@ -33,7 +33,7 @@ def write_depth(out_dir: str | Path, prediction: Prediction, frames: Frames) -> 
             scale = high / 65535 if high else 1.0
             values = np.where(valid, (np.where(valid, frame, 0) / scale).round().clip(1, 65535), 0).astype(np.uint16)
             Image.fromarray(values).save(files.add(folder / f"{name}.png"))
-            Image.fromarray(depth_picture(frame, limits)).save(files.add(folder / f"{name}_preview.png"))
+            Image.fromarray(depth_picture(frame, limits)).save(files.add(folder / "preview" / f"{name}.png"))
             entries.append({"name": name, "file": f"{name}.png", "scale": scale, "min": low, "max": high})
         note = "depth = value * scale along the camera's z, in scene units; value 0 = invalid"
         files.add(folder / "depth.json").write_text(json.dumps({"convention": note, "frames": entries}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The dynamics mask over the frames."""
+"""The dynamics mask: over the frames, and as it is."""
 
 from __future__ import annotations
 
@@ -9,28 +9,35 @@ from PIL import Image, ImageDraw
 from ..data.frames import Frames
 from ..files import AtomicFiles
 from ..prediction import Prediction
-from ._views import check, font, frame_pixels, motion_maps, motion_picture, motion_range
+from ._color import to_uint8
+from ._views import MOTION_TITLE, array, check, font, frame_pixels, motion_maps, motion_picture
 
 
 def write_mask(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """`mask/<name>.png`: `Prediction.motion` in red over the frame, from clear to full within the range printed in the corner."""
+    """`mask/<name>.png`: `Prediction.motion` in red over the frame at the network's resolution, clear up to 0.5, full at 1.
+
+    `mask/raw/<name>.png`: the motion itself, 8-bit grey at the patch grid's size: value = 255 * motion.
+    """
     check(prediction, frames, "mask")
-    limits = motion_range(prediction)
-    label = f"motion {limits[0]:.2f} (clear) to {limits[1]:.2f} (red)"
+    folder = Path(out_dir) / "mask"
+    maps, raw = motion_maps(prediction), to_uint8(array(prediction.motion))
     with AtomicFiles() as files:
-        maps = motion_maps(prediction)
         for i, name in enumerate(frames.names):
-            image = Image.fromarray(motion_picture(frame_pixels(prediction, i), maps[i], limits))
-            _label(image, label)
-            image.save(files.add(Path(out_dir) / "mask" / f"{name}.png"))
+            image = Image.fromarray(motion_picture(frame_pixels(prediction, i), maps[i]))
+            _label(image, MOTION_TITLE)
+            image.save(files.add(folder / f"{name}.png"))
+            Image.fromarray(raw[i]).save(files.add(folder / "raw" / f"{name}.png"))
     return files.paths
 
 
 def _label(image: Image.Image, text: str) -> None:
-    """A line of text on a dark band at the lower left."""
+    """A line of text on a dark band at the lower left; none where it would not fit or would hide much of the picture."""
     draw = ImageDraw.Draw(image, "RGBA")
     typeface = font(max(10, image.height // 24))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=typeface)
-    y = image.height - (bottom - top) - 8
-    draw.rectangle((0, y, right - left + 10, image.height), fill=(0, 0, 0, 140))
+    width, height = right - left + 10, bottom - top + 8
+    if width > image.width or height > image.height / 4:
+        return
+    y = image.height - height
+    draw.rectangle((0, y, width, image.height), fill=(0, 0, 0, 140))
     draw.text((5 - left, y + 4 - top), text, font=typeface, fill=(255, 255, 255, 255))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..data.frames import Frames
-from ..files import AtomicFiles
 from ..prediction import Prediction
 from ._views import check
 
@@ -13,6 +12,4 @@ from ._views import check
 def write_npz(path: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
     """What `Prediction.save` writes and `Prediction.load` reads."""
     check(prediction, frames)
-    with AtomicFiles() as files:
-        prediction.save(files.add(Path(path)))
-    return files.paths
+    return [prediction.save(path)]

@@ -15,6 +15,7 @@ from ..files import AtomicFiles
 from ..prediction import Prediction
 from ._color import colormap
 from ._views import (
+    MOTION_TITLE,
     array,
     check,
     depth_picture,
@@ -23,7 +24,6 @@ from ._views import (
     inverse_depth_range,
     motion_maps,
     motion_picture,
-    motion_range,
     track_picture,
 )
 from .ply import confident_points
@@ -69,7 +69,7 @@ def overview(prediction: Prediction, frames: Frames) -> Image.Image:
     )
     canvas = Image.new("RGB", total, PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, MARGIN - 6), f"{count} frame{'' if count == 1 else 's'} of {width} x {height}", font=font(22), fill=INK)
+    draw.text((MARGIN, MARGIN - 6), f"{count} frame{'' if count == 1 else 's'} of {height} x {width}", font=font(22), fill=INK)
     y = MARGIN + heading
     for title, images in rows:
         draw.text((MARGIN, y), title, font=font(15), fill=FAINT)
@@ -93,15 +93,15 @@ def _rows(prediction: Prediction, frames: Frames, columns: list[int]) -> Iterato
         far, near = (f"{1 / value:.3g}" if value > 0 else "-" for value in limits)
         yield f"depth: {near} (red) to {far} (blue), scene units", [Image.fromarray(depth_picture(depth[i], limits)) for i in columns]
     if prediction.mask is not None:
-        maps, limits = motion_maps(prediction), motion_range(prediction)
-        title = f"dynamics mask: {limits[0]:.2f} (clear) to {limits[1]:.2f} (red)"
-        yield title, [Image.fromarray(motion_picture(pixels[i], maps[i], limits)) for i in columns]
+        maps = motion_maps(prediction)
+        yield f"dynamics mask: {MOTION_TITLE}", [Image.fromarray(motion_picture(pixels[i], maps[i])) for i in columns]
     if prediction.track is not None:
         yield f"tracks: {prediction.track.shape[2]} points, rings where hidden", [track_picture(prediction, i) for i in columns]
 
 
 def _top_view(prediction: Prediction, frames: Frames, side: int) -> Image.Image:
-    """The x-z plane of the world, side x side pixels: cameras coloured by time over the confident points."""
+    """The x-z plane of the world, side x side pixels, turned so that the first camera looks up: cameras coloured by time over the
+    confident points."""
     cameras = prediction.cameras
     centers = array(cameras.centers)[:, [0, 2]]
     axes = array(cameras.world_from_camera)[:, :, :3][:, [0, 2]]  # (S, 2, 3): the cameras' axes as seen from above
@@ -112,6 +112,8 @@ def _top_view(prediction: Prediction, frames: Frames, side: int) -> Image.Image:
     canvas = Image.new("RGB", (size, size), PANEL)
     draw = ImageDraw.Draw(canvas)
     if len(centers):
+        turn = _heading_up(axes[0, :, 2])
+        centers, axes, points = centers @ turn.T, turn @ axes, points @ turn.T
         to_pixels, unit = _fit(centers, points, size)
         _scatter(canvas, to_pixels(points), colors)
         times = np.flatnonzero(finite) / max(1, len(finite) - 1)
@@ -131,6 +133,12 @@ def _faint_points(prediction: Prediction, frames: Frames) -> tuple[NDArray[Any],
         return np.zeros((0, 2)), np.zeros((0, 3), np.uint8)
     vertices = confident_points(prediction, frames, source=source, confidence_percentile=50.0, max_points=120_000)
     return vertices["xyz"][:, [0, 2]], vertices["rgb"]
+
+
+def _heading_up(heading: NDArray[Any]) -> NDArray[Any]:
+    """The rotation (2, 2) that turns a direction in x, z to +z."""
+    angle = np.arctan2(*heading)
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
 def _fit(centers: NDArray[Any], points: NDArray[Any], size: int) -> tuple[Any, float]:

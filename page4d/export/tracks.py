@@ -33,7 +33,8 @@ def write_tracks(out_dir: str | Path, prediction: Prediction, frames: Frames) ->
     if prediction.conf is not None:
         arrays["confidence"] = array(prediction.conf)
     with AtomicFiles() as files:
-        np.savez_compressed(files.add(Path(out_dir) / "tracks.npz"), allow_pickle=False, **arrays)
+        with open(files.add(Path(out_dir) / "tracks.npz"), "wb") as file:
+            np.savez_compressed(file, **arrays)
         for i, name in enumerate(frames.names):
             track_picture(prediction, i).save(files.add(Path(out_dir) / "tracks" / f"{name}.png"))
     return files.paths

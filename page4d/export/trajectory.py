@@ -16,14 +16,21 @@ from ._views import check
 
 CONVENTION = (
     "OpenCV (x right, y down, z forward); extrinsics are camera-from-world, 3 x 4: x_cam = R x_world + t; translations in scene units; "
-    "intrinsics in pixels of the original image of width x height, the corner of its first pixel is (0, 0); null = not finite"
+    "intrinsics in pixels of the original image (its width and height are given), the centre of its first pixel is (0, 0); null = not "
+    "finite; 'network' has the same for the frame as the network saw it, the resolution of depth/ and mask/ and the pixels of "
+    "tracks_processed, where the centre of the first pixel is (0, 0) too: network = (original + 0.5) * scale + offset - 0.5 for x and "
+    "for y, and original = (network + 0.5 - offset) / scale - 0.5"
 )
 
 log = logging.getLogger(__name__)
 
 
 def write_trajectory(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """`trajectory.tum` (timestamp tx ty tz qx qy qz qw, world-from-camera, one line per frame) and `cameras.json`."""
+    """`trajectory.tum` (timestamp tx ty tz qx qy qz qw, world-from-camera, one line per frame) and `cameras.json`.
+
+    The JSON's intrinsics are in pixels of the original images, those under "network" in pixels of the frames as the network saw
+    them, with the map between the two. The centre of the first pixel is (0, 0) in both.
+    """
     check(prediction, frames, "pose_enc")
     assert prediction.pose_enc is not None
     height, width = prediction.images.shape[-2:]
@@ -44,6 +51,13 @@ def write_trajectory(out_dir: str | Path, prediction: Prediction, frames: Frames
             "height": frames.original_sizes[i][0],
             "extrinsics": _rows(cameras.extrinsics[0, i]),
             "intrinsics": _rows(intrinsics[i]),
+            "network": {
+                "width": width,
+                "height": height,
+                "intrinsics": _rows(cameras.intrinsics[0, i]),
+                "scale": frames.scale[i].tolist(),
+                "offset": frames.offset[i].tolist(),
+            },
         }
         for i in range(len(frames))
     ]

@@ -21,7 +21,9 @@ class CameraHead(nn.Module):
         self.trunk_norm = LayerNorm(dim)
         self.embed_pose = Linear(POSE_SIZE, dim)
         self.poseLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 3 * dim))
-        self.trunk = nn.Sequential(*(Block(dim, config.num_heads, mlp_ratio) for _ in range(config.depth)))
+        # a backend chosen for the trunk may not serve this head's fp32, and S tokens need no special one
+        blocks = (Block(dim, config.num_heads, mlp_ratio, backend="auto") for _ in range(config.depth))
+        self.trunk = nn.Sequential(*blocks)
         self.pose_branch = Mlp(dim, dim // 2, POSE_SIZE)
 
     def forward(self, tokens: Tensor) -> Tensor:

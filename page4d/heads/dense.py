@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Conv2d, LayerNorm
+from ..layers import Conv2d, LayerNorm, cache_tensors
 
 CHUNK_FRAMES = 8  # frames in flight
 CHUNK_PIXELS = 2**23  # pixels in flight: bounds the full-resolution maps of very large images
@@ -19,15 +18,14 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
-@functools.lru_cache(maxsize=64)
+@cache_tensors
 def _sincos(channels: int, length: int, extent: float, device: torch.device) -> Tensor:
     """[sin, cos] of `length` points across +-extent at channels / 2 frequencies, (channels, length) fp32, evaluated in fp64."""
-    with torch.inference_mode(False):
-        reach = extent * (length - 1) / length
-        points = torch.linspace(-reach, reach, length, dtype=torch.float32).double()
-        frequencies = 100.0 ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
-        angles = frequencies[:, None] * points[None, :]
-        return torch.cat([angles.sin(), angles.cos()]).float().to(device)
+    reach = extent * (length - 1) / length
+    points = torch.linspace(-reach, reach, length, dtype=torch.float32).double()
+    frequencies = 100.0 ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
+    angles = frequencies[:, None] * points[None, :]
+    return torch.cat([angles.sin(), angles.cos()]).float().to(device)
 
 
 def add_positions(x: Tensor, aspect: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TrackHeadConfig
-from ..layers import LayerNorm, Linear, Mlp
+from ..layers import LayerNorm, Linear, Mlp, cache_tensors
 from .dense import DensePredictor
 
 STRIDE = 2  # image pixels per feature-map pixel
@@ -19,24 +19,29 @@ SAMPLES_IN_FLIGHT = 2**26  # values of sampled features at a time
 
 def _sample(maps: Tensor, points: Tensor, padding: str) -> Tensor:
     """Bilinear samples (N, C, *points.shape[1:3]) of maps (N, C, h, w) at pixel positions (N, a, b, 2), x first."""
-    size = maps.new_tensor([maps.shape[-1], maps.shape[-2]])
-    return F.grid_sample(maps, 2 * points / (size - 1).clamp_min(1) - 1, padding_mode=padding, align_corners=True)
+    x, y = points.unbind(-1)
+    grid = torch.stack([2 * x / max(maps.shape[-1] - 1, 1) - 1, 2 * y / max(maps.shape[-2] - 1, 1) - 1], -1)
+    return F.grid_sample(maps, grid, padding_mode=padding, align_corners=True)
+
+
+@cache_tensors
+def _sincos(channels: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[sin, cos] of 0 .. length - 1 at frequencies 10000^(-2m / channels), (length, channels), evaluated in fp64, rounded to fp32."""
+    frequencies = 10000.0 ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], -1).float().to(device, dtype)
 
 
 def _sincos_at(points: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    """The sincos map of `channels` over a (h, w) grid, sampled bilinearly (clamped at the border) at points (..., 2).
+    """The map [sin x, cos x, sin y, cos y] of `channels` over a (h, w) grid, sampled bilinearly (clamped at the border) at points (..., 2).
 
-    Channels [sin x, cos x, sin y, cos y], frequencies 10000^(-m / (channels / 4)). The map is separable, so each axis is interpolated
-    between two rows of a table of its own.
+    The map is separable, so each axis is interpolated between two rows of a table of its own.
     """
-    quarter = channels // 4
-    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device=points.device) / quarter)
     sampled = []
     for axis, length in ((0, size[1]), (1, size[0])):
-        angles = torch.arange(length, dtype=torch.float64, device=points.device)[:, None] * frequencies
-        table = torch.cat([angles.sin(), angles.cos()], -1).float().to(points.dtype)
+        table = _sincos(channels // 2, length, points.device, points.dtype)
         position = points[..., axis].clamp(0, length - 1)
-        low = position.floor().long().clamp_max(length - 2)
+        low = position.floor().long().clamp(0, length - 2)
         sampled.append(torch.lerp(table[low], table[low + 1], (position - low).unsqueeze(-1)))
     return torch.cat(sampled, -1)
 
@@ -47,6 +52,24 @@ def _flow_embedding(flow: Tensor, channels: int) -> Tensor:
     frequencies = torch.arange(channels // 2, dtype=flow.dtype, device=flow.device) * step
     angles = flow[..., None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
+
+
+class MultiheadAttention(nn.Module):
+    """torch's MultiheadAttention by parameters. Its own inference path holds all heads * N^2 probabilities; this one does not."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Queries x (B, N, C), keys and values context (B, M, C)."""
+        projections = zip((x, context, context), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        q, k, v = (F.linear(y, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y, w, b in projections)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class TrackerBlock(nn.Module):
@@ -60,7 +83,7 @@ class TrackerBlock(nn.Module):
         self.norm1 = LayerNorm(dim)
         self.norm_context = LayerNorm(dim) if cross else None
         self.norm2 = LayerNorm(dim)
-        self.add_module("cross_attn" if cross else "attn", nn.MultiheadAttention(dim, num_heads, batch_first=True))
+        self.add_module("cross_attn" if cross else "attn", MultiheadAttention(dim, num_heads))
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -69,7 +92,7 @@ class TrackerBlock(nn.Module):
             attention, context = self.get_submodule("attn"), x
         else:
             attention, context = self.get_submodule("cross_attn"), self.norm_context(context)
-        x = x + attention(x, context, context, need_weights=False)[0]
+        x = x + attention(x, context)
         return x + self.mlp(self.norm2(x))
 
 
@@ -170,7 +193,8 @@ class Tracker(nn.Module):
         for _ in range(self.config.levels - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
 
-        reference = self.query_ref_token[:, [0] + [1] * (frames - 1)].unsqueeze(2)  # (1, S, 1, inputs)
+        first, rest = self.query_ref_token.unsqueeze(2).split(1, 1)
+        reference = torch.cat([first, rest.expand(-1, frames - 1, -1, -1)], 1)  # (1, S, 1, inputs)
         constant = _sincos_at(query, self.inputs, (height, width)).unsqueeze(1) + reference
         tracks = []
         for _ in range(self.config.iterations):

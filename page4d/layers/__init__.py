@@ -6,7 +6,8 @@ statistics and sums stay in fp32, the same on every device.
 
 from .attention import Attention, Modulation, Rope
 from .block import Block
+from .cache import cache_tensors
 from .linear import Conv2d, LayerNorm, Linear
 from .mlp import Mlp
 
-__all__ = ["Attention", "Block", "Conv2d", "LayerNorm", "Linear", "Mlp", "Modulation", "Rope"]
+__all__ = ["Attention", "Block", "Conv2d", "LayerNorm", "Linear", "Mlp", "Modulation", "Rope", "cache_tensors"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from page4d_kernels import TokenLayout, mask_attention, qk_norm_rope, rope_tables
+from page4d_kernels.reference import accumulation_dtype
 
+from .cache import cache_tensors
 from .linear import LayerNorm, Linear
 
 
@@ -23,11 +24,10 @@ class Rope:
     special_tokens: int
 
 
-@functools.lru_cache(maxsize=16)
+@cache_tensors
 def rope(grid: tuple[int, int], special_tokens: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype) -> Rope:
-    """Made once per grid, device and dtype; usable in training even when first made for inference."""
-    with torch.inference_mode(False):
-        cos, sin = rope_tables(grid, head_dim, base, device, dtype)
+    """Made once per grid, device and dtype."""
+    cos, sin = rope_tables(grid, head_dim, base, device, dtype)
     return Rope(cos, sin, grid, special_tokens)
 
 
@@ -43,9 +43,10 @@ class Modulation:
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(D) + r c^T) v between a packed projection and an output projection."""
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False):
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, backend: str | None = None):
         super().__init__()
         self.num_heads = num_heads
+        self.backend = backend
         self.qkv = Linear(dim, 3 * dim)
         self.q_norm = LayerNorm(dim // num_heads) if qk_norm else None
         self.k_norm = LayerNorm(dim // num_heads) if qk_norm else None
@@ -70,8 +71,9 @@ class Attention(nn.Module):
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if modulation is None:
-            out = mask_attention(q, k, v)
+            out = mask_attention(q, k, v, backend=self.backend)
         else:
-            out = mask_attention(q, k, v, modulation.query_gate, modulation.key_bias, layout=modulation.layout)
+            gate, bias = (vector.to(accumulation_dtype(q.dtype)) for vector in (modulation.query_gate, modulation.key_bias))
+            out = mask_attention(q, k, v, gate, bias, layout=modulation.layout, backend=self.backend)
         assert isinstance(out, Tensor)  # no log-sum-exp was asked for
         return self.proj(out.transpose(1, 2).flatten(2))

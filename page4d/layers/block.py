@@ -20,10 +20,20 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x += ls1 attn(norm1 x), x += ls2 mlp(norm2 x)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, *, qk_norm: bool = False, eps: float = 1e-5, scale_init: float = 0.01):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: int,
+        *,
+        qk_norm: bool = False,
+        eps: float = 1e-5,
+        scale_init: float = 0.01,
+        backend: str | None = None,
+    ):
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, num_heads, qk_norm)
+        self.attn = Attention(dim, num_heads, qk_norm, backend)
         self.ls1 = LayerScale(dim, scale_init)
         self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, mlp_ratio * dim)

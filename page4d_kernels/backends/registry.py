@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ logger = logging.getLogger("page4d_kernels")
 
 AUTO = "auto"
 _registries: dict[str, Registry] = {}
-_overrides: dict[str, str] = {}
+_overrides: dict[str, list[list[str]]] = {}  # per op the names of the open `use_backend` blocks, each in a list of its own
 
 
 class BackendError(RuntimeError):
@@ -59,7 +60,7 @@ class Registry:
         self.op, self.variable, self.order = op, variable, order
         self._backends: dict[str, Backend] = {}
         self._logged: set[str] = set()
-        _registries[op] = self
+        self.calls: Counter[str] = Counter()  # by backend, for reports
 
     def register(self, backend: Backend) -> None:
         if backend.name in self._backends:
@@ -71,8 +72,11 @@ class Registry:
 
     def get(self, name: str) -> Backend:
         if name not in self._backends:
-            raise BackendError(f"unknown backend {name!r} for {self.op}: choose one of auto, {', '.join(self._backends)}")
+            raise BackendError(self._unknown(name))
         return self._backends[name]
+
+    def _unknown(self, name: str) -> str:
+        return f"unknown backend {name!r} for {self.op}: choose one of auto, {', '.join(self._backends)}"
 
     def reasons(self, name: str, problem: Any) -> list[str]:
         """Why `name` cannot serve `problem`, in words; empty if it can."""
@@ -82,9 +86,25 @@ class Registry:
     def usable(self, problem: Any) -> list[str]:
         return [name for name in self._backends if not self.reasons(name, problem)]
 
+    def requested(self) -> str:
+        """What `use_backend` or the environment variable asks for; "auto" if neither does."""
+        blocks = _overrides.get(self.op)
+        if blocks:
+            return blocks[-1][0]
+        name = env.get(self.variable) or AUTO
+        if name != AUTO and name not in self._backends:
+            raise BackendError(f"{self.variable}: {self._unknown(name)}")
+        return name
+
     def choose(self, problem: Any, name: str | None = None) -> Backend:
         """The backend that serves `problem`: `name` > `use_backend` > environment variable > the automatic order."""
-        name = name or _overrides.get(self.op) or env.get(self.variable) or AUTO
+        chosen = self._choose(problem, name)
+        if not torch.compiler.is_compiling():
+            self.calls[chosen.name] += 1
+        return chosen
+
+    def _choose(self, problem: Any, name: str | None) -> Backend:
+        name = self.requested() if name is None else name
         if name != AUTO:
             reasons = self.reasons(name, problem)
             if reasons:
@@ -109,6 +129,12 @@ class Registry:
             logger.info(message)
 
 
+def declare(op: str, variable: str, order: tuple[str, ...]) -> Registry:
+    """The registry of a new op, known to `use_backend` and `info`."""
+    _registries[op] = Registry(op, variable, order)
+    return _registries[op]
+
+
 def registries() -> dict[str, Registry]:
     """Every op's registry, by op name."""
     return dict(_registries)
@@ -116,22 +142,28 @@ def registries() -> dict[str, Registry]:
 
 @contextlib.contextmanager
 def use_backend(name: str, op: str = "mask_attention") -> Iterator[None]:
-    """Within the block, `op` is served by `name` ("auto" for the automatic choice) unless a call names another. Process-wide."""
-    if op not in _registries:
-        raise BackendError(f"unknown op {op!r}: choose one of {', '.join(_registries)}")
+    """Within the block, `op` is served by `name` ("auto" for the automatic choice) unless a call names another.
+
+    The block holds for the whole process: autograd recomputes checkpointed layers in threads of its own.
+    """
+    registry = _registry(op)
     if name != AUTO:
-        _registries[op].get(name)
-    before = _overrides.get(op)
-    _overrides[op] = name
+        registry.get(name)
+    block = [name]
+    blocks = _overrides.setdefault(op, [])
+    blocks.append(block)
     try:
         yield
-    finally:
-        if before is None:
-            del _overrides[op]
-        else:
-            _overrides[op] = before
+    finally:  # by identity: blocks of several threads may end in any order
+        blocks[:] = [other for other in blocks if other is not block]
 
 
 def is_backend_supported(name: str, problem: Any, op: str = "mask_attention") -> bool:
     """Whether `name` can serve `problem`; `registries()[op].reasons(name, problem)` says why not."""
-    return not _registries[op].reasons(name, problem)
+    return not _registry(op).reasons(name, problem)
+
+
+def _registry(op: str) -> Registry:
+    if op not in _registries:
+        raise BackendError(f"unknown op {op!r}: choose one of {', '.join(_registries)}")
+    return _registries[op]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
@@ -37,6 +39,12 @@ def expect_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.dtype != other.dtype:
         raise TypeError(f"{name} is {dtype_name(x.dtype)} but {other_name} is {dtype_name(other.dtype)}: convert one of them")
     expect(x.device == other.device, f"{name} is on {x.device} but {other_name} is on {other.device}: move one of them")
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Inside an op the dtypes are the op's own: autocast would round the fp32 logits, bias included, to its own dtype."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
 
 
 def values_can_be_read(x: Tensor) -> bool:

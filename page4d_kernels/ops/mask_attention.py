@@ -12,7 +12,7 @@ from ..backends.mask_attention import BACKENDS
 from ..backends.mask_attention.problem import AttentionProblem
 from ..layout import TokenLayout
 from ..reference import accumulation_dtype
-from ._checks import dtype_name, expect, expect_finite, expect_floats, expect_like, expect_tensor, values_can_be_read
+from ._checks import dtype_name, expect, expect_finite, expect_floats, expect_like, expect_tensor, values_can_be_read, without_autocast
 
 
 def mask_attention(
@@ -40,7 +40,7 @@ def mask_attention(
         query_gate: r, (B, Nq), float32 (float64 with float64 q). Given together with key_bias or not at all.
         key_bias: c, (B, Nk), float32 (float64 with float64 q).
         layout: promise that r is zero outside the special tokens of each frame; lets backends skip the bias for all other rows.
-        scale: factor of q k^T; 1/sqrt(D) by default.
+        scale: factor of q k^T, positive; 1/sqrt(D) by default.
         backend: a name from `python -m page4d_kernels.info`; default `use_backend`, then PAGE4D_ATTN, then automatic.
         return_lse: also return log(sum_j exp(logit_ij)), (B, H, Nq) float32 (float64 with float64 q), to merge partial results.
 
@@ -54,15 +54,18 @@ def mask_attention(
 
     Source: PAGE-4D (ICLR 2026), dynamics-aware aggregator.
     """
-    _check(q, k, v, query_gate, key_bias, layout)
+    _check(q, k, v, query_gate, key_bias, layout, scale)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if layout is not None and layout.special_tokens == 0:
+        query_gate = key_bias = None  # the layout promises that nothing is gated
     if layout is not None and query_gate is not None and query_gate.requires_grad:
         query_gate = layout.only_special(query_gate)  # the promise makes the rest constants: no gradient there, whatever the backend
     problem = describe(q, k, v, query_gate, key_bias, layout=layout, return_lse=return_lse)
     chosen = BACKENDS.choose(problem, backend)
     if chosen.backward is None:
-        return chosen.forward(q, k, v, query_gate, key_bias, layout, scale)  # such a backend has declined `return_lse`
+        with without_autocast(q):
+            return chosen.forward(q, k, v, query_gate, key_bias, layout, scale)  # such a backend has declined `return_lse`
     packed = None if layout is None else [layout.frames, layout.tokens_per_frame, layout.special_tokens]
     out, lse = torch.ops.page4d.mask_attention(q, k, v, query_gate, key_bias, packed, scale, chosen.name)
     return (out, lse) if return_lse else out
@@ -88,7 +91,15 @@ def describe(
     )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, layout: TokenLayout | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_gate: Tensor | None,
+    key_bias: Tensor | None,
+    layout: TokenLayout | None,
+    scale: float | None,
+) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         expect_tensor(name, x, 4, "(B, H, N, D)")
         expect_like(name, x, "q", q)
@@ -109,7 +120,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bias:
             if x.dtype != wanted:
                 raise TypeError(f"{name} has to be {dtype_name(wanted)} with {dtype_name(q.dtype)} q, not {dtype_name(x.dtype)}")
             expect_finite(name, x)
+    if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
+        raise ValueError(f"scale has to be a positive number, not {scale!r}")
     if layout is not None:
+        if not isinstance(layout, TokenLayout):
+            raise TypeError(f"layout has to be a TokenLayout, not {type(layout).__name__}")
         fits = layout.tokens == q.shape[2] == k.shape[2]
         expect(fits, f"{layout} has {layout.tokens} tokens, but there are {q.shape[2]} queries and {k.shape[2]} keys")
         if query_gate is not None and env.flag("PAGE4D_DEBUG") and values_can_be_read(query_gate):
@@ -137,7 +152,8 @@ def _op(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = BACKENDS.get(backend).forward(q, k, v, query_gate, key_bias, _unpack(layout), scale)
+    with without_autocast(q):
+        out, lse = BACKENDS.get(backend).forward(q, k, v, query_gate, key_bias, _unpack(layout), scale)
     return _token_major(out), lse
 
 
@@ -166,7 +182,8 @@ def _backward_op(
     """Gradients of q, k, v, query_gate, key_bias; the last two are empty when there is no bias."""
     backward = BACKENDS.get(backend).backward
     assert backward is not None  # only backends with one are served by this operator
-    d_q, d_k, d_v, d_gate, d_bias = backward(q, k, v, query_gate, key_bias, out, lse, d_out, d_lse, _unpack(layout), scale)
+    with without_autocast(q):
+        d_q, d_k, d_v, d_gate, d_bias = backward(q, k, v, query_gate, key_bias, out, lse, d_out, d_lse, _unpack(layout), scale)
     vectors = [lse.new_empty(0) if x is None else x for x in (d_gate, d_bias)]
     return _token_major(d_q), _token_major(d_k), _token_major(d_v), vectors[0], vectors[1]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.mask_head import BACKENDS
 from ..backends.mask_head.problem import MaskHeadProblem
 from ..reference import accumulation_dtype
-from ._checks import expect, expect_floats, expect_tensor
+from ._checks import expect, expect_floats, expect_tensor, without_autocast
 
 
 def mask_head(
@@ -72,9 +72,12 @@ def _check(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], spec
     per_frame = special_tokens + patches
     wrong = f"grid {tuple(grid)} and {special_tokens} special tokens make {per_frame} tokens per frame, not {tokens.shape[2]}"
     expect(tokens.shape[2] == per_frame, wrong)
+    names = ("depthwise_weight", "depthwise_bias", "hidden_weight", "hidden_bias", "out_weight", "out_bias")
+    for name, parameter, rank in zip(names, parameters, (4, 1, 4, 1, 4, 1), strict=True):
+        expect_tensor(name, parameter, rank, "")
+        expect_floats("mask_head", parameter)
     channels, hidden = tokens.shape[3], parameters[2].shape[0]
     shapes = [(channels, 1, 3, 3), (channels,), (hidden, channels, 1, 1), (hidden,), (1, hidden, 1, 1), (1,)]
-    names = ("depthwise_weight", "depthwise_bias", "hidden_weight", "hidden_bias", "out_weight", "out_bias")
     for name, parameter, shape in zip(names, parameters, shapes, strict=True):
         expect(parameter.shape == shape, f"{name} has to have shape {shape}, not {tuple(parameter.shape)}")
         expect(parameter.device == tokens.device, f"{name} is on {parameter.device} but tokens are on {tokens.device}: move one of them")
@@ -83,7 +86,8 @@ def _check(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], spec
 @torch.library.custom_op("page4d::mask_head", mutates_args=())
 def _op(tokens: Tensor, parameters: Sequence[Tensor], grid: Sequence[int], special_tokens: int, backend: str) -> Tensor:
     height, width = grid
-    return BACKENDS.get(backend).forward(tokens, list(parameters), (height, width), special_tokens)
+    with without_autocast(tokens):
+        return BACKENDS.get(backend).forward(tokens, list(parameters), (height, width), special_tokens)
 
 
 @_op.register_fake
@@ -100,7 +104,8 @@ def _backward_op(
     backward = BACKENDS.get(backend).backward
     assert backward is not None  # every backend of this op has one
     height, width = grid
-    return backward(d_bias, tokens, list(parameters), (height, width), special_tokens)
+    with without_autocast(tokens):
+        return backward(d_bias, tokens, list(parameters), (height, width), special_tokens)
 
 
 @_backward_op.register_fake

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.qk_norm_rope import BACKENDS
 from ..backends.qk_norm_rope.problem import QkNormRopeProblem
-from ._checks import expect, expect_floats, expect_tensor
+from ._checks import expect, expect_floats, expect_tensor, without_autocast
 
 
 def qk_norm_rope(
@@ -72,6 +72,7 @@ def _check(qkv: Tensor, parameters: tuple[Tensor, ...], cos: Tensor, sin: Tensor
     expect(all(size > 0 for size in qkv.shape), f"no dimension may be empty: qkv {tuple(qkv.shape)}")
     for name, x in zip(("q_weight", "q_bias", "k_weight", "k_bias"), parameters, strict=True):
         expect_tensor(name, x, 1, "(D,)")
+        expect_floats("qk_norm_rope", x)
         expect(x.shape[0] == head_dim, f"{name} has to have length {head_dim}, the head dim, not {x.shape[0]}")
         expect(x.device == qkv.device, f"{name} is on {x.device} but qkv is on {qkv.device}: move one of them")
     expect(len(grid) == 2 and min(grid) >= 1, f"grid has to be (h, w), both at least 1, not {tuple(grid)}")
@@ -81,6 +82,7 @@ def _check(qkv: Tensor, parameters: tuple[Tensor, ...], cos: Tensor, sin: Tensor
     expect(frames_fit, f"{qkv.shape[1]} tokens are not a multiple of {per_frame}, the tokens per frame of grid {tuple(grid)}")
     for name, x in (("cos", cos), ("sin", sin)):
         expect_tensor(name, x, 2, "(positions, D/4)")
+        expect_floats("qk_norm_rope", x)
         fits = x.shape[0] > max(grid) and x.shape[1] == head_dim // 4
         expect(fits, f"{name} has to be (at least {max(grid) + 1}, {head_dim // 4}), not {tuple(x.shape)}")
         expect(x.device == qkv.device, f"{name} is on {x.device} but qkv is on {qkv.device}: move one of them")
@@ -101,7 +103,8 @@ def _op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     height, width = grid
-    q, k = BACKENDS.get(backend).forward(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, (height, width), special_tokens, eps)
+    with without_autocast(qkv):
+        q, k = BACKENDS.get(backend).forward(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, (height, width), special_tokens, eps)
     return q.contiguous(), k.contiguous()
 
 
@@ -129,7 +132,8 @@ def _backward_op(
     backward = BACKENDS.get(backend).backward
     assert backward is not None  # every backend of this op has one
     height, width = grid
-    return backward(d_q, d_k, qkv, q_weight, k_weight, cos, sin, (height, width), special_tokens, eps)
+    with without_autocast(qkv):
+        return backward(d_q, d_k, qkv, q_weight, k_weight, cos, sin, (height, width), special_tokens, eps)
 
 
 @_backward_op.register_fake

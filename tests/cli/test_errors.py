@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from page4d.cli import main
+from page4d_kernels.backends.mask_attention import BACKENDS
 
 
 @pytest.fixture
@@ -46,16 +47,18 @@ BAD_OPTIONS = [
     (["--stride", "2", "--fps", "3"], "exclude each other"),
     (["--fps", "2"], "fps needs a video"),
     (["--device", "gpu"], "device 'gpu' cannot be used"),
+    (["--device", "meta"], "device 'meta' cannot be used"),
+    (["--fit", "squeeze"], "invalid choice"),
+    (["--weights", "small"], "random:small gives that preset random weights"),
     (["--dtype", "int8"], "invalid choice"),
     (["--attn", "tritn"], "unknown backend 'tritn' for mask_attention: choose one of auto, reference"),
-    (["--attn", "flash"], "cannot serve this"),
     (["--export", "obj"], "unknown format 'obj'"),
     (["--export", ""], "unknown format"),
     (["--export", "tracks"], "--export tracks needs track: give --query-points"),
     (["--query-points", "5"], "give pixels as X,Y"),
     (["--query-points", "5,6,7"], "give pixels as X,Y"),
     (["--query-points", "a,b"], "give pixels as X,Y"),
-    (["--query-points", "5,6", "900,6"], "query point 900,6 is outside the first frame of 80 x 60"),
+    (["--query-points", "5,6", "900,6"], "query point 900,6 is outside the first frame of 60 x 80"),
     (["--query-points", "5,nan"], "outside the first frame"),
     (["--track-grid", "0"], "at least 1"),
     (["--track-grid", "2", "--query-points", "1,1"], "not allowed with"),
@@ -127,14 +130,63 @@ class TestInputs:
         assert "broken.png" in self.refuse(capsys, tmp_path, image, broken)
 
     def test_output_folder_is_a_file(self, capsys, image):
-        assert "is a file, not a folder" in refuse(capsys, image, "--out", image / "deeper")
+        assert "cannot write into the folder" in refuse(capsys, image, "--out", image / "deeper")
 
 
-def test_out_of_memory(capsys, image, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("PAGE4D_ATTN", "typo", "PAGE4D_ATTN: unknown backend 'typo'"),
+        ("PAGE4D_MASK_HEAD", "typo", "PAGE4D_MASK_HEAD: unknown backend 'typo'"),
+        ("PAGE4D_NVTX", "maybe", "PAGE4D_NVTX='maybe' is not a switch"),
+        ("PAGE4D_DEBUG", "maybe", "PAGE4D_DEBUG='maybe' is not a switch"),
+    ],
+)
+def test_bad_variable(variable, value, words, image, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("page4d.cli.load_frames", None)  # said before any work
+    assert words in refuse(capsys, image, "--out", tmp_path / "out")
+
+
+def test_a_backend_that_is_not_there(image, tmp_path, capsys):
+    if not BACKENDS.get("flash").missing():
+        pytest.skip("flash-attn is installed")
+    line = refuse(capsys, image, "--size", "56", "--weights", "random:tiny", "--attn", "flash", "--out", tmp_path / "out")
+    assert "'flash' cannot serve this: no flash-attn package could be imported" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 99 GiB\nmore detail"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: tried to allocate 99 GiB"),
+        MemoryError("tried to allocate 99 GiB"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory(capsys, image, tmp_path, monkeypatch, error):
     def give_up(*args, **kwargs):
-        raise torch.OutOfMemoryError("tried to allocate 99 GiB\nmore detail")
+        raise error
 
     monkeypatch.setattr("page4d.model.Page4D.forward", give_up)
     assert main([str(image), "--out", str(tmp_path / "out"), "--weights", "random:tiny"]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "out of memory: use fewer --frames or a smaller --size (tried to allocate 99 GiB)" in error
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: out of memory: use fewer --frames or a smaller --size" in line and "99 GiB" in line
+
+
+def test_interrupted(capsys, image, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("page4d.model.Page4D.forward", interrupt)
+    assert main([str(image), "--out", str(tmp_path / "out"), "--weights", "random:tiny"]) == 130
+    assert capsys.readouterr().err.strip().endswith("interrupted") and not (tmp_path / "out").exists()
+
+
+def test_an_error_of_ours_is_not_hidden(image, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("page4d.model.Page4D.forward", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main([str(image), "--out", str(tmp_path / "out"), "--weights", "random:tiny"])

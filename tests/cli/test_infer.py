@@ -49,8 +49,12 @@ def check_outputs(out: Path, frames: int, size: tuple[int, int], original: tuple
             assert image.mode.startswith("I;16") and image.size == (width, height)
             depth = np.asarray(image, np.float64) * entry["scale"]
         assert np.abs(depth - arrays["depth"][0, index, ..., 0]).max() <= entry["scale"]
-        assert Image.open(out / "depth" / f"{entry['name']}_preview.png").size == (width, height)
+        assert Image.open(out / "depth" / "preview" / f"{entry['name']}.png").size == (width, height)
         assert Image.open(out / "mask" / f"{entry['name']}.png").size == (width, height)
+
+    for index, entry in enumerate(scales):
+        raw = np.asarray(Image.open(out / "mask" / "raw" / f"{entry['name']}.png"))
+        assert np.abs(raw / 255 - (0.5 - arrays["mask"][0, index])).max() < 0.01
 
     cameras = json.loads((out / "cameras.json").read_text())["frames"]
     assert len(cameras) == frames and (cameras[0]["height"], cameras[0]["width"]) == original
@@ -67,10 +71,11 @@ def check_outputs(out: Path, frames: int, size: tuple[int, int], original: tuple
     assert not list(out.rglob(".*")), "temporary files are left"
 
 
-def run_script(*args, cwd=ROOT) -> str:
-    result = subprocess.run([sys.executable, ROOT / "infer.py", *map(str, args)], cwd=cwd, capture_output=True, text=True)
+def run_script(*args) -> str:
+    """What it printed: the progress and the report."""
+    result = subprocess.run([sys.executable, ROOT / "infer.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result.stderr + result.stdout
 
 
 @pytest.mark.slow
@@ -79,7 +84,7 @@ def test_bundled_clip(tmp_path):
     printed = run_script("--frames", "3", "--track-grid", "3", "--profile", "--out", tmp_path / "out")
     assert "running the bundled clip" in printed
     assert "RANDOM WEIGHTS" in printed and "noise" in printed
-    assert "3 frames at 252 x 336" in printed and "frames/s" in printed and "attention backend sdpa" in printed
+    assert "3 frames at 252 x 336" in printed and "frames/s" in printed and "attention by sdpa (" in printed
     for stage in ("preprocess", "encoder", "frame blocks", "global blocks", "mask head", "camera head", "track head", "export"):
         assert stage in printed
     check_outputs(tmp_path / "out", 3, (252, 336), (252, 336), 9)
@@ -90,9 +95,11 @@ def test_bundled_clip(tmp_path):
 @pytest.mark.slow
 def test_official_size_fits_in_8_gib(tmp_path, capsys):
     """1.26 G parameters, 2 frames of 336 x 518, mask on."""
-    printed = run_script("--weights", "random:page4d-mask", "--size", "336x518", "--frames", "2", "--out", tmp_path / "out")
+    printed = run_script(
+        "--device", "cpu", "--weights", "random:page4d-mask", "--size", "336x518", "--frames", "2", "--out", tmp_path / "out"
+    )
     with capsys.disabled():
-        print("\n" + printed[printed.index("stage") :])
+        print("\n" + printed[printed.index("stage  ") :])
     assert "2 frames at 336 x 518" in printed
     peak = float(printed.split("peak ")[-1].split(" GiB")[0])
     assert 4.7 < peak < 8  # the weights alone are 4.7
@@ -110,10 +117,10 @@ def folder_of_images(folder: Path, count: int = 3) -> Path:
 def test_folder_files_and_options(tmp_path, capsys):
     folder = folder_of_images(tmp_path / "images")
     points = ["--query-points", "10,20", "60.5,44", "119,89"]
-    options = ["--weights", "random:tiny", "--size", "140x168", "--out", str(tmp_path / "out"), "--attn", "chunked", *points]
+    options = ["--weights", "random:tiny", "--size", "168x224", "--out", str(tmp_path / "out"), "--attn", "chunked", *points]
     assert main([str(folder), *options]) == 0
-    assert "attention backend chunked" in capsys.readouterr().out
-    check_outputs(tmp_path / "out", 3, (140, 168), (90, 120), 3)
+    assert "attention by chunked (" in capsys.readouterr().out
+    check_outputs(tmp_path / "out", 3, (168, 224), (90, 120), 3)
     with np.load(tmp_path / "out" / "tracks.npz") as file:
         assert np.allclose(file["tracks"][0], [[10, 20], [60.5, 44], [119, 89]], atol=1e-3)
         first = dict(file)
@@ -121,6 +128,46 @@ def test_folder_files_and_options(tmp_path, capsys):
     assert main([*files, *options, "--attn", "reference"]) == 0
     with np.load(tmp_path / "out" / "tracks.npz") as file:
         assert np.allclose(file["tracks"], first["tracks"], atol=1e-2)
+
+
+def test_a_grid_of_points(tmp_path):
+    folder = folder_of_images(tmp_path / "images")
+    out = tmp_path / "out"
+    arguments = [str(folder), "--weights", "random:tiny", "--size", "140x168", "--out", str(out), "--export", "tracks"]
+    assert main([*arguments, "--track-grid", "2"]) == 0
+    with np.load(out / "tracks.npz") as file:
+        quarters = [[x * 168 - 0.5, y * 140 - 0.5] for y in (0.25, 0.75) for x in (0.25, 0.75)]
+        assert np.allclose(file["tracks_processed"][0], quarters, atol=1e-3)
+
+
+def test_portrait_pictures_are_cropped_or_padded(tmp_path, capsys):
+    path = tmp_path / "portrait.png"
+    Image.fromarray(np.full((180, 90, 3), 200, np.uint8)).save(path)
+    arguments = [str(path), "--weights", "random:tiny", "--size", "140", "--out", str(tmp_path / "out"), "--export", "tracks"]
+    assert main([*arguments, "--query-points", "5,5"]) == 2
+    assert "cut off: use --fit pad" in capsys.readouterr().err
+    assert main([*arguments, "--query-points", "5,5", "--fit", "pad"]) == 0
+    assert main([*arguments, "--query-points", "5,90"]) == 0
+    assert "50% of each picture is cut off" in capsys.readouterr().err
+
+
+def test_nobody_reads_the_report(tmp_path):
+    folder = folder_of_images(tmp_path / "images")
+    command = [
+        sys.executable,
+        str(ROOT / "infer.py"),
+        str(folder),
+        "--weights",
+        "random:tiny",
+        "--size",
+        "56",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert "Traceback" not in error and (tmp_path / "out" / "overview.png").exists()
 
 
 def test_only_the_exports_asked_for(tmp_path, capsys):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from page4d.data import InputError, load_frames
+from page4d.data.clip import render_clip
 from page4d.data.frames import Frames, sample
 from page4d.data.preprocess import preprocess, stack
 
@@ -76,11 +77,11 @@ def test_coordinate_maps(width: int, height: int, mode: str, size: int | tuple[i
     points = torch.rand(5, 2, dtype=torch.float64) * 100
     there = frames.points_from_original(points)
     torch.testing.assert_close(frames.points_to_original(there[None])[0], points)
-    # A camera ray hits the same spot in both images: continuous coordinates are half a pixel from integer centres.
+    # A camera ray hits the same spot in both images.
     intrinsics = torch.tensor([[[300.0, 0, 200.5], [0, 310, 100], [0, 0, 1]]], dtype=torch.float64)
     ray = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64)
     processed, original = (intrinsics[0] @ ray)[:2], (frames.intrinsics_in_original(intrinsics)[0] @ ray)[:2]
-    torch.testing.assert_close(frames.points_to_original((processed - 0.5)[None, None])[0, 0], original - 0.5)
+    torch.testing.assert_close(frames.points_to_original(processed[None, None])[0, 0], original)
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
@@ -112,11 +113,64 @@ def test_transparency_shows_white_and_grey_becomes_rgb() -> None:
     assert (to_frames(Image.new("L", (28, 28), 51), size=28).images == 0.2).all()
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_greys_are_scaled(suffix: str, tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 28 * 28).astype(np.uint16).reshape(28, 28)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(values).save(path)
+    grey = load_frames([path], size=28).images[0]
+    assert torch.allclose(grey, torch.from_numpy(values / 65535).float().expand(3, -1, -1), atol=0.51 / 255)
+    wide = to_frames(Image.fromarray(values.astype(np.int32)), size=28)  # the same in the mode "I"
+    assert torch.equal(wide.images[0], grey)
+
+
+@pytest.mark.parametrize("values", [np.full((28, 28), 65536, np.int32), np.full((28, 28), -1, np.int32), np.ones((28, 28), np.float32)])
+def test_greys_of_unknown_range_are_refused(values: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif.*convert it to 8 or 16 bit") as error:
+        load_frames([tmp_path / "a.tif"], size=28)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["LA", "PA", "RGBA", "P", "L", "RGB", "1"])
+def test_every_kind_of_transparency_shows_white(mode: str, tmp_path: Path) -> None:
+    """The left half is clear black, the right half grey (white in the mode 1)."""
+    image = Image.new("LA", (28, 28), (0, 0))
+    image.paste((255 if mode == "1" else 51, 255), (14, 0, 28, 28))
+    if mode in ("P", "L", "RGB", "1"):  # one colour stands for clear
+        image.convert("L").convert(mode).save(tmp_path / "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
+        image = Image.open(tmp_path / "a.png")
+    elif mode == "PA":
+        image, alpha = image.convert("L").convert("P").convert("PA"), image.getchannel("A")
+        image.putalpha(alpha)
+    else:
+        image = image.convert(mode)
+    assert image.mode == mode
+    pixels = to_frames(image, size=28).images[0]
+    assert (pixels[:, :, :14] == 1).all() and torch.allclose(pixels[:, :, 14:], torch.tensor(1.0 if mode == "1" else 0.2), atol=1 / 255)
+
+
+@pytest.mark.parametrize(("orientation", "white"), [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))])
+def test_photos_stand_upright(orientation: int, white: tuple[int, int], tmp_path: Path) -> None:
+    """The corner that is stored at the upper left (row, column) lands where the camera's EXIF tag says."""
+    image = Image.new("RGB", (84, 56))
+    image.paste((255, 255, 255), (0, 0, 28, 28))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.jpg", exif=exif)
+    turned = orientation in (6, 8)
+    size = (84, 56) if turned else (56, 84)
+    frames = load_frames([tmp_path / "a.jpg"], size=size)
+    assert frames.original_sizes == [size]
+    corners = {(row, column): float(frames.images[0, 0, row, column]) for row in (0, -1) for column in (0, -1)}
+    assert all((value > 0.9) == (corner == white) for corner, value in corners.items())
+
+
 def test_mixed_sizes_are_centred_on_white_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     black = [Image.new("RGB", shape) for shape in ((56, 28), (56, 56))]
     frames = to_frames(*black, size=56)
     assert frames.images.shape == (2, 3, 56, 56)
-    assert "different sizes" in caplog.text
+    assert "different sizes" in caplog.text and "56 x 56" in caplog.text
     assert (frames.images[0, :, 14:42] == 0).all() and (frames.images[0, :, :14] == 1).all() and (frames.images[0, :, 42:] == 1).all()
     assert frames.offset.tolist() == [[0, 14], [0, 0]]
     assert frames.inside()[0].sum() == 28 * 56
@@ -136,7 +190,7 @@ def test_options_that_cannot_work(options: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 def test_too_elongated(mode: str, tmp_path: Path) -> None:
     gradient(2000, 10).save(tmp_path / "long.png")
-    with pytest.raises(InputError, match=r"long\.png.*elongated"):
+    with pytest.raises(InputError, match=r"long\.png.*10 x 2000 pixels \(height x width\) is too elongated"):
         load_frames([tmp_path / "long.png"], mode=mode)
     assert load_frames([tmp_path / "long.png"], mode=mode, size=(28, 56)).images.shape == (1, 3, 28, 56)
 
@@ -158,3 +212,11 @@ def test_sampling_by_time() -> None:
     assert sample(at_25, max_frames=None, stride=None, fps=1000) == list(range(50))
     assert sample([0, 0.1, 0.9, 1.0, 3.4, 3.5], max_frames=None, stride=None, fps=1) == [0, 3, 4], "first frame at or after each tick"
     assert sample([], max_frames=3, stride=None, fps=1) == []
+
+
+def test_no_progress_bar_in_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The captured stderr is no terminal."""
+    gradient(40, 30).save(tmp_path / "a.png")
+    load_frames([tmp_path], size=28, progress=True)
+    render_clip(frames=1, height=14, width=14, supersample=1, progress=True)
+    assert capsys.readouterr().err == ""

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from page4d.data import InputError
 from page4d.data.frames import Frames
+from page4d.data.preprocess import preprocess, stack
 from page4d.export import EXPORTERS, NEEDED, available, export
 from page4d.export._color import colormap
 from page4d.export.depth import write_depth
 from page4d.export.mask import write_mask
-from page4d.export.overview import write_overview
+from page4d.export.overview import _top_view, write_overview
 from page4d.export.ply import write_ply
 from page4d.export.tracks import write_tracks
 from page4d.export.trajectory import write_trajectory
-from page4d.files import AtomicFiles
-from page4d.geometry import quaternion_to_matrix
+from page4d.files import AtomicFiles, check_writable
+from page4d.geometry import encode_pose, quaternion_to_matrix
 from page4d.prediction import Prediction
 
 S, H, W, N = 3, 56, 84, 5
@@ -70,15 +74,16 @@ def files_under(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_everything_at_once(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+def test_everything_at_once(prediction: Prediction, frames: Frames, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "folder"
     assert available(prediction) == list(EXPORTERS) == list(NEEDED)
-    written = export(prediction, frames, out, list(EXPORTERS))
+    written = export(prediction, frames, out, list(EXPORTERS), progress=True)
+    assert capsys.readouterr().err == "", "no progress bar where stderr is no terminal"
     assert {str(path.relative_to(out)) for path in written} == files_under(out)
     assert files_under(out) == {
         *("predictions.npz", "points.ply", "trajectory.tum", "cameras.json", "tracks.npz", "overview.png", "depth/depth.json"),
         *(f"{kind}/{name}.png" for kind in ("depth", "mask", "tracks") for name in frames.names),
-        *(f"depth/{name}_preview.png" for name in frames.names),
+        *(f"{kind}/{name}.png" for kind in ("depth/preview", "mask/raw") for name in frames.names),
     }
     for path in written:
         if path.suffix == ".png":
@@ -149,19 +154,55 @@ def test_previews_share_one_scale_with_near_warm(prediction: Prediction, frames:
     depth[:, :, :, : W // 2] = 2.0
     depth[:, 1, :, W // 2 :] = 2.0
     write_depth(tmp_path, replace(prediction, depth=depth), frames)
-    first, second = (np.asarray(Image.open(tmp_path / "depth" / f"{name}_preview.png")).astype(int) for name in frames.names[:2])
+    first, second = (np.asarray(Image.open(tmp_path / "depth" / "preview" / f"{name}.png")).astype(int) for name in frames.names[:2])
     near, far = first[30, 5], first[30, W - 5]
     assert near[0] > near[2] and far[2] > far[0]
     assert (second[30, 5] == near).all() and (second[30, W - 5] == near).all()
 
 
+def test_a_name_that_ends_in_preview_overwrites_nothing(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+    named = replace(frames, names=["a", "a_preview", "preview"])
+    assert prediction.depth is not None
+    written = write_depth(tmp_path, prediction, named)
+    assert len(set(written)) == len(written) == 2 * S + 1
+    entries = json.loads((tmp_path / "depth" / "depth.json").read_text())["frames"]
+    for entry, depth in zip(entries, prediction.depth[0, ..., 0].numpy(), strict=True):
+        assert np.allclose(np.asarray(Image.open(tmp_path / "depth" / entry["file"])) * entry["scale"], depth, atol=entry["scale"])
+
+
 def test_mask_is_red_where_things_move(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     mask = torch.full((1, S, H // 14, W // 14), 0.3)
-    mask[:, :, :, 4:] = -0.3  # low key bias = moving
+    mask[:, :, :, 4:] = -0.49  # low key bias = moving
     write_mask(tmp_path, replace(prediction, mask=mask, images=torch.full_like(prediction.images, 0.5)), frames)
     picture = np.asarray(Image.open(tmp_path / "mask" / f"{frames.names[0]}.png")).astype(int)
-    assert (picture[:30, 75, 0] > 200).all() and (picture[:30, 75, 1] < 80).all()
-    assert (np.ptp(picture[:30, 10], axis=-1) < 3).all()
+    assert (picture[:, 75, 0] > 200).all() and (picture[:, 75, 1] < 80).all(), "a label that does not fit is left out"
+    assert (np.ptp(picture[:, 10], axis=-1) < 3).all()
+
+
+def test_mask_colours_do_not_depend_on_the_clip(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+    """Noise below 1/2 in a static scene stays clear; just above 1/2 it is faint."""
+    images = torch.full_like(prediction.images, 0.5)
+    noise = 0.05 * torch.rand(1, S, H // 14, W // 14, generator=torch.Generator().manual_seed(0))
+    for mask, reddest in ((noise, 2), (-noise, 30)):
+        write_mask(tmp_path, replace(prediction, mask=mask, images=images), frames)
+        picture = np.asarray(Image.open(tmp_path / "mask" / f"{frames.names[0]}.png")).astype(int)
+        assert np.ptp(picture, axis=-1).max() <= reddest
+
+
+def test_raw_masks(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+    assert prediction.mask is not None
+    write_mask(tmp_path, prediction, frames)
+    for name, motion in zip(frames.names, prediction.motion[0], strict=True):
+        image = Image.open(tmp_path / "mask" / "raw" / f"{name}.png")
+        assert image.mode == "L" and image.size == (W // 14, H // 14)
+        assert np.abs(np.asarray(image) - 255 * motion.numpy()).max() <= 0.5 + 1e-3
+
+
+def test_large_masks_are_labelled(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+    images, mask = torch.full((1, S, 3, 252, 336), 0.5), torch.full((1, S, 18, 24), 0.3)
+    write_mask(tmp_path, replace(prediction, mask=mask, images=images), frames)
+    picture = np.asarray(Image.open(tmp_path / "mask" / f"{frames.names[0]}.png"))
+    assert np.ptp(picture[:200]) == 0 and np.ptp(picture[230:, :150]) > 50
 
 
 def test_trajectory(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
@@ -178,8 +219,37 @@ def test_trajectory(prediction: Prediction, frames: Frames, tmp_path: Path) -> N
         assert (entry["name"], entry["timestamp"], entry["width"], entry["height"]) == (frames.names[i], frames.timestamps[i], 168, 80)
         assert np.allclose(entry["extrinsics"], prediction.cameras.extrinsics[0, i], atol=1e-6)
         k = prediction.cameras.intrinsics[0, i]
-        expected: list[list[float]] = [[2 * float(k[0, 0]), 0, 84], [0, 2 * float(k[1, 1]), 40], [0, 0, 1]]
+        expected: list[list[float]] = [[2 * float(k[0, 0]), 0, 84.5], [0, 2 * float(k[1, 1]), 40.5], [0, 0, 1]]
         assert np.allclose(np.array(entry["intrinsics"]), np.array(expected), rtol=1e-5)
+        assert np.allclose(entry["network"].pop("intrinsics"), k, rtol=1e-5)
+        assert entry["network"] == {"width": W, "height": H, "scale": [0.5, 0.5], "offset": [0, 8]}
+
+
+@pytest.mark.parametrize(("mode", "size"), [("crop", 112), ("pad", 112), ("crop", (56, 84)), ("pad", (56, 84))])
+def test_cameras_points_and_pixels_agree(mode: str, size: int | tuple[int, int], prediction: Prediction, tmp_path: Path) -> None:
+    """A pixel unprojected as in points.ply and projected with cameras.json lands where the tracks would have it."""
+    done = [preprocess(Image.new("RGB", (150, 231)), size=size, mode=mode) for _ in range(S)]
+    images, scale, offset = stack(done)
+    frames = Frames(images, ["a", "b", "c"], [0.0, 1.0, 2.0], [p.original_size for p in done], scale, offset)
+    height, width = images.shape[-2:]
+    depth = 1 + torch.rand(1, S, height, width, 1, generator=torch.Generator().manual_seed(0))
+    case = Prediction(images=images[None], pose_enc=prediction.pose_enc, depth=depth, depth_conf=torch.ones(1, S, height, width))
+    assert offset.any(), "something is cut off or padded"
+    write_trajectory(tmp_path, case, frames)
+    points = case.points()[0][0].double()
+    for i, entry in enumerate(json.loads((tmp_path / "cameras.json").read_text())["frames"]):
+        pose = torch.tensor(entry["extrinsics"], dtype=torch.float64)
+        for x, y in ((0, 0), (width - 1, height - 1), (17, 30)):
+            camera = pose[:, :3] @ points[i, y, x] + pose[:, 3]
+            here, there = (
+                torch.tensor(k, dtype=torch.float64) @ camera / camera[2] for k in (entry["network"]["intrinsics"], entry["intrinsics"])
+            )
+            pixel = torch.tensor([x, y], dtype=torch.float64)
+            torch.testing.assert_close(here[:2], pixel, atol=1e-3, rtol=0)
+            expected = frames.points_to_original(pixel.expand(S, 1, 2))[i, 0]
+            torch.testing.assert_close(there[:2], expected, atol=1e-3, rtol=0)
+            stated = [(pixel[j] + 0.5 - entry["network"]["offset"][j]) / entry["network"]["scale"][j] - 0.5 for j in (0, 1)]
+            torch.testing.assert_close(torch.stack(stated), expected)
 
 
 def test_infinite_focal_length_is_null(prediction: Prediction, frames: Frames, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -229,6 +299,61 @@ def test_overview_leaves_out_what_is_absent(prediction: Prediction, frames: Fram
     assert "overview" in available(partial)
 
 
+def looking(*poses: tuple[float, tuple[float, float, float]]) -> Prediction:
+    """Cameras only, each turned to the right by so many degrees, at so many units in x, y, z."""
+    extrinsics = []
+    for degrees, center in poses:
+        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        rotation = torch.tensor([[c, 0, -s], [0, 1, 0], [s, 0, c]])  # camera-from-world
+        extrinsics.append(torch.cat([rotation, -rotation @ torch.tensor(center, dtype=torch.float32)[:, None]], 1))
+    intrinsics = torch.tensor([[60.0, 0, W / 2], [0, 60, H / 2], [0, 0, 1]]).expand(len(poses), 3, 3)
+    return Prediction(images=torch.zeros(1, len(poses), 3, H, W), pose_enc=encode_pose(torch.stack(extrinsics), intrinsics, (H, W))[None])
+
+
+def drawn(prediction: Prediction, frames: Frames) -> list[NDArray[np.float64]]:
+    """Where the top view has one or two cameras: the mean x, y of the pixels in their colours."""
+    picture = np.asarray(_top_view(prediction, frames, 420)).astype(int)
+    places = []
+    for color in colormap(np.linspace(0, 1, prediction.images.shape[1])):
+        y, x = np.nonzero(np.abs(picture - color).sum(-1) < 24)
+        places.append(np.array([x.mean(), y.mean()]))
+    return places
+
+
+def test_the_top_view_is_not_mirrored(frames: Frames) -> None:
+    first, last = drawn(looking((0, (0, 0, 0)), (0, (1, 0, 2))), frames)
+    assert last[0] > first[0] + 50, "a camera to the right is drawn to the right"
+    assert last[1] < first[1] - 100, "one further along is drawn higher up"
+    # x alone and z alone, in case the axes are swapped
+    first, last = drawn(looking((0, (0, 0, 0)), (0, (3, 0, 0.5))), frames)
+    assert last[0] > first[0] + 200 and abs(last[1] - first[1]) < 100
+
+
+def test_the_first_frame_points_up(frames: Frames) -> None:
+    (alone,), middle = drawn(looking((90, (5, 1, 2))), frames), 209.5
+    assert alone[1] < middle - 3 and abs(alone[0] - middle) < 1, "its view cone opens upwards"
+    # Looking along +x from (5, 2): +x is ahead, so up, and -z is to the right.
+    first, last = drawn(looking((90, (5, 1, 2)), (0, (7, 1, 1))), frames)
+    assert last[0] > first[0] + 50 and last[1] < first[1] - 100
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_overview_says_height_and_width(frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    texts: list[str] = []
+    write = ImageDraw.ImageDraw.text
+
+    def spied(self, xy, text, *args, **kwargs):
+        texts.append(text)
+        return write(self, xy, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", spied)
+    fewer = replace(frames, images=frames.images[:count], names=frames.names[:count], original_sizes=[(80, 168)] * count)
+    mask = torch.zeros(1, count, H // 14, W // 14)
+    write_overview(tmp_path / "o.png", Prediction(images=fewer.images[None], mask=mask), fewer)
+    assert ("1 frame of 56 x 84" if count == 1 else "2 frames of 56 x 84") in texts
+    assert "dynamics mask: motion 0.5 (clear) to 1 (red)" in texts
+
+
 def test_bfloat16_predictions(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     half = prediction.to(torch.bfloat16)
     assert half.pose_enc is not None
@@ -248,9 +373,6 @@ def test_missing_outputs_are_named_before_anything_is_written(prediction: Predic
 def test_wrong_requests(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown export format 'gif'"):
         export(prediction, frames, tmp_path, ["gif"])
-    with pytest.raises(InputError, match="cannot make the folder"):
-        (tmp_path / "file").write_text("")
-        export(prediction, frames, tmp_path / "file", ["npz"])
     two = Prediction(images=prediction.images.repeat(2, 1, 1, 1, 1))
     with pytest.raises(ValueError, match="one sequence"):
         export(two, frames, tmp_path, ["overview"])
@@ -265,7 +387,7 @@ def test_nothing_is_left_when_a_writer_fails(
 ) -> None:
     """The disk fills up on the last write of the format."""
     (tmp_path / "count").mkdir()
-    count = len(export(prediction, frames, tmp_path / "count", [name]))
+    count = 1 + len(export(prediction, frames, tmp_path / "count", [name]))  # the probe of the folder comes first
     out = tmp_path / "out"
     out.mkdir()
     calls = 0
@@ -276,16 +398,90 @@ def test_nothing_is_left_when_a_writer_fails(
             calls += 1
             result = write(*args, **kwargs)
             if calls == count:
-                raise OSError("No space left on device")
+                raise OSError(errno.ENOSPC, "No space left on device")
             return result
 
         return wrapped
 
     for owner, method in ((Image.Image, "save"), (Path, "write_bytes"), (Path, "write_text"), (np, "savez_compressed")):
         monkeypatch.setattr(owner, method, limited(getattr(owner, method)))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match=r"cannot write '.*out.*' \(No space left on device\)"):
         export(prediction, frames, out, [name])
     assert not list(out.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("npz", "predictions.npz"), ("depth", "depth/depth.json"), ("tracks", "tracks/frame_000008.png")]
+)
+def test_a_folder_where_a_file_should_be(prediction: Prediction, frames: Frames, tmp_path: Path, name: str, file: str) -> None:
+    (tmp_path / file).mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"cannot write '.*/{file}' \(Is a directory\)") as error:
+        export(prediction, frames, tmp_path, [name])
+    assert "\n" not in str(error.value) and not files_under(tmp_path)
+
+
+def test_a_file_where_a_folder_should_be(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+    (tmp_path / "depth").write_text("mine")
+    with pytest.raises(InputError, match=r"cannot write '.*/depth/.*' \(Not a directory\)"):
+        export(prediction, frames, tmp_path, ["depth"])
+    assert files_under(tmp_path) == {"depth"}
+
+
+def test_long_names(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+    """As long as the file system takes them, temporary names are no longer; beyond that it is an error."""
+    longest = [f"{i}" + "n" * 250 for i in range(S)]
+    assert len(export(prediction, replace(frames, names=longest), tmp_path / "a", ["mask"])) == 2 * S
+    with pytest.raises(InputError, match=r"cannot write '.*nnn\.png' \(File name too long\)"):
+        export(prediction, replace(frames, names=[f"{name}n" for name in longest]), tmp_path / "b", ["mask"])
+    assert not (tmp_path / "b").exists()
+
+
+def test_writing_is_refused(prediction: Prediction, frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permissions, which root would ignore: the error names the file, not its temporary name."""
+
+    def refuse(self: Path, text: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(InputError, match=r"cannot write '.*/trajectory\.tum' \(Permission denied\)"):
+        export(prediction, frames, tmp_path, ["trajectory"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_writable(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "new" / "deeper"):
+        check_writable(folder)
+    assert not list(tmp_path.iterdir()), "nothing is left"
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for folder in (
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        tmp_path / "loop",
+        tmp_path / ("n" * 300),
+        tmp_path / "new" / ("n" * 300),
+    ):
+        with pytest.raises(InputError, match=r"cannot write into the folder .*: choose another") as error:
+            check_writable(folder)
+        assert "\n" not in str(error.value) and repr(str(folder)) in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"} and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux")
+def test_check_writable_where_nobody_may_write(prediction: Prediction, frames: Frames) -> None:
+    for folder in ("/proc", "/proc/page4d", "/proc/page4d/out"):
+        with pytest.raises(InputError, match="cannot write into the folder"):
+            check_writable(Path(folder))
+        with pytest.raises(InputError, match="cannot write into the folder"):
+            export(prediction, frames, folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everything")
+def test_check_writable_needs_permission(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    for folder in (tmp_path / "locked", tmp_path / "locked" / "new"):
+        with pytest.raises(InputError, match="Permission denied"):
+            check_writable(folder)
 
 
 def test_atomic_files_replace_and_keep(tmp_path: Path) -> None:
@@ -300,6 +496,21 @@ def test_atomic_files_replace_and_keep(tmp_path: Path) -> None:
         files.add(path).write_text("new")
         assert path.read_text() == "old"
     assert files.paths == [path] and path.read_text() == "new"
+
+
+def test_atomic_files_refuse_the_same_path_twice(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="twice"), AtomicFiles() as files:
+        files.add(tmp_path / "a").write_text("one")
+        files.add(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_atomic_files_clean_up_when_renaming_fails(tmp_path: Path) -> None:
+    with pytest.raises(OSError), AtomicFiles() as files:
+        for name in ("a", "new/b", "new/c"):
+            files.add(tmp_path / name).write_text(name)
+        (tmp_path / "new" / "b").mkdir()  # somebody else is quicker
+    assert files_under(tmp_path) == {"a"} and (tmp_path / "new" / "b").is_dir()
 
 
 def test_colormap_ends_and_holes() -> None:

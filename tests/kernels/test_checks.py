@@ -81,6 +81,15 @@ def test_last_dimension_has_to_be_dense():
     assert "unit stride" in refuse(k=torch.randn(1, 2, 16, 12).transpose(-1, -2))
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), "x"])
+def test_scale_is_a_positive_number(scale):
+    assert "scale has to be a positive number" in refuse(scale=scale)
+
+
+def test_layout_is_a_token_layout():
+    assert "TokenLayout" in refuse(layout=(2, 6, 2))
+
+
 def test_not_a_tensor():
     assert "has to be a tensor" in refuse(q=[[1.0]])
 
@@ -141,6 +150,15 @@ def test_qk_norm_rope_shapes(shape, grid, special):
     with pytest.raises((ValueError, TypeError)) as error:
         qk_norm_rope(torch.zeros(shape), *(torch.zeros(16) for _ in range(4)), cos, sin, grid=grid, special_tokens=special)
     one_line(error)
+
+
+def test_weights_are_floating_point():
+    whole = [torch.zeros(shape, dtype=torch.int64) for shape in [(8, 1, 3, 3), (8,), (4, 8, 1, 1), (4,), (1, 4, 1, 1), (1,)]]
+    with pytest.raises(TypeError, match="not int64"):
+        mask_head(torch.zeros(1, 1, 9, 8), *whole, grid=(2, 2), special_tokens=5)
+    cos, sin = (table.long() for table in rope_tables((2, 2), 16))
+    with pytest.raises(TypeError, match="not int64"):
+        qk_norm_rope(torch.zeros(1, 4, 3, 1, 16), *(torch.zeros(16) for _ in range(4)), cos, sin, grid=(2, 2), special_tokens=0)
 
 
 def test_qk_norm_rope_tables_too_short():

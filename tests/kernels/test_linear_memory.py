@@ -39,6 +39,17 @@ def test_sdpa_makes_one_output_and_a_few_rows(packed):
     assert large == ["aten._scaled_dot_product_flash_attention_for_cpu.default"], large
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gated_pass_of_sdpa_copies_keys_tile_by_tile(dtype):
+    """What `sdpa` hands to `chunked`, which a dispatch mode around the operator cannot see into; packed, with a batch of two."""
+    inputs = attention_inputs(LAYOUT, head_dim=40, batch=2, packed=True, dtype=dtype)
+    rows, gate = LAYOUT.special(inputs.q, 2), LAYOUT.special(inputs.query_gate, 1)
+    with Outputs() as outputs:
+        chunked._forward(rows, inputs.k, inputs.v, gate, inputs.key_bias, None, 0.15)
+    tiles = {numel for name, numel in outputs.made if "copy" in name or "clone" in name}
+    assert max(tiles) < inputs.k.numel()
+
+
 def test_sdpa_backward_is_linear():
     inputs = attention_inputs(LAYOUT, head_dim=40, packed=True).requires_grad_()
     with Outputs() as outputs:

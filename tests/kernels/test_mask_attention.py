@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from page4d_kernels import BackendError, TokenLayout, mask_attention
-from page4d_kernels.backends.mask_attention import BACKENDS
+from page4d_kernels.backends.mask_attention import BACKENDS, chunked
 from page4d_kernels.ops.mask_attention import describe
 from page4d_kernels.testing import (
     assert_within_budget,
@@ -25,6 +25,7 @@ NAMES = [backend.name for backend in BACKENDS]
 MISSING = [name for name in NAMES if BACKENDS.get(name).missing()]
 # FlexAttention is compiled per case, seconds each: it has a test of its own below
 EAGER = [name for name in NAMES if name not in MISSING and name != "flex"]
+COMMON = {"cpu": torch.float32, "cuda": torch.bfloat16}  # what most backends serve
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -43,6 +44,7 @@ class Case:
     spread: float = 1.0
     promise: bool = True  # pass the layout
     zero: str = ""  # the vector to set to 0, or "both" for no bias at all
+    scale: float | None = None
 
 
 CASES = [
@@ -63,6 +65,7 @@ CASES = [
     Case("huge logits", spread=12.0),
     Case("strong gate", strength=256.0),
     Case("negative gate", strength=-64.0),
+    Case("another scale", scale=0.31),
 ]
 
 
@@ -84,6 +87,10 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0):
     elif case.zero:
         inputs = dataclasses.replace(inputs, **{case.zero: torch.zeros_like(getattr(inputs, case.zero))})
     return inputs if case.promise else dataclasses.replace(inputs, layout=None)
+
+
+def scale_of(case: Case) -> float:
+    return case.scale or case.head_dim**-0.5
 
 
 def call(inputs, backend: str, **kwargs):
@@ -120,9 +127,9 @@ def allowance(backend: str, dtype: torch.dtype, inputs) -> float:
 def test_forward(backend, case, dtype, device, poisoned_empty):
     inputs = make(case, dtype, device)
     skip_unless_served(inputs, backend)
-    scale = case.head_dim**-0.5
+    scale = scale_of(case)
     oracle, _ = oracle_attention(inputs, scale)
-    out = call(inputs, backend)
+    out = call(inputs, backend, scale=case.scale)
     assert out.shape == inputs.q.shape and out.dtype == dtype
     assert_within_budget("out", out, oracle, plain_attention(inputs, scale), allowance(backend, dtype, inputs))
 
@@ -134,7 +141,7 @@ def test_forward(backend, case, dtype, device, poisoned_empty):
 def test_gradients(backend, case, dtype, device, poisoned_empty):
     inputs = make(case, dtype, device).requires_grad_()
     skip_unless_served(inputs, backend)
-    scale = case.head_dim**-0.5
+    scale = scale_of(case)
     d_out = torch.randn(inputs.q.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     exact = inputs.to(torch.float64).requires_grad_()
     out, lse = oracle_attention(exact, scale)
@@ -142,7 +149,7 @@ def test_gradients(backend, case, dtype, device, poisoned_empty):
     slack = gradient_slack(exact, out, lse, d_out, scale)
     low = inputs.to(dtype).requires_grad_()
     plain = attention_gradients(plain_attention(low, scale), low, d_out)
-    for name, gradient in attention_gradients(call(inputs, backend), inputs, d_out).items():
+    for name, gradient in attention_gradients(call(inputs, backend, scale=case.scale), inputs, d_out).items():
         if name == "query_gate" and inputs.layout is not None:  # the layout makes the rest of the gate constant
             special = inputs.layout.only_special(torch.ones_like(gradient)).bool()
             assert not gradient[~special].any()
@@ -151,11 +158,12 @@ def test_gradients(backend, case, dtype, device, poisoned_empty):
         assert_within_budget(name, gradient, oracle[name], plain[name], allowance(backend, dtype, inputs), slack[name])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", EAGER)
 @pytest.mark.parametrize("name", ["query_gate", "key_bias"])
-def test_output_depends_on_the_bias(backend, name):
+def test_output_depends_on_the_bias(backend, name, device):
     """A mask that is silently dropped is the worst bug of all."""
-    inputs = make(CASES[0], torch.float32, "cpu")
+    inputs = make(CASES[0], COMMON[device], device)
     skip_unless_served(inputs, backend)
     gated = inputs.layout.only_special(torch.ones_like(inputs.query_gate)).bool()[:, None, :, None]
     changed = dataclasses.replace(inputs, **{name: getattr(inputs, name) * 0.5})
@@ -164,9 +172,10 @@ def test_output_depends_on_the_bias(backend, name):
     assert difference.where(~gated, 0.0).max() == 0
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", EAGER)
-def test_repeats_are_bit_equal(backend):
-    inputs = make(CASES[1], torch.float32, "cpu").requires_grad_()
+def test_repeats_are_bit_equal(backend, device):
+    inputs = make(CASES[1], COMMON[device], device).requires_grad_()
     skip_unless_served(inputs, backend)
     d_out = torch.randn_like(inputs.q)
     first = attention_gradients(call(inputs, backend), inputs, d_out)
@@ -239,6 +248,42 @@ class TestLibraryOperator:
         )
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[2]], ids=lambda case: case.name)
+def test_chunked_over_many_tiles(case, monkeypatch):
+    """Tiles that divide nothing: every running sum is carried over several tiles of rows and keys."""
+    monkeypatch.setattr(chunked, "_tile_sizes", lambda q, k: (48, 37))
+    exact = make(case, torch.float64, "cpu").requires_grad_()
+    out, lse = call(exact, "chunked", return_lse=True)
+    expected, expected_lse = call(exact, "reference", return_lse=True)
+    assert torch.allclose(out, expected, atol=1e-12) and torch.allclose(lse, expected_lse, atol=1e-12)
+    d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
+    leaves = exact.tensors()
+    found = torch.autograd.grad([out, lse], leaves, [d_out, d_lse])
+    for x, y in zip(found, torch.autograd.grad([expected, expected_lse], leaves, [d_out, d_lse]), strict=True):
+        assert torch.allclose(x, y, atol=1e-9)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", EAGER)
+def test_autocast_changes_nothing(backend, device):
+    """The dtypes of an op are its own: autocast would round the logits, bias included."""
+    inputs = make(CASES[0], torch.bfloat16, device).requires_grad_()
+    skip_unless_served(inputs, backend)
+    d_out = torch.randn_like(inputs.q)
+    plain = call(inputs, backend)
+    expected = attention_gradients(plain, inputs, d_out)
+    with torch.autocast(device, torch.bfloat16):
+        out = call(inputs, backend)
+        found = attention_gradients(out, inputs, d_out)
+    assert torch.equal(out, plain)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name
+    single = make(CASES[0], torch.float32, "cpu")
+    if backend not in MISSING and device == "cpu":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert call(single, backend).dtype == torch.float32
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", EAGER)
 def test_compiles_without_graph_break(backend):
@@ -262,6 +307,9 @@ def test_flex_attention(dtype, device):
     assert_within_budget("out", out, oracle, plain_attention(inputs, 0.125))
     changed = dataclasses.replace(inputs, key_bias=inputs.key_bias * 0.5)
     assert (call(changed, "flex") - out).abs().max() > 1e-2
+    for tokens in (40, 75, 90):  # other lengths
+        other = make(Case("length", TokenLayout(1, tokens, 5)), dtype, device)
+        assert_within_budget("out", call(other, "flex"), oracle_attention(other, 0.125)[0], plain_attention(other, 0.125))
     with pytest.raises(BackendError, match="no deterministic gradient for key_bias"):
         call(dataclasses.replace(inputs, key_bias=inputs.key_bias.clone().requires_grad_()), "flex")
 

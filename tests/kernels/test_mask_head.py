@@ -80,6 +80,24 @@ def test_constant_patches_do_not_divide_by_zero(backend):
 
 
 @pytest.mark.parametrize("backend", NAMES)
+def test_the_smallest_standard_deviation(backend):
+    """1e-6, below which a channel is not blown up further."""
+    tokens, parameters, where = make(1, 1, (3, 4), 5, dtype=torch.float64)
+    tokens[..., 0] *= 1e-6 / 3
+    tokens[..., 1] *= 1e-7 / 3
+    oracle, _ = by_modules(tokens, parameters, **where)
+    assert torch.allclose(mask_head(tokens, *parameters, **where, backend=backend), oracle, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_autocast_changes_nothing(backend):
+    tokens, parameters, where = make(2, 2, (3, 4), 5)
+    expected = mask_head(tokens, *parameters, **where, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mask_head(tokens, *parameters, **where, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", NAMES)
 def test_opcheck(backend):
     tokens, parameters, _ = make(2, 2, (3, 4), 5)
     leaves = [p.requires_grad_() for p in parameters]

@@ -10,9 +10,9 @@ import types
 import pytest
 import torch
 
-from page4d_kernels import BackendError, TokenLayout, is_backend_supported, mask_attention, registries, use_backend
+from page4d_kernels import BackendError, TokenLayout, env, is_backend_supported, mask_attention, registries, use_backend
 from page4d_kernels.backends.mask_attention import BACKENDS, flash, xformers
-from page4d_kernels.backends.mask_attention.problem import AttentionProblem
+from page4d_kernels.backends.mask_attention.problem import AttentionProblem, _import_error
 from page4d_kernels.backends.registry import Backend, Registry
 from page4d_kernels.testing import attention_inputs
 
@@ -44,6 +44,25 @@ def test_unknown_backend(how, monkeypatch):
             with use_backend("tritn"):
                 pass
     assert "\n" not in str(error.value)
+
+
+def test_blocks_of_two_threads_may_cross():
+    first, second = use_backend("reference"), use_backend("chunked")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert BACKENDS.choose(PROBLEM).name == "chunked"
+    second.__exit__(None, None, None)
+    assert BACKENDS.choose(PROBLEM).name == "sdpa"
+
+
+def test_a_bad_variable_names_itself(monkeypatch):
+    monkeypatch.setenv("PAGE4D_ATTN", "flsh")
+    with pytest.raises(BackendError, match="PAGE4D_ATTN: unknown backend 'flsh'"):
+        BACKENDS.choose(PROBLEM)
+    monkeypatch.setenv("PAGE4D_DEBUG", "maybe")
+    with pytest.raises(env.VariableError, match="PAGE4D_DEBUG='maybe' is not a switch"):
+        env.flag("PAGE4D_DEBUG")
 
 
 def test_unknown_op():
@@ -89,44 +108,56 @@ def test_no_backend_at_all():
 def test_info_lists_every_backend_of_every_op():
     result = subprocess.run([sys.executable, "-m", "page4d_kernels.info"], capture_output=True, text=True, check=True)
     for op, registry in registries().items():
-        if op != "test_op":
-            assert op in result.stdout and registry.variable in result.stdout
-            for backend in registry:
-                assert backend.name in result.stdout
+        assert op in result.stdout and registry.variable in result.stdout
+        for backend in registry:
+            assert backend.name in result.stdout
     assert "no flash-attn package could be imported" in result.stdout
     assert "PAGE4D_NVTX" in result.stdout
 
 
-def fake_flash(calls):
-    def flash_attn_func(q, k, v, softmax_scale):
-        calls.append(q.shape)
-        x = (t.transpose(1, 2) for t in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(*x, scale=softmax_scale).transpose(1, 2)
-
-    return flash_attn_func
-
-
-@pytest.mark.parametrize("name", ["flash", "xformers"])
-def test_package_adapters_keep_layout_and_bias(name, monkeypatch):
-    """The packages need a GPU; what the adapters do around them does not: (B, N, H, D) in and out, gated rows replaced."""
-    calls: list = []
-    if name == "flash":
+@pytest.fixture(params=["flash", "xformers"])
+def adapter(request, monkeypatch):
+    """A backend with a stand-in for its package: these need a GPU, what the adapters do around them does not."""
+    if request.param == "flash":
         module, adapter = types.ModuleType("flash_attn"), flash
-        module.flash_attn_func = fake_flash(calls)
+        module.flash_attn_func = fake_flash
         monkeypatch.setitem(sys.modules, "flash_attn", module)
     else:
         module, adapter = types.ModuleType("xformers.ops"), xformers
-        module.memory_efficient_attention = lambda q, k, v, scale: fake_flash(calls)(q, k, v, scale)
+        module.memory_efficient_attention = fake_xformers
         monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
         monkeypatch.setitem(sys.modules, "xformers.ops", module)
-    adapter._load.cache_clear()
-    try:
-        assert adapter._missing() == []
-        inputs = attention_inputs(TokenLayout(3, 20, 5), batch=2, heads=3, packed=True)
-        out = adapter._forward(*inputs.tensors(), inputs.layout, 0.125)
-        expected = mask_attention(inputs.q, inputs.k, inputs.v, inputs.query_gate, inputs.key_bias, backend="reference")
-        assert torch.allclose(out, expected, atol=1e-5)
-        assert calls == [(2, 60, 3, 64)]
-        assert any("runs on cuda" in reason for reason in BACKENDS.reasons(name, PROBLEM))
-    finally:
-        adapter._load.cache_clear()
+    _import_error.cache_clear()
+    yield adapter
+    _import_error.cache_clear()
+
+
+def fake_flash(q, k, v, softmax_scale, deterministic=False):
+    assert deterministic
+    x = (t.transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*x, scale=softmax_scale).transpose(1, 2)
+
+
+def fake_xformers(q, k, v, scale):
+    return fake_flash(q, k, v, scale, True)
+
+
+def test_package_adapters_keep_layout_scale_and_bias(adapter):
+    assert adapter._missing() == []
+    inputs = attention_inputs(TokenLayout(3, 20, 5), batch=2, heads=3, packed=True)
+    out = adapter._forward(*inputs.tensors(), inputs.layout, 0.3)
+    expected = mask_attention(inputs.q, inputs.k, inputs.v, inputs.query_gate, inputs.key_bias, scale=0.3, backend="reference")
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert any("runs on cuda" in reason for reason in BACKENDS.reasons(adapter.BACKEND.name, PROBLEM))
+
+
+@pytest.mark.slow
+def test_package_adapters_compile(adapter):
+    inputs = attention_inputs(TokenLayout(3, 20, 5), batch=2, heads=3)
+
+    def attend(*tensors):
+        assert not adapter._missing()  # traced as a constant
+        return adapter._forward(*tensors, inputs.layout, 0.3)
+
+    out = torch.compile(attend, fullgraph=True)(*inputs.tensors())
+    assert torch.allclose(out, attend(*inputs.tensors()), atol=1e-5)

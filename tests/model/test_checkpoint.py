@@ -215,10 +215,20 @@ class TestErrors:
         torch.save(content, tmp_path / "w.pt")
         assert "holds no state dict" in refuse(tmp_path / "w.pt")
 
+    @pytest.mark.parametrize(
+        "state",
+        [{3: torch.zeros(1)}, {"a": torch.zeros(1, dtype=torch.int64)}, {"a": torch.zeros(1, dtype=torch.complex64)}],
+        ids=["key", "integers", "complex"],
+    )
+    def test_no_floating_point_weights(self, tmp_path, state):
+        torch.save(state, tmp_path / "w.pt")
+        assert "not a named floating-point weight" in refuse(tmp_path / "w.pt")
+
     def test_missing_file_and_folder(self, tmp_path):
         assert "does not exist" in refuse(tmp_path / "w.pt")
         assert "is a directory" in refuse(tmp_path)
         assert "page4d-mask" in refuse("pag4d")
+        assert "random:small" in refuse("small")
 
     def test_damaged_configuration(self, tmp_path):
         save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", {"page4d_config": "{"})

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from page4d import PRESETS, Page4D, Page4DConfig, Prediction, preset
+from page4d.config import CameraHeadConfig
 from page4d.errors import ConfigError, InputError
 from page4d.mask_head import mask_schedule
-from page4d_kernels import nvtx
+from page4d_kernels import nvtx, registries, use_backend
 
 IMAGES = torch.rand(1, 2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
 
@@ -110,11 +111,14 @@ def test_no_device_synchronisation_in_a_forward(model, monkeypatch):
     class NoSync(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             name = function._schema.name
-            assert name not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}, name
+            assert name not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::lift_fresh"}, name
             return function(*args, **(kwargs or {}))
 
-    with torch.no_grad(), NoSync():
-        model(torch.rand(2, 3, 140, 140), torch.tensor([[5.0, 5.0]]))
+    images, points = torch.rand(2, 3, 140, 140), torch.tensor([[5.0, 5.0]])
+    with torch.no_grad():
+        model(images, points)  # makes the tables
+        with NoSync():
+            model(images, points)
 
 
 @pytest.mark.slow
@@ -132,6 +136,55 @@ def test_a_masked_block_compiles_without_graph_break(model):
     assert torch.allclose(compiled, expected, atol=1e-4)
     gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (compiled, expected)]
     assert torch.allclose(*gradients, atol=1e-2)
+
+
+def test_refinements_are_trained_one_at_a_time(model):
+    """Poses and positions are detached between iterations: the second does not reach what only the first read."""
+    images, points = torch.rand(2, 3, 140, 140), torch.tensor([[70.0, 70.0]])
+    prediction = model(images, points, outputs=["camera"])
+    token = model.camera_head.empty_pose_tokens
+    first, second = (torch.autograd.grad(p.sum(), token, retain_graph=True, allow_unused=True)[0] for p in prediction.pose_enc_list[:2])
+    assert (first.abs().max() > 0 and second is None) or second.abs().max() == 0
+    bias = model.track_head.tracker.updateformer.flow_head.bias
+    for track in prediction.track_list[:2]:
+        gradient = torch.autograd.grad(track[:, 1].sum(), bias, retain_graph=True)[0]
+        assert gradient[:2].tolist() == [2.0, 2.0]  # one step of feature pixels, not the sum of all
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    fresh = Page4D(preset("tiny"))
+    assert (fresh.aggregator.global_blocks[3].ls1.gamma == 0.01).all() and (fresh.camera_head.trunk[0].ls2.gamma == 0.01).all()
+    encoder = fresh.aggregator.patch_embed
+    assert (encoder.blocks[0].ls1.gamma == 1).all() and not encoder.mask_token.any()
+    stds = {
+        fresh.aggregator.camera_token: 1e-6,
+        encoder.cls_token: 1e-6,
+        encoder.pos_embed: 0.02,
+        encoder.blocks[1].mlp.fc1.weight: 0.02,
+        fresh.track_head.tracker.updateformer.flow_head.weight: 0.001,
+        fresh.track_head.tracker.updateformer.virual_tracks: 1.0,
+    }
+    for parameter, std in stds.items():
+        assert parameter.detach().std().item() == pytest.approx(std, rel=0.15)
+
+
+def test_fake_tensors_leave_no_trace(model):
+    """Tables made under a fake-tensor mode are not kept for real forwards."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        assert model(torch.zeros(1, 3, 42, 56)).depth.shape == (1, 1, 42, 56, 1)
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 42, 56)).depth.isfinite().all()
+
+
+def test_a_backend_chosen_for_the_trunk_does_not_reach_the_camera_head(model):
+    calls = registries()["mask_attention"].calls
+    calls.clear()
+    with use_backend("chunked"), torch.no_grad():
+        model(IMAGES, outputs=["camera"])
+    assert calls == {"chunked": 3 + 48, "sdpa": 4 * 2}
 
 
 def refuse(model, *args, **kwargs) -> str:
@@ -160,6 +213,7 @@ def test_image_shapes(model, shape):
 def test_input_errors(model):
     assert "no frame" in refuse(model, torch.zeros(0, 3, 28, 28))
     assert "floating point" in refuse(model, torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
+    assert "not one string" in refuse(model, IMAGES, outputs="depth")
     assert "unknown output 'normals'" in refuse(model, IMAGES, outputs=["normals"])
     assert "no output" in refuse(model, IMAGES, outputs=[])
     assert "at least 140 x 140" in refuse(model, IMAGES, torch.zeros(1, 2))
@@ -194,6 +248,14 @@ def test_heads_that_are_not_there(golden_weights):
         ({"kept_layers": (4, 11, 17, 24)}, "past the 24 layers"),
         ({"kept_layers": (1, 2, 3, 4)}, "no layer past 4 is run"),
         ({"mask_strength": -1.0}, "at least 0"),
+        ({"masked_blocks": (10, 10)}, "has no effect"),
+        ({"mask_after": -1}, "mask_after has to be at least 0"),
+        ({"num_heads": 0}, "num_heads has to be positive"),
+        ({"patch_size": 0}, "patch_size has to be positive"),
+        ({"depth": 24.5}, "depth has to be a whole number"),
+        ({"mask_strength": float("nan")}, "mask_strength has to be a finite number"),
+        ({"kept_layers": (4, 11, 17.5, 23)}, "kept_layers has to be a whole number"),
+        ({"camera": CameraHeadConfig(iterations=0)}, "camera.iterations has to be positive"),
         ({"mask_hidden": None}, "needs a mask head"),
     ],
 )
@@ -208,7 +270,7 @@ def test_presets():
         preset("huge")
     for config in PRESETS.values():
         assert Page4DConfig.from_json(config.to_json()) == config
-    for damaged in ("[]", "{", '{"width": 3}', '{"embed_dim": "x"}'):
+    for damaged in ("[]", "{", '{"width": 3}', '{"embed_dim": "x"}', '{"num_heads": 0}', '{"num_heads": {"a": 1}}'):
         with pytest.raises(ConfigError):
             Page4DConfig.from_json(damaged)
 
@@ -226,7 +288,9 @@ def test_prediction_round_trip(tmp_path, model):
     assert loaded.tensors().keys() == p.tensors().keys()
     assert all(torch.equal(value, loaded.tensors()[name]) for name, value in p.tensors().items())
     assert p.to(torch.float64).pose_enc.dtype == torch.float64
-    assert list(tmp_path.iterdir()) == [tmp_path / "p.npz"]
+    assert p.save(tmp_path / "bare") == tmp_path / "bare" and Prediction.load(tmp_path / "bare").mask is not None
+    assert p.to(torch.float64).save(tmp_path / "d.npz") and Prediction.load(tmp_path / "d.npz").pose_enc.dtype == torch.float64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "d.npz", "p.npz"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         p.mask = None
 

@@ -3,9 +3,9 @@
 flash, xformers and flex are not in that order: nobody has run them on a GPU from this repository yet. Name them to use them.
 """
 
-from ..registry import Registry
+from ..registry import declare
 from . import chunked, flash, flex, reference, sdpa, sdpa_augmented, xformers
 
-BACKENDS = Registry("mask_attention", "PAGE4D_ATTN", order=("sdpa", "chunked"))
+BACKENDS = declare("mask_attention", "PAGE4D_ATTN", order=("sdpa", "chunked"))
 for _module in (reference, chunked, sdpa, sdpa_augmented, flex, flash, xformers):
     BACKENDS.register(_module.BACKEND)

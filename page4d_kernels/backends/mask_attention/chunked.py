@@ -16,6 +16,7 @@ from ...reference import accumulation_dtype
 from ..registry import Backend
 
 TILE_LOGITS = 2**23  # logits in flight, over batch and heads: 32 MiB in fp32
+TILE_ROWS, TILE_KEYS = 512, 2048  # at most: a tile of keys is copied to fp32, all of them together are not
 
 
 def _tiles(length: int, size: int) -> Iterator[slice]:
@@ -23,11 +24,10 @@ def _tiles(length: int, size: int) -> Iterator[slice]:
 
 
 def _tile_sizes(q: Tensor, k: Tensor) -> tuple[int, int]:
-    """Rows and keys of a tile: as many keys as fit beside a useful number of rows."""
+    """Rows and keys of a tile."""
     batch, heads, queries, _ = q.shape
-    budget = max(TILE_LOGITS // (batch * heads), 4096)
-    rows = min(queries, 512)
-    return rows, max(min(k.shape[2], budget // rows), 1)
+    rows = min(queries, TILE_ROWS)
+    return rows, max(min(k.shape[2], TILE_KEYS, TILE_LOGITS // (batch * heads * rows)), 16)
 
 
 def _tile_logits(b_q: Tensor, b_k: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, rows: slice, keys: slice) -> Tensor:

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-
 from torch import Tensor
 
 from ..registry import Backend
 from . import gated_rows
-from .problem import AttentionProblem, all_of, no_lse, only_cuda_half
+from .problem import AttentionProblem, all_of, import_error, no_lse, only_cuda_half
 
 PACKAGES = ("flash_attn_interface", "flash_attn")  # FlashAttention-3, FlashAttention-2
 
 
-@functools.cache
-def _load() -> tuple[Callable[..., Tensor] | None, str]:
-    """The function, or None and why."""
-    errors = []
-    for package in PACKAGES:
-        try:
-            return importlib.import_module(package).flash_attn_func, ""
-        except (ImportError, AttributeError) as error:  # an ABI failure says so here too
-            errors.append(f"{package}: {error}")
-    return None, "; ".join(errors)
-
-
 def _missing() -> list[str]:
-    function, error = _load()
-    return [] if function else [f"no flash-attn package could be imported ({error}); pip install 'page4d[flash]'"]
+    errors = [import_error(package) for package in PACKAGES]
+    if "" in errors:
+        return []
+    return [f"no flash-attn package could be imported ({'; '.join(errors)}); pip install 'page4d[flash]'"]
 
 
 def _limits(problem: AttentionProblem) -> list[str]:
@@ -39,9 +25,11 @@ def _limits(problem: AttentionProblem) -> list[str]:
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    function, _ = _load()
-    assert function is not None  # `missing` has said so
-    out = function(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale)
+    if import_error("flash_attn_interface") == "":
+        from flash_attn_interface import flash_attn_func
+    else:
+        from flash_attn import flash_attn_func
+    out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, deterministic=True)
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # early releases of version 3 return the log-sum-exp too
 
 

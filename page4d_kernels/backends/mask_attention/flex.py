@@ -15,7 +15,7 @@ from .problem import AttentionProblem, all_of, no_lse
 
 def _missing() -> list[str]:
     try:
-        import torch.nn.attention.flex_attention
+        from torch.nn.attention import flex_attention  # noqa: F401
     except ImportError as error:
         return [f"this torch ({torch.__version__}) has no FlexAttention: {error}"]
     return []
@@ -41,7 +41,8 @@ def _limits(problem: AttentionProblem) -> list[str]:
 def _compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    # dynamic shapes do not compile on cpu; fullgraph makes the recompilation limit an error instead of N x N in silence
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, layout, scale: float) -> Tensor:

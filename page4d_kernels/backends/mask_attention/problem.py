@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,3 +46,21 @@ def only_cuda_half(problem: AttentionProblem) -> list[str]:
     if problem.dtype not in HALF:
         reasons.append(f"it takes float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
     return reasons
+
+
+@functools.cache
+def _import_error(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:  # an extension built for another torch fails with either, and says so
+        return f"{module}: {error}"
+    return ""
+
+
+def import_error(module: str) -> str:
+    """Why a module cannot be imported; empty if it can."""
+    return _import_error(module)
+
+
+# what torch.compiler.assume_constant_result sets, without importing the compiler: importing is not to be traced
+import_error._dynamo_marked_constant = True  # type: ignore[attr-defined]
