@@ -184,7 +184,7 @@ def test_repeats_are_bit_equal(backend, device):
             assert torch.equal(gradient, first[name]), name
 
 
-@pytest.mark.parametrize("backend", [backend.name for backend in BACKENDS if backend.backward is not None])
+@pytest.mark.parametrize("backend", [name for name in EAGER if BACKENDS.get(name).backward is not None])
 class TestLibraryOperator:
     """Backends that run inside the torch.library operator."""
 
@@ -206,7 +206,8 @@ class TestLibraryOperator:
 
     def test_key_chunks_merge_by_log_sum_exp(self, backend):
         """Partial results over two ranges of keys, merged, with gradients through the log-sum-exp."""
-        exact = make(dataclasses.replace(CASES[0], promise=False), torch.float64, "cpu").requires_grad_()
+        dtype, tolerance = (torch.float32, 1e-3) if backend == "triton" else (torch.float64, 1e-9)
+        exact = make(dataclasses.replace(CASES[0], promise=False), dtype, "cpu").requires_grad_()
         outs, lses = [], []
         for keys in (slice(0, 100), slice(100, None)):
             out, lse = mask_attention(
@@ -223,11 +224,11 @@ class TestLibraryOperator:
         weights = torch.stack(lses).softmax(0).unsqueeze(-1)
         merged = (torch.stack(outs) * weights).sum(0)
         whole = call(exact, "reference")
-        assert torch.allclose(merged, whole, atol=1e-12)
+        assert torch.allclose(merged, whole, atol=tolerance)
         d_out = torch.randn_like(whole)
         expected = attention_gradients(whole, exact, d_out)
         for name, gradient in attention_gradients(merged, exact, d_out).items():
-            assert torch.allclose(gradient, expected[name], atol=1e-9), name
+            assert torch.allclose(gradient, expected[name], atol=tolerance, rtol=tolerance), name
 
     def test_row_without_finite_logit_is_zero_and_nan_stays_in_its_row(self, backend):
         inputs = make(CASES[0], torch.float32, "cpu")
@@ -241,6 +242,8 @@ class TestLibraryOperator:
         assert out.isnan().any(-1).sum() == inputs.q.shape[1]
 
     def test_gradcheck(self, backend):
+        if backend == "triton":
+            pytest.skip("it has no float64")
         inputs = make(Case("small", TokenLayout(2, 5, 2), head_dim=4, strength=2.0, promise=False), torch.float64, "cpu")
         inputs.requires_grad_()
         assert torch.autograd.gradcheck(

@@ -1,11 +1,11 @@
 """The backends of `mask_attention` and the order in which "auto" tries them.
 
-flash, xformers and flex are not in that order: nobody has run them on a GPU from this repository yet. Name them to use them.
+triton, flash, xformers and flex are not in that order: nobody has run them on a GPU from this repository yet. Name them to use them.
 """
 
 from ..registry import declare
-from . import chunked, flash, flex, reference, sdpa, sdpa_augmented, xformers
+from . import chunked, flash, flex, reference, sdpa, sdpa_augmented, triton, xformers
 
 BACKENDS = declare("mask_attention", "PAGE4D_ATTN", order=("sdpa", "chunked"))
-for _module in (reference, chunked, sdpa, sdpa_augmented, flex, flash, xformers):
+for _module in (reference, chunked, sdpa, sdpa_augmented, triton, flex, flash, xformers):
     BACKENDS.register(_module.BACKEND)

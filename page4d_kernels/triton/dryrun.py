@@ -1,0 +1,161 @@
+"""Compile kernels for a GPU that is not here: `python -m page4d_kernels.triton.dryrun` prints what each one needs.
+
+A stand-in for Triton's NVIDIA driver lets the real launch path specialise and compile on CPU tensors, down to the machine code, and
+records the launch instead of launching. Not for a process with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "MUFU.EX2", "STL", "LDL")
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may use
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str
+    grid: tuple[int, int, int]
+
+
+class DryRunDriver:
+    """The part of the driver that the launch path touches."""
+
+    binary_ext = "cubin"
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+        self.utils = self
+        self.launches: list[Launch] = []
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # compiled kernels are kept per device: one for each capability
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_properties(self, device: Any) -> dict[str, int]:
+        shared = SHARED_MEMORY[self.target.arch]
+        return {"max_shared_mem": shared, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: Any, *args: Any, **kwargs: Any) -> tuple[int, ...]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads at most
+
+    def unload_module(self, *args: Any) -> None:
+        pass
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        from triton.backends.nvidia.driver import ty_to_cpp
+
+        return ty_to_cpp(ty)
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        def launch(grid_x: int, grid_y: int, grid_z: int, *args: Any, **kwargs: Any) -> None:
+            driver.active.launches.append(Launch(metadata.name, (grid_x, grid_y, grid_z)))  # compiled kernels outlive a dry run
+
+        return launch
+
+
+@contextlib.contextmanager
+def dry_run(capability: int) -> Iterator[DryRunDriver]:
+    """Launches inside the block compile for `capability` and are recorded."""
+    stand_in = DryRunDriver(capability)
+    before = driver._active  # not `active`, which would look for a GPU
+    driver.set_active(stand_in)
+    try:
+        yield stand_in
+    finally:
+        driver._active = before
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs, per thread and per program, and how often an instruction stands in its code."""
+
+    registers: int
+    stack: int  # bytes of local memory: 0 means nothing is spilled
+    shared: int  # bytes
+    instructions: dict[str, int]
+
+
+def resources(kernel: Any) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def dump(flag: str) -> str:
+            return subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("-res-usage"), dump("-sass")
+    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", code)) for name in INSTRUCTIONS}
+    return Resources(numbers["REG"], numbers["STACK"], kernel.metadata.shared, counts)
+
+
+@contextlib.contextmanager
+def compiled_kernels() -> Iterator[dict[str, Any]]:
+    """The kernels that launches inside the block compile, by name."""
+    found: dict[str, Any] = {}
+    original = triton.runtime.jit.JITFunction.run
+
+    @functools.wraps(original)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernel = original(self, *args, **kwargs)
+        found[self.fn.__name__] = kernel
+        return kernel
+
+    triton.runtime.jit.JITFunction.run = run
+    try:
+        yield found
+    finally:
+        triton.runtime.jit.JITFunction.run = original
+
+
+def attention_table() -> str:
+    """What the attention kernels need at head dim 64 in bf16, mask on, with and without a layout, as Markdown."""
+    from ..layout import TokenLayout
+    from ..testing import attention_inputs
+    from .mask_attention_launch import backward, forward
+
+    lines = ["| target | kernel | gated rows | registers | spilled bytes | shared bytes | " + " | ".join(INSTRUCTIONS[:4]) + " |"]
+    lines.append("|" + "---|" * 10)
+    inputs = attention_inputs(TokenLayout(10, 893, 5), dtype=torch.bfloat16, packed=True)
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.query_gate, inputs.key_bias)
+    for capability in SHARED_MEMORY:
+        for layout in (inputs.layout, None):
+            with dry_run(capability), compiled_kernels() as kernels:
+                out, lse = forward(*tensors, layout, 0.125)
+                backward(*tensors, out, lse, torch.zeros_like(out), None, layout, 0.125)
+            for name, kernel in kernels.items():
+                needs = resources(kernel)
+                counts = " | ".join(str(needs.instructions[instruction]) for instruction in INSTRUCTIONS[:4])
+                how = "packed" if layout else "checked"
+                lines.append(f"| sm_{capability} | {name} | {how} | {needs.registers} | {needs.stack} | {needs.shared} | {counts} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(attention_table())

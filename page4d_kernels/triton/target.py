@@ -1,0 +1,32 @@
+"""What the kernels run on: a GPU, or Triton's interpreter on CPU tensors (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+
+
+def interpreted() -> bool:
+    """Whether kernels run in the interpreter; decided by the environment when they were defined."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def missing() -> list[str]:
+    """What keeps Triton kernels from running on this machine."""
+    if interpreted() or torch.cuda.is_available():
+        return []
+    return ["Triton kernels need a CUDA device (or TRITON_INTERPRET=1, for tests)"]
+
+
+def capability() -> int:
+    """Compute capability of the current target, 90 for Hopper; 0 in the interpreter."""
+    return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at a time, as far as splitting is concerned; 1 in the interpreter."""
+    if interpreted():
+        return 1
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["multiprocessor_count"]

@@ -1,0 +1,85 @@
+"""The Triton kernels in Triton's interpreter: the shared suite of `test_mask_attention.py`, and paths of their own.
+
+The interpreter is chosen when Triton is imported, so a plain run of pytest starts a second one for these.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from page4d_kernels import TokenLayout, mask_attention
+from page4d_kernels.testing import attention_inputs
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the second run")
+def test_in_a_process_of_its_own():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "triton and not compiles and not repeats and not 893",
+        str(HERE),
+    ]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=HERE.parents[1])
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: see test_in_a_process_of_its_own")
+class TestInterpretedTriton:
+    @pytest.mark.parametrize("promise", [True, False, None], ids=["layout", "no layout", "no bias"])
+    def test_split_keys(self, promise, monkeypatch):
+        """Few query tiles: three programs share the keys of each and are merged."""
+        from page4d_kernels.triton import mask_attention_launch as launch
+
+        monkeypatch.setattr(launch, "splits_for", lambda tiles, keys, device: 3)
+        inputs = attention_inputs(TokenLayout(3, 59, 5), batch=2, packed=True)
+        vectors = (None, None) if promise is None else (inputs.query_gate, inputs.key_bias)
+        found, expected = (
+            mask_attention(inputs.q, inputs.k, inputs.v, *vectors, layout=inputs.layout if promise else None, backend=name, return_lse=True)
+            for name in ("triton", "reference")
+        )
+        for x, y in zip(found, expected, strict=True):
+            assert torch.allclose(x, y, atol=2e-5)
+
+    def test_more_splits_than_tiles_of_keys(self, monkeypatch):
+        from page4d_kernels.triton import mask_attention_launch as launch
+
+        monkeypatch.setattr(launch, "splits_for", lambda tiles, keys, device: 5)
+        inputs = attention_inputs(TokenLayout(1, 40, 5))
+        found, expected = (mask_attention(*inputs.tensors(), layout=inputs.layout, backend=name) for name in ("triton", "reference"))
+        assert torch.allclose(found, expected, atol=2e-5)
+
+    def test_descriptors(self, monkeypatch):
+        """The path with tensor descriptors (TMA), tails included."""
+        from page4d_kernels.triton import mask_attention_launch as launch
+
+        monkeypatch.setattr(launch, "_tma_ready", lambda *tensors: True)
+        inputs = attention_inputs(TokenLayout(3, 59, 5), batch=2, packed=True).requires_grad_()
+        out, expected = (mask_attention(*inputs.tensors(), layout=inputs.layout, backend=name) for name in ("triton", "reference"))
+        assert torch.allclose(out, expected, atol=2e-5)
+        d_out = torch.randn_like(out)
+        gradients = (torch.autograd.grad(x, inputs.tensors(), d_out) for x in (out, expected))
+        for x, y in zip(*gradients, strict=True):
+            assert torch.allclose(x, y, atol=2e-5, rtol=1e-3)
+
+    def test_bfloat16_is_declined_in_the_interpreter(self):
+        inputs = attention_inputs(TokenLayout(1, 4, 1), dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"):
+            mask_attention(inputs.q, inputs.k, inputs.v, backend="triton")
