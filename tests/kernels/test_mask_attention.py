@@ -268,6 +268,22 @@ def test_chunked_over_many_tiles(case, monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", EAGER)
+def test_very_negative_logits(backend, device):
+    """All logits near -200: whatever lies past the last key (logit 0) would be exp(200) if it were not masked out."""
+    inputs = make(CASES[0], COMMON[device], device)
+    skip_unless_served(inputs, backend)
+    inputs = dataclasses.replace(inputs, q=inputs.q * 0.1 + 5, k=inputs.k * 0.1 - 5).requires_grad_()
+    d_out = torch.randn_like(inputs.q)
+    out, expected = (call(inputs, name) for name in (backend, "reference"))
+    tolerance = 1e-3 if inputs.q.dtype == torch.float32 else 0.1
+    assert torch.allclose(out, expected, atol=tolerance)
+    gradients = attention_gradients(expected, inputs, d_out)
+    for name, gradient in attention_gradients(out, inputs, d_out).items():
+        assert (gradient - gradients[name]).abs().max() <= tolerance * max(1, gradients[name].abs().max()), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", EAGER)
 def test_autocast_changes_nothing(backend, device):
     """The dtypes of an op are its own: autocast would round the logits, bias included."""
     inputs = make(CASES[0], torch.bfloat16, device).requires_grad_()
