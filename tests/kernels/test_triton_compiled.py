@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from page4d_kernels import TokenLayout
+from page4d_kernels import TokenLayout, rope_tables
 from page4d_kernels.testing import attention_inputs
 
 pytest.importorskip("triton")
@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
 
 from page4d_kernels.triton import mask_attention_launch as launch
+from page4d_kernels.triton import qk_norm_rope_launch
 from page4d_kernels.triton.dryrun import SHARED_MEMORY, Launch, compiled_kernels, dry_run, resources
 
 KERNELS = {"forward", "preprocess", "backward_rows", "backward_keys"}
@@ -46,6 +47,17 @@ def test_machine_code(capability, promise):
             assert needs.instructions["HGMMA"] and needs.instructions["UTMALDG"] and not needs.instructions["HMMA"], f"{name}: {needs}"
         if capability == 100:
             assert needs.instructions["UTMALDG"], f"{name}: {needs}"
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_qk_norm_rope_machine_code(capability):
+    qkv = torch.empty(1, 2 * 893, 3, 16, 64, dtype=torch.bfloat16)
+    weights, tables = [torch.empty(64) for _ in range(4)], rope_tables((24, 37), 64)
+    with dry_run(capability) as stand_in, compiled_kernels() as kernels:
+        q, k = qk_norm_rope_launch.forward(qkv, *weights, *tables, (24, 37), 5, 1e-5)
+        qk_norm_rope_launch.backward(q, k, qkv, weights[0], weights[2], *tables, (24, 37), 5, 1e-5)
+    assert stand_in.launches == [Launch(name, (56, 16, 1)) for name in ("forward", "backward")]
+    assert all(resources(kernel).stack == 0 for kernel in kernels.values())
 
 
 def test_grids():

@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
-import torch
-
+from .. import triton_limits
 from ..registry import Backend
-from .problem import HALF, AttentionProblem
+from .problem import AttentionProblem, all_of
 
 MAX_HEAD_DIM = 128
 
 
-def _missing() -> list[str]:
-    if importlib.util.find_spec("triton") is None:
-        return ["triton is not installed (pip install triton)"]
-    from ...triton.target import missing
-
-    return missing()
-
-
-def _why_not(problem: AttentionProblem) -> list[str]:
-    from ...triton.target import interpreted
-
-    reasons = []
-    if problem.device != ("cpu" if interpreted() else "cuda"):
-        reasons.append(f"it runs on {'cpu, in the interpreter' if interpreted() else 'cuda'}, the tensors are on {problem.device}")
-    if problem.dtype not in (*HALF, torch.float32):
-        reasons.append("it takes float32, float16 and bfloat16, not float64")
-    if interpreted() and problem.dtype == torch.bfloat16:
-        reasons.append("Triton's interpreter computes bfloat16 wrongly")
-    if problem.head_dim > MAX_HEAD_DIM:
-        reasons.append(f"its head dim goes up to {MAX_HEAD_DIM}, not {problem.head_dim}")
-    return reasons
+def _head_dim(problem: AttentionProblem) -> list[str]:
+    return [f"its head dim goes up to {MAX_HEAD_DIM}, not {problem.head_dim}"] if problem.head_dim > MAX_HEAD_DIM else []
 
 
 def _forward(*args):
-    return importlib.import_module("page4d_kernels.triton.mask_attention_launch").forward(*args)
+    from ...triton import mask_attention_launch
+
+    return mask_attention_launch.forward(*args)
 
 
 def _backward(*args):
-    return importlib.import_module("page4d_kernels.triton.mask_attention_launch").backward(*args)
+    from ...triton import mask_attention_launch
+
+    return mask_attention_launch.backward(*args)
 
 
 BACKEND = Backend(
@@ -49,6 +30,6 @@ BACKEND = Backend(
     "our Triton kernels; not yet run on a GPU",
     _forward,
     _backward,
-    why_not=_why_not,
-    missing=_missing,
+    why_not=all_of(triton_limits.limits, _head_dim),
+    missing=triton_limits.missing,
 )

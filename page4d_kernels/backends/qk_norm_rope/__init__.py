@@ -1,7 +1,8 @@
 """The backends of `qk_norm_rope` and the order in which "auto" tries them."""
 
 from ..registry import declare
-from . import reference
+from . import reference, triton
 
 BACKENDS = declare("qk_norm_rope", "PAGE4D_QK_NORM_ROPE", order=("reference",))
-BACKENDS.register(reference.BACKEND)
+for _module in (reference, triton):
+    BACKENDS.register(_module.BACKEND)
