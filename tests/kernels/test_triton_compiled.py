@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
 
 from page4d_kernels.triton import mask_attention_launch as launch
-from page4d_kernels.triton import qk_norm_rope_launch
+from page4d_kernels.triton import mask_head_launch, qk_norm_rope_launch
 from page4d_kernels.triton.dryrun import SHARED_MEMORY, Launch, compiled_kernels, dry_run, resources
 
 KERNELS = {"forward", "preprocess", "backward_rows", "backward_keys"}
@@ -58,6 +58,19 @@ def test_qk_norm_rope_machine_code(capability):
         qk_norm_rope_launch.backward(q, k, qkv, weights[0], weights[2], *tables, (24, 37), 5, 1e-5)
     assert stand_in.launches == [Launch(name, (56, 16, 1)) for name in ("forward", "backward")]
     assert all(resources(kernel).stack == 0 for kernel in kernels.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_mask_head_machine_code(capability):
+    tokens = torch.empty(1, 2, 893, 1024)
+    parameters = [torch.empty(shape) for shape in [(1024, 1, 3, 3), (1024,), (256, 1024, 1, 1), (256,), (1, 256, 1, 1), (1,)]]
+    with dry_run(capability) as stand_in, compiled_kernels() as kernels:
+        mask_head_launch.forward(tokens, parameters, (24, 37), 5)
+    assert stand_in.launches == [Launch("statistics", (2, 32, 1)), Launch("forward", (28, 2, 1))]
+    for kernel in kernels.values():
+        needs = resources(kernel)
+        assert needs.stack == 0 and needs.shared <= SHARED_MEMORY[capability], needs
 
 
 def test_grids():

@@ -1,7 +1,8 @@
 """The backends of `mask_head` and the order in which "auto" tries them."""
 
 from ..registry import declare
-from . import reference
+from . import reference, triton
 
 BACKENDS = declare("mask_head", "PAGE4D_MASK_HEAD", order=("reference",))
-BACKENDS.register(reference.BACKEND)
+for _module in (reference, triton):
+    BACKENDS.register(_module.BACKEND)
