@@ -1,8 +1,10 @@
-"""What all Triton backends have in common: when they are missing, and which devices and dtypes they serve."""
+"""What all Triton backends have in common: loading on first use, when they are missing, which devices and dtypes they serve."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,3 +30,12 @@ def limits(problem: Any) -> list[str]:
     if interpreted() and problem.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter computes bfloat16 wrongly")
     return reasons
+
+
+def launch(op: str, direction: str) -> Callable[..., Any]:
+    """`direction` ("forward" or "backward") of an op's launch module, which is imported when it is called."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"page4d_kernels.triton.{op}_launch"), direction)(*args)
+
+    return run

@@ -100,6 +100,13 @@ def _token_major(like: Tensor) -> Tensor:
     return torch.empty(batch, tokens, heads, head_dim, dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
+def _vectors(query_gate: Tensor | None, key_bias: Tensor | None, unread: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and bias with unit stride along the tokens, as the kernels read them; without a bias something that is never read."""
+    if query_gate is None or key_bias is None:
+        return unread, unread
+    return query_gate.contiguous(), key_bias.contiguous()
+
+
 def splits_for(tiles: int, keys: int, device: torch.device) -> int:
     """Over how many programs to split the keys of a tile: enough to fill the device, while each keeps a useful number of keys."""
     return max(1, min(multiprocessors(device) // tiles, keys // MIN_SPLIT_KEYS))
@@ -127,7 +134,7 @@ def forward(
     if splits > 1:
         part = torch.empty(splits * batch, heads, queries, head_dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=q.device)
-    gate, bias = (lse if x is None else x for x in (query_gate, key_bias))  # without a bias never read
+    gate, bias = _vectors(query_gate, key_bias, lse)
     fwd.forward[(tiles, batch * heads, splits)](
         q, *(_descriptor(x, shape.block_n) if tma else x for x in (k, v)), gate, bias, part, part_lse,
         *_head_strides(q, k, v, part), gate.stride(0), bias.stride(0), batch * heads * queries,
@@ -173,7 +180,7 @@ def backward(
     packed = rows.mode == fwd.PACKED.value
     d_gate_heads = torch.empty(batch, heads, rows.packed if packed else queries, dtype=torch.float32, device=q.device)
     d_bias_heads = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
-    gate, bias = (lse if x is None else x for x in (query_gate, key_bias))  # without a bias never read
+    gate, bias = _vectors(query_gate, key_bias, lse)
     numbers = (heads, queries, keys, scale, rows.per_frame, rows.special, rows.packed)
 
     shape = tile("backward_rows", head_dim, q.dtype)

@@ -268,6 +268,24 @@ def test_chunked_over_many_tiles(case, monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", EAGER)
+def test_strided_gate_and_bias(backend, device):
+    """Views with any stride along the tokens: every second entry of longer vectors."""
+    inputs = make(CASES[1], COMMON[device], device)
+    skip_unless_served(inputs, backend)
+    wide = {name: getattr(inputs, name).repeat_interleave(2, 1)[:, ::2] for name in ("query_gate", "key_bias")}
+    strided = dataclasses.replace(inputs, **wide)
+    assert strided.query_gate.stride(1) == 2
+    d_out = torch.randn_like(inputs.q)
+    results = []
+    for case in (inputs, strided):
+        leaves = case.requires_grad_()
+        out = call(leaves, backend)
+        results.append([out, *attention_gradients(out, leaves, d_out).values()])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", EAGER)
 def test_very_negative_logits(backend, device):
     """All logits near -200: whatever lies past the last key (logit 0) would be exp(200) if it were not masked out."""
     inputs = make(CASES[0], COMMON[device], device)

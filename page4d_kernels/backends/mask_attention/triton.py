@@ -13,23 +13,11 @@ def _head_dim(problem: AttentionProblem) -> list[str]:
     return [f"its head dim goes up to {MAX_HEAD_DIM}, not {problem.head_dim}"] if problem.head_dim > MAX_HEAD_DIM else []
 
 
-def _forward(*args):
-    from ...triton import mask_attention_launch
-
-    return mask_attention_launch.forward(*args)
-
-
-def _backward(*args):
-    from ...triton import mask_attention_launch
-
-    return mask_attention_launch.backward(*args)
-
-
 BACKEND = Backend(
     "triton",
     "our Triton kernels; not yet run on a GPU",
-    _forward,
-    _backward,
+    triton_limits.launch("mask_attention", "forward"),
+    triton_limits.launch("mask_attention", "backward"),
     why_not=all_of(triton_limits.limits, _head_dim),
     missing=triton_limits.missing,
 )

@@ -6,17 +6,10 @@ from ...reference.mask_head import mask_head_backward
 from .. import triton_limits
 from ..registry import Backend
 
-
-def _forward(*args):
-    from ...triton import mask_head_launch
-
-    return mask_head_launch.forward(*args)
-
-
 BACKEND = Backend(
     "triton",
     "two passes over the tokens, backward by PyTorch; not yet run on a GPU",
-    _forward,
+    triton_limits.launch("mask_head", "forward"),
     mask_head_backward,
     why_not=triton_limits.limits,
     missing=triton_limits.missing,
