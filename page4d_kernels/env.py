@@ -8,6 +8,8 @@ VARIABLES: dict[str, str] = {
     "PAGE4D_ATTN": "backend of mask_attention: auto (default) or a name from `python -m page4d_kernels.info`",
     "PAGE4D_MASK_HEAD": "backend of mask_head: auto (default) or a name",
     "PAGE4D_QK_NORM_ROPE": "backend of qk_norm_rope: auto (default) or a name",
+    "PAGE4D_AUTOTUNE": "time tile sizes of the Triton kernels on first use: off (default), fast (what no table has), full",
+    "PAGE4D_AUTOTUNE_TABLE": "file of tile sizes, read before the shipped one; what is timed is added to it",
     "PAGE4D_NVTX": "1: mark every stage with an NVTX range for Nsight Systems (default 0)",
     "PAGE4D_DEBUG": "1: check what callers promise (finite bias, gate zero outside special tokens); synchronises (default 0)",
 }

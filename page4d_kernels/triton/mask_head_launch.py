@@ -2,30 +2,117 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from ..reference.mask_head import MIN_STD
-from . import mask_head as kernels
+from . import autotune
+from . import mask_head as fwd
+from . import mask_head_backward as bwd
+from .target import capability
 
-BLOCK_P, BLOCK_C = 32, 32
-STATISTICS_P = 64
+STATISTICS_P, STATISTICS_C = 64, 32
+SHARES = 16  # of the tiles of patches, for the weight gradients: programs to fill a GPU, against partial sums to store
+
+# Patches, channels, warps, pipeline stages; the first is the built-in choice. Not yet measured on a GPU.
+ROW_TILES = [(32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 4, 2), (64, 32, 8, 2)]
+CHANNEL_TILES = [(32, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 2), (16, 32, 8, 1)]
+FP32_CHANNEL_TILES = [(32, 16, 8, 2), (16, 32, 8, 1), (16, 16, 4, 2)]
+
+
+def _statistics(tokens: Tensor, patches: int, special_tokens: int) -> tuple[Tensor, Tensor]:
+    batch, frames, _, channels = tokens.shape
+    mean, rstd = (torch.empty(batch * frames, channels, dtype=torch.float32, device=tokens.device) for _ in range(2))
+    fwd.statistics[(batch * frames, triton.cdiv(channels, STATISTICS_C))](
+        tokens, mean, rstd, *tokens.stride(), frames, channels, special_tokens, patches, MIN_STD,
+        BLOCK_P=STATISTICS_P, BLOCK_C=STATISTICS_C, num_warps=4,
+    )  # fmt: skip
+    return mean, rstd
+
+
+def _weights(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.to(torch.float32).contiguous() for parameter in parameters]
+
+
+def _block_h(hidden: int) -> int:
+    return max(16, triton.next_power_of_2(hidden))
+
+
+def _constants(tokens: Tensor, hidden: int) -> dict[str, Any]:
+    """Tokens of half precision carry fewer digits than one tf32 product keeps; fp32 takes three."""
+    return {"BLOCK_H": _block_h(hidden), "PRECISION": "tf32x3" if tokens.dtype == torch.float32 else "tf32"}
+
+
+def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Config]:
+    tiles = ROW_TILES if kernel != "channels" else FP32_CHANNEL_TILES if dtype == torch.float32 else CHANNEL_TILES
+    if capability() >= 100:  # Triton 3.7 aborts on tf32 tiles of 64 rows there
+        tiles = [tile for tile in tiles if tile[0] < 64]
+    configs = [dict(zip(("BLOCK_P", "BLOCK_C", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles]
+
+    def need(config: autotune.Config) -> autotune.Need:
+        patches, block_c, stages = config["BLOCK_P"], config["BLOCK_C"], config["num_stages"]
+        owner, terms = (block_c, 1) if kernel == "channels" else (patches, 3 if dtype == torch.float32 else 1)
+        return autotune.Need((stages * block_c + patches) * hidden * 4, owner * hidden + terms * patches * block_c)
+
+    return autotune.prune(configs, need)
+
+
+def _choose(kernel: str, tokens: Tensor, hidden: int, run: Callable[[autotune.Config], object]) -> autotune.Config:
+    name = autotune.key(f"mask_head.{kernel}", f"H{_block_h(hidden)}", tokens.dtype)
+    return autotune.choose(name, candidates(kernel, tokens.dtype, _block_h(hidden)), run)
 
 
 def forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], special_tokens: int) -> Tensor:
     batch, frames, per_frame, channels = tokens.shape
     patches, hidden = grid[0] * grid[1], parameters[2].shape[0]
-    mean, rstd = (torch.empty(batch * frames, channels, dtype=torch.float32, device=tokens.device) for _ in range(2))
+    statistics, weights = _statistics(tokens, patches, special_tokens), _weights(parameters)
     out = torch.empty(batch, frames * per_frame, dtype=torch.float32, device=tokens.device)
-    kernels.statistics[(batch * frames, triton.cdiv(channels, BLOCK_C))](
-        tokens, mean, rstd, *tokens.stride(), frames, channels, special_tokens, patches, MIN_STD,
-        BLOCK_P=STATISTICS_P, BLOCK_C=BLOCK_C, num_warps=4,
-    )  # fmt: skip
-    weights = [parameter.to(torch.float32).contiguous() for parameter in parameters]
-    kernels.forward[(triton.cdiv(patches, BLOCK_P), batch * frames)](
-        tokens, mean, rstd, *weights, out, *tokens.stride(), frames, channels, hidden, special_tokens, *grid,
-        BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, BLOCK_H=max(16, triton.next_power_of_2(hidden)),
-        BLOCK_S=triton.next_power_of_2(max(special_tokens, 1)), PRECISION="tf32x3", num_warps=8,
-    )  # fmt: skip
+
+    def run(config: autotune.Config) -> None:
+        fwd.forward[(triton.cdiv(patches, config["BLOCK_P"]), batch * frames)](
+            tokens, *statistics, *weights, out, *tokens.stride(), frames, channels, hidden, special_tokens, *grid,
+            BLOCK_S=triton.next_power_of_2(max(special_tokens, 1)), **_constants(tokens, hidden), **config,
+        )  # fmt: skip
+
+    run(_choose("forward", tokens, hidden, run))
     return out
+
+
+def backward(d_bias: Tensor, tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], special_tokens: int) -> list[Tensor]:
+    batch, frames, _, channels = tokens.shape
+    patches, hidden = grid[0] * grid[1], parameters[2].shape[0]
+    statistics, weights = _statistics(tokens, patches, special_tokens), _weights(parameters)
+
+    def fp32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=tokens.device)
+
+    d_a2 = fp32(batch * frames, patches, hidden)
+    numbers = (*tokens.stride(), frames, channels, hidden, special_tokens, *grid)
+
+    def run_hidden(config: autotune.Config) -> list[Tensor]:
+        tiles = triton.cdiv(patches, config["BLOCK_P"])
+        programs = tiles * batch * frames
+        parts = [fp32(programs, hidden), fp32(programs), fp32(programs, hidden)]
+        bwd.hidden[(tiles, batch * frames)](
+            d_bias, tokens, *statistics, *weights, d_a2, *parts, *numbers, **_constants(tokens, hidden), **config
+        )  # fmt: skip
+        return parts
+
+    def run_channels(config: autotune.Config) -> list[Tensor]:
+        tiles = triton.cdiv(patches, config["BLOCK_P"])
+        shares = min(SHARES, tiles * batch * frames)
+        parts = [fp32(shares, channels, hidden), fp32(shares, 9, channels), fp32(shares, channels)]
+        bwd.channels[(triton.cdiv(channels, config["BLOCK_C"]), shares)](
+            tokens, *statistics, *weights[:3], d_a2, *parts, *numbers, tiles, tiles * batch * frames,
+            BLOCK_K=32, **_constants(tokens, hidden), **config,
+        )  # fmt: skip
+        return parts
+
+    d_w4, d_b4, d_b2 = (part.sum(0) for part in run_hidden(_choose("hidden", tokens, hidden, run_hidden)))
+    d_w2, d_w0, d_b0 = (part.sum(0) for part in run_channels(_choose("channels", tokens, hidden, run_channels)))
+    sums = (d_w0.t(), d_b0, d_w2.t(), d_b2, d_w4, d_b4)
+    return [total.reshape(parameter.shape).to(parameter.dtype) for total, parameter in zip(sums, parameters, strict=True)]

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
 
+from . import autotune
 from . import qk_norm_rope as kernels
 
-BLOCK_N = 32
+# Tokens and warps; the first is the built-in choice. Not yet measured on a GPU.
+TILES = [(32, 4), (64, 4), (16, 2), (64, 8), (128, 8)]
 
 
 def _blocks(head_dim: int) -> dict[str, int]:
-    return {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_N": BLOCK_N, "num_warps": 4}
+    return {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
+
+
+def candidates(head_dim: int) -> list[autotune.Config]:
+    """A program keeps about eight blocks of values: q or k, partner, angles, results."""
+    configs = [{"BLOCK_N": tokens, "num_warps": warps} for tokens, warps in TILES]
+    return autotune.prune(configs, lambda config: autotune.Need(0, 8 * config["BLOCK_N"] * triton.next_power_of_2(head_dim)))
+
+
+def _choose(kernel: str, qkv: Tensor, run: Callable[[autotune.Config], object]) -> autotune.Config:
+    head_dim = qkv.shape[-1]
+    name = autotune.key(f"qk_norm_rope.{kernel}", f"D{triton.next_power_of_2(head_dim)}", qkv.dtype)
+    return autotune.choose(name, candidates(head_dim), run)
 
 
 def _strides(qkv: Tensor) -> tuple[int, int, int, int]:
@@ -38,10 +54,15 @@ def forward(
     batch, tokens, _, heads, head_dim = qkv.shape
     q, k = (torch.empty(batch, heads, tokens, head_dim, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
     vectors = [x.contiguous() for x in (q_weight, q_bias, k_weight, k_bias)]
-    kernels.forward[(triton.cdiv(tokens, BLOCK_N), batch * heads)](
-        qkv, *vectors, _fp32(cos), _fp32(sin), q, k,
-        *_strides(qkv), heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim),
-    )  # fmt: skip
+    tables = _fp32(cos), _fp32(sin)
+
+    def run(config: autotune.Config) -> None:
+        kernels.forward[(triton.cdiv(tokens, config["BLOCK_N"]), batch * heads)](
+            qkv, *vectors, *tables, q, k, *_strides(qkv),
+            heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim), **config,
+        )  # fmt: skip
+
+    run(_choose("forward", qkv, run))
     return q, k
 
 
@@ -58,14 +79,19 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, _, heads, head_dim = qkv.shape
-    tiles = triton.cdiv(tokens, BLOCK_N)
     d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     d_qkv[:, :, 2].zero_()
-    sums = torch.empty(4, tiles * batch * heads, head_dim, dtype=torch.float32, device=qkv.device)
-    kernels.backward[(tiles, batch * heads)](
-        d_q, d_k, qkv, q_weight.contiguous(), k_weight.contiguous(), _fp32(cos), _fp32(sin), d_qkv, sums,
-        *d_q.stride(), *d_k.stride(), *_strides(qkv), sums.stride(0),
-        heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim),
-    )  # fmt: skip
+    weights, tables = (q_weight.contiguous(), k_weight.contiguous()), (_fp32(cos), _fp32(sin))
+
+    def run(config: autotune.Config) -> Tensor:
+        tiles = triton.cdiv(tokens, config["BLOCK_N"])
+        sums = torch.empty(4, tiles * batch * heads, head_dim, dtype=torch.float32, device=qkv.device)
+        kernels.backward[(tiles, batch * heads)](
+            d_q, d_k, qkv, *weights, *tables, d_qkv, sums, *d_q.stride(), *d_k.stride(), *_strides(qkv), sums.stride(0),
+            heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim), **config,
+        )  # fmt: skip
+        return sums
+
+    sums = run(_choose("backward", qkv, run))
     d_qw, d_qb, d_kw, d_kb = (part.sum(0).to(q_weight.dtype) for part in sums)  # tensors of their own: an operator returns no views
     return d_qkv, d_qw, d_qb, d_kw, d_kb

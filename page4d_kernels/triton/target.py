@@ -30,3 +30,11 @@ def multiprocessors(device: torch.device) -> int:
     if interpreted():
         return 1
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["multiprocessor_count"]
+
+
+def limits() -> tuple[int, int]:
+    """Bytes of shared memory of a program and registers of a thread, at most."""
+    if interpreted():
+        return 1 << 30, 255
+    device = triton.runtime.driver.active.get_current_device()
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"], 255

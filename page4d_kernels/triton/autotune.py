@@ -1,0 +1,140 @@
+"""Which tile sizes a kernel runs with: built-in, from a table, or timed on first use.
+
+A configuration is the dictionary of constants that a launch adds, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}.
+Its key names what decides about it: kernel, architecture, head dim or channels, dtype, how rows meet the bias. Sequence length and
+batch are not in it: a new clip never times or compiles anything again.
+
+PAGE4D_AUTOTUNE says when candidates are timed:
+
+    off   never (the default): the key's entry in a table, else the first candidate
+    fast  on first use of a key that no table has, over the first four candidates
+    full  on first use of every key, over all candidates
+
+Two tables are read: the file PAGE4D_AUTOTUNE_TABLE, to which every choice that was timed is added, and the one that is shipped for
+the architecture, `tables/sm_90.json`. To ship a table is to copy such a file there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+from .. import env
+from .target import capability, interpreted, limits
+
+logger = logging.getLogger("page4d_kernels")
+
+Config = dict[str, int]
+TABLES = Path(__file__).parent / "tables"
+MODES = ("off", "fast", "full")
+FAST = 4  # candidates timed by "fast"
+_chosen: dict[str, Config] = {}  # what this process has timed
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one program of a configuration needs at least, estimated without compiling it."""
+
+    shared: int  # bytes
+    accumulators: int  # fp32 values that live in registers
+
+    def fits(self, config: Config) -> bool:
+        shared, registers = limits()
+        threads = 32 * config["num_warps"]
+        return self.shared <= shared and self.accumulators <= registers * threads * 3 // 4  # the rest is for addresses and operands
+
+
+def mode() -> str:
+    name = env.get("PAGE4D_AUTOTUNE") or "off"
+    if name not in MODES:
+        raise env.VariableError(f"PAGE4D_AUTOTUNE={name!r}: choose one of {', '.join(MODES)}")
+    return name
+
+
+def key(kernel: str, *traits: object) -> str:
+    """ "mask_attention.forward sm_90 D64 bfloat16 packed"."""
+    return " ".join([kernel, f"sm_{capability()}", *(str(trait).removeprefix("torch.") for trait in traits)])
+
+
+def prune(candidates: list[Config], need: Callable[[Config], Need]) -> list[Config]:
+    """Those that fit by the estimate; the first one, the built-in choice, always stays."""
+    return [candidate for i, candidate in enumerate(candidates) if i == 0 or need(candidate).fits(candidate)]
+
+
+def choose(name: str, candidates: list[Config], run: Callable[[Config], object]) -> Config:
+    """The configuration for key `name`; `run` launches a candidate and may be called again and again."""
+    if name in _chosen:
+        return _chosen[name]
+    how = mode()
+    known = _table(_own()).get(name) or _table(_shipped()).get(name)
+    if how == "off" or (how == "fast" and known is not None) or not _can_time():
+        return known or candidates[0]
+    times = [(_time(run, candidate), i) for i, candidate in enumerate(candidates[: FAST if how == "fast" else None])]
+    best, index = min(times)
+    if best == float("inf"):
+        return candidates[0]  # which then says itself what is wrong
+    logger.info(f"autotune: {name}: {candidates[index]} ({best:.3f} ms, best of {len(times)})")
+    _chosen[name] = candidates[index]
+    own = _own()
+    if own is not None:
+        dump(own)
+    return candidates[index]
+
+
+def dump(path: Path) -> None:
+    """Add what this process has timed to the table at `path`, at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = _read(path) | _chosen
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump(dict(sorted(entries.items())), file, indent=1)
+    os.replace(file.name, path)
+    _table.cache_clear()
+
+
+def _own() -> Path | None:
+    path = env.get("PAGE4D_AUTOTUNE_TABLE")
+    return Path(path) if path else None
+
+
+def _shipped() -> Path:
+    return TABLES / f"sm_{capability()}.json"
+
+
+@cache
+def _table(path: Path | None) -> dict[str, Config]:
+    return {} if path is None else _read(path)
+
+
+def _read(path: Path) -> dict[str, Config]:
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text())
+        for config in entries.values():
+            if not all(isinstance(value, int) and value > 0 for value in config.values()):
+                raise ValueError("a configuration holds positive integers only")
+    except (ValueError, AttributeError, OSError) as error:
+        raise env.VariableError(f"{path} is not a table of tile sizes ({error}): repair it or delete it") from None
+    return entries
+
+
+def _can_time() -> bool:
+    """Not in the interpreter, and not while a CUDA graph is captured: timing waits for the device."""
+    return not interpreted() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _time(run: Callable[[Config], object], config: Config) -> float:
+    """Median milliseconds with a cold cache; infinite for a configuration that does not fit."""
+    try:
+        return float(triton.testing.do_bench(lambda: run(config), warmup=10, rep=50, return_mode="median"))
+    except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+        return float("inf")
