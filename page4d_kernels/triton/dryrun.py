@@ -11,7 +11,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,28 +134,60 @@ def compiled_kernels() -> Iterator[dict[str, Any]]:
         triton.runtime.jit.JITFunction.run = original
 
 
-def attention_table() -> str:
-    """What the attention kernels need at head dim 64 in bf16, mask on, with and without a layout, as Markdown."""
+def entry_points() -> dict[str, Callable[[], None]]:
+    """Every launch of the library at the official sizes: 10 frames of 24 x 37 patches, head dim 64, 1024 channels."""
     from ..layout import TokenLayout
+    from ..reference.qk_norm_rope import rope_tables
     from ..testing import attention_inputs
-    from .mask_attention_launch import backward, forward
+    from . import mask_attention_launch, mask_head_launch, qk_norm_rope_launch
 
-    lines = ["| target | kernel | gated rows | registers | spilled bytes | shared bytes | " + " | ".join(INSTRUCTIONS[:4]) + " |"]
-    lines.append("|" + "---|" * 10)
-    inputs = attention_inputs(TokenLayout(10, 893, 5), dtype=torch.bfloat16, packed=True)
-    tensors = (inputs.q, inputs.k, inputs.v, inputs.query_gate, inputs.key_bias)
+    grid, special = (24, 37), 5
+    inputs = attention_inputs(TokenLayout(10, 893, special), dtype=torch.bfloat16, packed=True)
+    parameters = [torch.empty(shape) for shape in [(1024, 1, 3, 3), (1024,), (256, 1024, 1, 1), (256,), (1, 256, 1, 1), (1,)]]
+
+    def attention(promise: bool, biased: bool) -> None:
+        layout = inputs.layout if promise else None
+        vectors = (inputs.query_gate, inputs.key_bias) if biased else (None, None)
+        tensors = (inputs.q, inputs.k, inputs.v, *vectors)
+        out, lse = mask_attention_launch.forward(*tensors, layout, 0.125)
+        mask_attention_launch.backward(*tensors, out, lse, torch.empty_like(out), None, layout, 0.125)
+
+    def mask_head(dtype: torch.dtype) -> None:
+        tokens = torch.empty(1, 10, 893, 1024, dtype=dtype)
+        bias = mask_head_launch.forward(tokens, parameters, grid, special)
+        mask_head_launch.backward(bias, tokens, parameters, grid, special)
+
+    def qk_norm_rope() -> None:
+        qkv = torch.empty(1, 10 * 893, 3, 16, 64, dtype=torch.bfloat16)
+        weight, bias, (cos, sin) = torch.empty(64), torch.empty(64), rope_tables(grid, 64)
+        q, k = qk_norm_rope_launch.forward(qkv, weight, bias, weight, bias, cos, sin, grid, special, 1e-5)
+        qk_norm_rope_launch.backward(q, k, qkv, weight, weight, cos, sin, grid, special, 1e-5)
+
+    return {
+        "attention, layout": functools.partial(attention, True, True),
+        "attention, no layout": functools.partial(attention, False, True),
+        "attention, no bias": functools.partial(attention, False, False),
+        "mask head, bf16": functools.partial(mask_head, torch.bfloat16),
+        "mask head, fp32": functools.partial(mask_head, torch.float32),
+        "QK-norm + RoPE": qk_norm_rope,
+    }
+
+
+def table() -> str:
+    """What every kernel needs with its built-in tiles, as Markdown."""
+    columns = ["target", "op", "kernel", "registers", "spilled bytes", "shared bytes", *INSTRUCTIONS[:4]]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for capability in SHARED_MEMORY:
-        for layout in (inputs.layout, None):
+        for op, launch in entry_points().items():
             with dry_run(capability), compiled_kernels() as kernels:
-                out, lse = forward(*tensors, layout, 0.125)
-                backward(*tensors, out, lse, torch.zeros_like(out), None, layout, 0.125)
+                launch()
             for name, kernel in kernels.items():
                 needs = resources(kernel)
-                counts = " | ".join(str(needs.instructions[instruction]) for instruction in INSTRUCTIONS[:4])
-                how = "packed" if layout else "checked"
-                lines.append(f"| sm_{capability} | {name} | {how} | {needs.registers} | {needs.stack} | {needs.shared} | {counts} |")
+                counts = [needs.instructions[instruction] for instruction in INSTRUCTIONS[:4]]
+                cells = [f"sm_{capability}", op, name, needs.registers, needs.stack, needs.shared, *counts]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(attention_table())
+    print(table())

@@ -11,6 +11,9 @@ Flash attention with three additions. Conventions: i_* program ids, o_* offsets,
    summed by atomics. The second meets special rows twice: in its loop over contiguous rows their log-sum-exp is +inf, which makes
    their probability 0 at no cost, and in its loop over packed rows they come with their bias.
 
+The first axis of every grid counts tiles within heads, as the others end at 65535. Lengths are not specialised: a kernel is compiled
+once for all clips.
+
 Few query tiles leave a GPU idle: then the keys are split over programs and `merge` joins the partial results by log-sum-exp.
 """
 
@@ -126,24 +129,24 @@ def _attend(
     return b_out, b_lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_rb", "s_cb", "tiles", "heads", "n_q", "n_k", "s_split", "per_frame", "special", "n_packed"])
 def forward(
     q, k, v, p_r, p_c, p_out, p_lse,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on, s_rb, s_cb, s_split,
-    heads, n_q, n_k, scale, per_frame, special, n_packed,
+    tiles, heads, n_q, n_k, scale, per_frame, special, n_packed,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of rows, batch * heads, splits of the keys).
+    """Grid (tiles of rows * batch * heads, splits of the keys).
 
     q, k, v (B, H, N, D): descriptors or pointers; r (B, Nq), c (B, Nk) fp32; out (B, H, Nq, D), lse (B, H, Nq) fp32. With SPLIT,
     out and lse are fp32 partial results, one per split, `s_split` rows of lse apart.
     """
-    i_tile, i_bh, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_tile, i_bh, i_split = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
     start, end = 0, n_k
     if SPLIT:
-        span = tl.cdiv(tl.cdiv(n_k, tl.num_programs(2)), BLOCK_N) * BLOCK_N
+        span = tl.cdiv(tl.cdiv(n_k, tl.num_programs(1)), BLOCK_N) * BLOCK_N
         start = i_split * span
         end = tl.minimum(start + span, n_k)
     p_r += i_b.to(tl.int64) * s_rb
@@ -190,16 +193,17 @@ def forward(
         tl.store(p_lse + o_rows, b_lse, mask=m_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_split", "heads", "n_q", "splits"])
 def merge(
     p_parts, p_part_lse, p_out, p_lse, s_split, s_ob, s_oh, s_on, heads, n_q, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits, in order: out = sum_i exp(lse_i - lse) out_i. Grid (tiles of rows, batch * heads).
+    """Join the splits, in order: out = sum_i exp(lse_i - lse) out_i. Grid (tiles of rows * batch * heads,).
 
     parts (splits, B, H, Nq, D) and part_lse (splits, B, H, Nq) fp32, contiguous, `s_split` rows apart.
     """
-    i_tile, i_bh = tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(n_q, BLOCK_M)
+    i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     o_rows = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m_rows = o_rows < n_q
     first = i_bh.to(tl.int64) * n_q

@@ -13,14 +13,15 @@ import triton.language as tl
 from .mask_attention import CHECKED, LOG2E, PACKED, PLAIN, _load_rows, _load_tile, _packed_rows, _store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "n_q", "per_frame", "special"])
 def preprocess(
     p_out, p_d_out, p_lse, p_d_lse, p_delta, p_lse2,
     s_ob, s_oh, s_on, s_db, s_dh, s_dn, heads, n_q, per_frame, special,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, LSE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """delta and the base-2 log-sum-exp that contiguous rows use: +inf (probability 0) for special rows and rows without a finite logit."""
-    i_tile, i_bh = tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(n_q, BLOCK_M)
+    i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     o_rows = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m_rows = o_rows < n_q
@@ -92,19 +93,19 @@ def _dq_tile(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_rb", "s_cb", "tiles", "heads", "n_q", "n_k", "per_frame", "special", "n_packed"])
 def backward_rows(
     q, k, v, d_out, p_r, p_c, p_lse, p_lse2, p_delta, p_dq, p_dr,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_db, s_dh, s_dn, s_gb, s_gh, s_gn, s_rb, s_cb,
-    heads, n_q, n_k, scale, per_frame, special, n_packed,
+    tiles, heads, n_q, n_k, scale, per_frame, special, n_packed,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq and, per head, dr. Grid (tiles of rows as in `forward`, batch * heads). k, v may be descriptors; q, d_out are pointers.
+    """dq and, per head, dr. Grid (tiles of rows as in `forward` * batch * heads,). k, v may be descriptors; q, d_out are pointers.
 
     dr: (B, H, n_packed) with PACKED, (B, H, Nq) with CHECKED.
     """
-    i_tile, i_bh = tl.program_id(0), tl.program_id(1)
+    i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_b, i_h = i_bh // heads, i_bh % heads
     q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
     d_out += i_b.to(tl.int64) * s_db + i_h.to(tl.int64) * s_dh
@@ -160,19 +161,19 @@ def _add_rows(b_dk, b_dv, b_dc, b_k, b_v, b_c, b_q, b_do, b_lse2, b_delta, b_r, 
     return b_dk, b_dv, b_dc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_rb", "s_cb", "tiles", "heads", "n_q", "n_k", "per_frame", "special", "n_packed"])
 def backward_keys(
     q, d_out, p_q, p_d_out, p_k, p_v, p_r, p_c, p_lse, p_lse2, p_delta, p_dk, p_dv, p_dc,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_db, s_dh, s_dn, s_gb, s_gh, s_gn, s_rb, s_cb,
-    heads, n_q, n_k, scale, per_frame, special, n_packed,
+    tiles, heads, n_q, n_k, scale, per_frame, special, n_packed,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and, per head, dc (B, H, Nk). Grid (tiles of keys, batch * heads).
+    """dk, dv and, per head, dc (B, H, Nk). Grid (tiles of keys * batch * heads,).
 
     q and d_out come twice: as descriptors (with TMA) for contiguous rows, and as pointers for the packed ones. dk and dv share strides.
     """
-    i_tile, i_bh = tl.program_id(0), tl.program_id(1)
+    i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_b, i_h = i_bh // heads, i_bh % heads
     first = i_bh.to(tl.int64) * n_q
     o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)

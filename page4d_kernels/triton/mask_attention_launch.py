@@ -45,12 +45,12 @@ class Rows:
 TILES = {
     "forward": [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)],
     "backward_rows": [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2)],
-    "backward_keys": [(64, 64, 4, 2), (64, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 64, 8, 2)],
+    "backward_keys": [(64, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3)],
 }
-WIDE_TILES = {  # head dims over 64, and targets without wgmma
-    "forward": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 4, 3)],
+WIDE_TILES = {  # head dims over 64, and targets other than Hopper
+    "forward": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)],
     "backward_rows": [(64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1)],
-    "backward_keys": [(64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 8, 1)],
+    "backward_keys": [(64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 8, 3)],
 }
 FP32_TILES = {
     "forward": [(64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 4, 2)],
@@ -70,7 +70,7 @@ def _need(kernel: str, head_dim: int, itemsize: int, config: autotune.Config) ->
 
 
 def candidates(kernel: str, head_dim: int, dtype: torch.dtype) -> list[autotune.Config]:
-    narrow = head_dim <= 64 and capability() >= 90
+    narrow = head_dim <= 64 and capability() == 90
     tiles = FP32_TILES if dtype == torch.float32 else TILES if narrow else WIDE_TILES
     configs = [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles[kernel]]
     return autotune.prune(configs, lambda config: _need(kernel, _block_d(head_dim), dtype.itemsize, config))
@@ -158,15 +158,15 @@ def forward(
         if splits > 1:
             part = torch.empty(splits * batch, heads, queries, head_dim, dtype=torch.float32, device=q.device)
             part_lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=q.device)
-        fwd.forward[(tiles, batch * heads, splits)](
+        fwd.forward[(tiles * batch * heads, splits)](
             q, *(_descriptor(x, config["BLOCK_N"]) if tma else x for x in (k, v)), gate, bias, part, part_lse,
             *_head_strides(q, k, v, part), gate.stride(0), bias.stride(0), batch * heads * queries,
-            heads, queries, keys, scale, rows.per_frame, rows.special, rows.packed,
+            tiles, heads, queries, keys, scale, rows.per_frame, rows.special, rows.packed,
             SPLIT=splits > 1, **_constants(q, rows, tma), **config,
         )  # fmt: skip
         if splits > 1:
             block = 32
-            fwd.merge[(triton.cdiv(queries, block), batch * heads)](
+            fwd.merge[(triton.cdiv(queries, block) * batch * heads,)](
                 part, part_lse, out, lse, batch * heads * queries, *_head_strides(out), heads, queries, splits,
                 D=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=block, num_warps=4,
             )  # fmt: skip
@@ -194,7 +194,7 @@ def backward(
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    bwd.preprocess[(triton.cdiv(queries, 64), batch * heads)](
+    bwd.preprocess[(triton.cdiv(queries, 64) * batch * heads,)](
         out, d_out, lse, lse if d_lse is None else d_lse.contiguous(), delta, lse2,
         *_head_strides(out, d_out), heads, queries, rows.per_frame, rows.special,
         D=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=64, ROWS=rows.mode, LSE_GRAD=d_lse is not None, num_warps=4,
@@ -209,18 +209,20 @@ def backward(
 
     def run_rows(config: autotune.Config) -> None:
         tma = _tma_ready(k, v)
-        bwd.backward_rows[(rows.tiles(queries, config["BLOCK_M"]), batch * heads)](
+        tiles = rows.tiles(queries, config["BLOCK_M"])
+        bwd.backward_rows[(tiles * batch * heads,)](
             q, *(_descriptor(x, config["BLOCK_N"]) if tma else x for x in (k, v)), d_out, gate, bias, lse, lse2, delta,
             d_q, d_gate_heads,
-            *_head_strides(q, k, v, d_out, d_q), gate.stride(0), bias.stride(0), *numbers, **_constants(q, rows, tma), **config,
+            *_head_strides(q, k, v, d_out, d_q), gate.stride(0), bias.stride(0), tiles, *numbers, **_constants(q, rows, tma), **config,
         )  # fmt: skip
 
     def run_keys(config: autotune.Config) -> None:
         tma = _tma_ready(q, d_out)
-        bwd.backward_keys[(triton.cdiv(keys, config["BLOCK_N"]), batch * heads)](
+        tiles = triton.cdiv(keys, config["BLOCK_N"])
+        bwd.backward_keys[(tiles * batch * heads,)](
             *(_descriptor(x, config["BLOCK_M"]) if tma else x for x in (q, d_out)), q, d_out, k, v, gate, bias, lse, lse2, delta,
             d_k, d_v, d_bias_heads,
-            *_head_strides(q, k, v, d_out, d_k), gate.stride(0), bias.stride(0), *numbers, **_constants(q, rows, tma), **config,
+            *_head_strides(q, k, v, d_out, d_k), gate.stride(0), bias.stride(0), tiles, *numbers, **_constants(q, rows, tma), **config,
         )  # fmt: skip
 
     run_rows(_choose("backward_rows", q, rows, run_rows))

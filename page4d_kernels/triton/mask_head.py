@@ -17,7 +17,7 @@ def gelu(x):
     return 0.5 * x * (1 + tl.math.erf(x * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "special", "patches"])
 def statistics(
     p_tokens, p_mean, p_rstd, s_b, s_f, s_p, s_c, frames, channels, special, patches, min_std,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -99,7 +99,7 @@ def to_hidden(
     return b_hidden + tl.load(p_b2 + o_h, mask=m_h, other=0.0)[None, :], b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "special", "height", "width"])
 def forward(
     p_tokens, p_mean, p_rstd, p_w0, p_b0, p_w2, p_b2, p_w4, p_b4, p_out,
     s_b, s_f, s_p, s_c, frames, channels, hidden, special, height, width,

@@ -25,7 +25,7 @@ def _gelu_slope(x):
     return 0.5 * (1 + tl.math.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "special", "height", "width"])
 def hidden(
     p_d_out, p_tokens, p_mean, p_rstd, p_w0, p_b0, p_w2, p_b2, p_w4, p_b4, p_da2, p_dw4, p_db4, p_db2,
     s_b, s_f, s_p, s_c, frames, channels, n_hidden, special, height, width,
@@ -58,7 +58,7 @@ def hidden(
     tl.store(p_db4 + i_program, tl.sum(b_dg, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "special", "height", "width", "tiles", "last"])
 def channels(
     p_tokens, p_mean, p_rstd, p_w0, p_b0, p_w2, p_da2, p_dw2, p_dw0, p_db0,
     s_b, s_f, s_p, s_c, frames, n_channels, n_hidden, special, height, width, tiles, last,

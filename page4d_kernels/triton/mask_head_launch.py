@@ -19,9 +19,9 @@ STATISTICS_P, STATISTICS_C = 64, 32
 SHARES = 16  # of the tiles of patches, for the weight gradients: programs to fill a GPU, against partial sums to store
 
 # Patches, channels, warps, pipeline stages; the first is the built-in choice. Not yet measured on a GPU.
-ROW_TILES = [(32, 32, 8, 2), (32, 32, 8, 1), (16, 32, 4, 2), (64, 32, 8, 2)]
-CHANNEL_TILES = [(32, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 2), (16, 32, 8, 1)]
-FP32_CHANNEL_TILES = [(32, 16, 8, 2), (16, 32, 8, 1), (16, 16, 4, 2)]
+TILES = {"rows": [(32, 32, 8, 2), (16, 32, 4, 2)], "channels": [(32, 32, 8, 1), (32, 16, 8, 2)]}
+FP32_TILES = {"rows": [(32, 32, 8, 2)], "channels": [(32, 16, 8, 2), (16, 32, 8, 1)]}
+HOPPER_ROWS = (64, 32, 8, 2)  # wide enough for wgmma; Triton 3.7 aborts on it for sm_100
 
 
 def _statistics(tokens: Tensor, patches: int, special_tokens: int) -> tuple[Tensor, Tensor]:
@@ -48,9 +48,9 @@ def _constants(tokens: Tensor, hidden: int) -> dict[str, Any]:
 
 
 def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Config]:
-    tiles = ROW_TILES if kernel != "channels" else FP32_CHANNEL_TILES if dtype == torch.float32 else CHANNEL_TILES
-    if capability() >= 100:  # Triton 3.7 aborts on tf32 tiles of 64 rows there
-        tiles = [tile for tile in tiles if tile[0] < 64]
+    tiles = (FP32_TILES if dtype == torch.float32 else TILES)["channels" if kernel == "channels" else "rows"]
+    if capability() == 90 and kernel != "channels" and dtype != torch.float32:
+        tiles = [*tiles, HOPPER_ROWS]
     configs = [dict(zip(("BLOCK_P", "BLOCK_C", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles]
 
     def need(config: autotune.Config) -> autotune.Need:

@@ -51,14 +51,15 @@ def _vector(p_x, o_d, D: tl.constexpr):
     return tl.load(p_x + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tokens", "per_frame", "special", "width"])
 def forward(
     p_qkv, p_qw, p_qb, p_kw, p_kb, p_cos, p_sin, p_q, p_k,
     s_b, s_n, s_c, s_h, heads, tokens, per_frame, special, width, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """q, k (B, H, N, D), contiguous, from qkv (B, N, 3, H, D). Grid (tiles of tokens, batch * heads)."""
-    i_n, i_bh = tl.program_id(0), tl.program_id(1)
+    """q, k (B, H, N, D), contiguous, from qkv (B, N, 3, H, D). Grid (tiles of tokens * batch * heads,)."""
+    tiles = tl.cdiv(tokens, BLOCK_N)
+    i_n, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     o_d, o_partner, _, _, _ = _channels(D, BLOCK_D)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_x = (o_n < tokens)[:, None] & (o_d < D)[None, :]
@@ -94,7 +95,7 @@ def _backward_one(
     tl.store(p_db + o_d, tl.sum(b_dy, 0), mask=o_d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tokens", "per_frame", "special", "width"])
 def backward(
     p_dq, p_dk, p_qkv, p_qw, p_kw, p_cos, p_sin, p_dqkv, p_sums,
     s_qb, s_qh, s_qn, s_qd, s_kb, s_kh, s_kn, s_kd, s_b, s_n, s_c, s_h, s_sum, heads, tokens, per_frame, special, width, eps,
@@ -102,9 +103,10 @@ def backward(
 ):  # fmt: skip
     """The q and k parts of d_qkv (B, N, 3, H, D), contiguous, and per program the sums (4, programs, D) for the four parameters.
 
-    Grid (tiles of tokens, batch * heads); the caller adds the programs' sums, in order.
+    Grid (tiles of tokens * batch * heads,); the caller adds the programs' sums, in order.
     """
-    i_n, i_bh = tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(tokens, BLOCK_N)
+    i_n, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     o_d, o_partner, _, _, _ = _channels(D, BLOCK_D)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -113,7 +115,7 @@ def backward(
     b_cos, b_sin = _angles(p_cos, p_sin, o_n, m_x, per_frame, special, width, D, BLOCK_D)
     p_in = p_qkv + i_b * s_b + i_h * s_h + o_rows * s_n
     p_out = p_dqkv + ((i_b * tokens + o_rows) * 3 * heads + i_h) * D
-    p_sums += (i_bh.to(tl.int64) * tl.num_programs(0) + i_n) * D
+    p_sums += tl.program_id(0).to(tl.int64) * D
     p_d = p_dq + i_b * s_qb + i_h * s_qh + o_rows * s_qn
     _backward_one(p_in, p_d, p_out, p_qw, p_sums, p_sums + s_sum, o_d, o_partner, m_x, b_cos, b_sin, s_qd, eps, D, BLOCK_D)
     p_d = p_dk + i_b * s_kb + i_h * s_kh + o_rows * s_kn

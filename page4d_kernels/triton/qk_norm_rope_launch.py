@@ -57,7 +57,7 @@ def forward(
     tables = _fp32(cos), _fp32(sin)
 
     def run(config: autotune.Config) -> None:
-        kernels.forward[(triton.cdiv(tokens, config["BLOCK_N"]), batch * heads)](
+        kernels.forward[(triton.cdiv(tokens, config["BLOCK_N"]) * batch * heads,)](
             qkv, *vectors, *tables, q, k, *_strides(qkv),
             heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim), **config,
         )  # fmt: skip
@@ -84,9 +84,9 @@ def backward(
     weights, tables = (q_weight.contiguous(), k_weight.contiguous()), (_fp32(cos), _fp32(sin))
 
     def run(config: autotune.Config) -> Tensor:
-        tiles = triton.cdiv(tokens, config["BLOCK_N"])
-        sums = torch.empty(4, tiles * batch * heads, head_dim, dtype=torch.float32, device=qkv.device)
-        kernels.backward[(tiles, batch * heads)](
+        programs = triton.cdiv(tokens, config["BLOCK_N"]) * batch * heads
+        sums = torch.empty(4, programs, head_dim, dtype=torch.float32, device=qkv.device)
+        kernels.backward[(programs,)](
             d_q, d_k, qkv, *weights, *tables, d_qkv, sums, *d_q.stride(), *d_k.stride(), *_strides(qkv), sums.stride(0),
             heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim), **config,
         )  # fmt: skip

@@ -2,93 +2,206 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 import torch
 
-from page4d_kernels import TokenLayout, rope_tables
+from page4d_kernels import TokenLayout, env
 from page4d_kernels.testing import attention_inputs
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
 
+from page4d_kernels.triton import autotune
 from page4d_kernels.triton import mask_attention_launch as launch
-from page4d_kernels.triton import mask_head_launch, qk_norm_rope_launch
-from page4d_kernels.triton.dryrun import SHARED_MEMORY, Launch, compiled_kernels, dry_run, resources
+from page4d_kernels.triton.dryrun import SHARED_MEMORY, Launch, Resources, compiled_kernels, dry_run, entry_points, resources
 
-KERNELS = {"forward", "preprocess", "backward_rows", "backward_keys"}
+CAPABILITIES = list(SHARED_MEMORY)
+HELPERS = {"preprocess", "merge", "statistics"}  # kernels without a matrix product
 
 
-def run(capability: int, layout: TokenLayout, promise: bool = True, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16):
+def check(capability: int, name: str, needs: Resources) -> None:
+    assert needs.stack == 0 and not needs.instructions["STL"] and not needs.instructions["LDL"], f"sm_{capability} {name} spills: {needs}"
+    assert needs.shared <= SHARED_MEMORY[capability], f"sm_{capability} {name}: {needs}"
+
+
+def check_attention(capability: int, name: str, needs: Resources) -> None:
+    """The matrix unit and the loads that the architecture has."""
+    found = {instruction for instruction in ("HMMA", "HGMMA", "UTMALDG") if needs.instructions[instruction]}
+    expected = {80: {"HMMA"}, 90: {"HGMMA", "UTMALDG"}, 100: {"UTMALDG"}}[capability]
+    assert found == expected, f"sm_{capability} {name}: {needs}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("op", ["attention, layout", "mask head, bf16", "mask head, fp32", "QK-norm + RoPE"])
+def test_every_configuration(op, capability, monkeypatch):
+    """Every candidate of every kernel goes through the launch path and the compiler, and none spills."""
+    compiled = []
+
+    def all_candidates(key, candidates, run):
+        for config in candidates:
+            with compiled_kernels() as kernels:
+                run(config)
+            compiled.extend((name, config, kernel) for name, kernel in kernels.items())
+        return candidates[0]
+
+    monkeypatch.setattr(autotune, "choose", all_candidates)
+    with dry_run(capability):
+        entry_points()[op]()
+    assert len(compiled) >= 4
+    for name, config, kernel in compiled:
+        needs = resources(kernel)
+        check(capability, f"{op} {name} {config}", needs)
+        if op.startswith("attention"):
+            check_attention(capability, f"{name} {config}", needs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["attention, no layout", "attention, no bias"])
+def test_other_ways_to_meet_the_bias(op):
+    with dry_run(90), compiled_kernels() as kernels:
+        entry_points()[op]()
+    assert set(kernels) == {"forward", "preprocess", "backward_rows", "backward_keys"}
+    for name, kernel in kernels.items():
+        check(90, name, resources(kernel))
+        if name not in HELPERS:
+            check_attention(90, name, resources(kernel))
+
+
+def run(layout: TokenLayout, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16):
     """Launches and compiled kernels of one forward and backward on views of a packed projection."""
     inputs = attention_inputs(layout, head_dim=head_dim, dtype=dtype, packed=True)
-    with dry_run(capability) as stand_in, compiled_kernels() as kernels:
-        out, lse = launch.forward(*inputs.tensors(), layout if promise else None, 0.125)
-        launch.backward(*inputs.tensors(), out, lse, torch.zeros_like(out), None, layout if promise else None, 0.125)
+    with dry_run(90) as stand_in, compiled_kernels() as kernels:
+        out, lse = launch.forward(*inputs.tensors(), layout, 0.125)
+        launch.backward(*inputs.tensors(), out, lse, torch.zeros_like(out), None, layout, 0.125)
     return stand_in.launches, kernels
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("capability", "promise"), [(80, True), (90, True), (90, False), (100, True)])
-def test_machine_code(capability, promise):
-    _, kernels = run(capability, TokenLayout(10, 893, 5), promise)
-    assert set(kernels) == KERNELS
-    for name, kernel in kernels.items():
-        needs = resources(kernel)
-        assert needs.stack == 0 and not needs.instructions["STL"] and not needs.instructions["LDL"], f"{name} spills: {needs}"
-        assert needs.shared <= SHARED_MEMORY[capability], f"{name}: {needs}"
-        if name == "preprocess":
-            continue
-        if capability == 80:
-            assert needs.instructions["HMMA"] and not needs.instructions["UTMALDG"], f"{name}: {needs}"
-        if capability == 90:
-            assert needs.instructions["HGMMA"] and needs.instructions["UTMALDG"] and not needs.instructions["HMMA"], f"{name}: {needs}"
-        if capability == 100:
-            assert needs.instructions["UTMALDG"], f"{name}: {needs}"
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_qk_norm_rope_machine_code(capability):
-    qkv = torch.empty(1, 2 * 893, 3, 16, 64, dtype=torch.bfloat16)
-    weights, tables = [torch.empty(64) for _ in range(4)], rope_tables((24, 37), 64)
-    with dry_run(capability) as stand_in, compiled_kernels() as kernels:
-        q, k = qk_norm_rope_launch.forward(qkv, *weights, *tables, (24, 37), 5, 1e-5)
-        qk_norm_rope_launch.backward(q, k, qkv, weights[0], weights[2], *tables, (24, 37), 5, 1e-5)
-    assert stand_in.launches == [Launch(name, (56, 16, 1)) for name in ("forward", "backward")]
-    assert all(resources(kernel).stack == 0 for kernel in kernels.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_mask_head_machine_code(capability):
-    tokens = torch.empty(1, 2, 893, 1024)
-    parameters = [torch.empty(shape) for shape in [(1024, 1, 3, 3), (1024,), (256, 1024, 1, 1), (256,), (1, 256, 1, 1), (1,)]]
-    with dry_run(capability) as stand_in, compiled_kernels() as kernels:
-        mask_head_launch.forward(tokens, parameters, (24, 37), 5)
-    assert stand_in.launches == [Launch("statistics", (2, 32, 1)), Launch("forward", (28, 2, 1))]
-    for kernel in kernels.values():
-        needs = resources(kernel)
-        assert needs.stack == 0 and needs.shared <= SHARED_MEMORY[capability], needs
 
 
 def test_grids():
     """Gated rows make tiles of their own, 5 * 10 of them one; a short sequence splits its keys."""
-    launches, _ = run(90, TokenLayout(10, 893, 5))
+    launches, _ = run(TokenLayout(10, 893, 5))
     assert launches == [
-        Launch("forward", (70 + 1, 2, 1)),
-        Launch("preprocess", (140, 2, 1)),
-        Launch("backward_rows", (140 + 1, 2, 1)),
-        Launch("backward_keys", (140, 2, 1)),
+        Launch("forward", ((70 + 1) * 2, 1, 1)),
+        Launch("preprocess", (140 * 2, 1, 1)),
+        Launch("backward_rows", ((140 + 1) * 2, 1, 1)),
+        Launch("backward_keys", (140 * 2, 1, 1)),
     ]
-    launches, _ = run(90, TokenLayout(1, 1374, 5))
-    assert launches[:2] == [Launch("forward", (11 + 1, 2, 2)), Launch("merge", (43, 2, 1))]
+    launches, _ = run(TokenLayout(1, 1374, 5))
+    assert launches[:2] == [Launch("forward", ((11 + 1) * 2, 2, 1)), Launch("merge", (43 * 2, 1, 1))]
+
+
+def test_grids_of_the_other_ops():
+    with dry_run(90) as stand_in:
+        entry_points()["mask head, bf16"]()
+        entry_points()["QK-norm + RoPE"]()
+    assert [(x.kernel, x.grid) for x in stand_in.launches] == [
+        ("statistics", (10, 32, 1)),
+        ("forward", (28, 10, 1)),
+        ("statistics", (10, 32, 1)),
+        ("hidden", (28, 10, 1)),
+        ("channels", (32, 16, 1)),
+        ("forward", (280 * 16, 1, 1)),
+        ("backward", (280 * 16, 1, 1)),
+    ]
+
+
+def test_lengths_are_compiled_once():
+    """Another number of frames or tokens per frame is the same machine code: no key of a compiled kernel contains a length."""
+    with dry_run(90), compiled_kernels() as first:
+        forward_at(TokenLayout(3, 128, 5))
+    for layout in (TokenLayout(3, 127, 5), TokenLayout(4, 160, 1), TokenLayout(7, 177, 5)):
+        with dry_run(90), compiled_kernels() as kernels:
+            forward_at(layout)
+        assert all(kernels[name] is first[name] for name in first)
+
+
+def forward_at(layout: TokenLayout) -> None:
+    inputs = attention_inputs(layout, dtype=torch.bfloat16, packed=True, heads=16)
+    launch.forward(*inputs.tensors(), layout, 0.125)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("head_dim", "dtype"), [(16, torch.float16), (40, torch.float32), (128, torch.float16)])
 def test_other_head_dims_and_dtypes_compile(head_dim, dtype):
-    _, kernels = run(90, TokenLayout(2, 300, 5), head_dim=head_dim, dtype=dtype)
-    assert set(kernels) >= KERNELS
+    _, kernels = run(TokenLayout(2, 300, 5), head_dim=head_dim, dtype=dtype)
+    assert set(kernels) >= {"forward", "preprocess", "backward_rows", "backward_keys"}
     assert all(resources(kernel).shared <= SHARED_MEMORY[90] for kernel in kernels.values())
+
+
+class TestAutotune:
+    """Which configuration is taken, with a stand-in for the clock."""
+
+    CANDIDATES = ({"BLOCK_N": 32, "num_warps": 4}, {"BLOCK_N": 64, "num_warps": 4}, {"BLOCK_N": 16, "num_warps": 2})
+
+    @pytest.fixture(autouse=True)
+    def clock(self, monkeypatch, tmp_path):
+        """The second candidate is the fastest, the third does not run at all."""
+        timed = []
+
+        def time(run, config):
+            timed.append(config)
+            return [3.0, 2.0, float("inf")][self.CANDIDATES.index(config)]
+
+        monkeypatch.setattr(autotune, "_time", time)
+        monkeypatch.setattr(autotune, "_chosen", {})
+        monkeypatch.setattr(autotune, "TABLES", tmp_path / "shipped")
+        monkeypatch.setattr(autotune, "capability", lambda: 90)
+        autotune._table.cache_clear()
+        yield timed
+        autotune._table.cache_clear()
+
+    def choose(self, key="kernel sm_90 D64"):
+        return autotune.choose(key, list(self.CANDIDATES), lambda config: None)
+
+    def test_off_takes_the_built_in_choice(self, clock):
+        assert self.choose() == self.CANDIDATES[0] and clock == []
+
+    @pytest.mark.parametrize("mode", ["fast", "full"])
+    def test_a_key_is_timed_once(self, mode, clock, monkeypatch):
+        monkeypatch.setenv("PAGE4D_AUTOTUNE", mode)
+        assert self.choose() == self.CANDIDATES[1] and len(clock) == 3
+        assert self.choose() == self.CANDIDATES[1] and len(clock) == 3
+        self.choose("another key")
+        assert len(clock) == 6
+
+    def test_what_was_timed_is_dumped_and_read_again(self, clock, monkeypatch, tmp_path):
+        path = tmp_path / "new folder" / "mine.json"
+        monkeypatch.setenv("PAGE4D_AUTOTUNE", "fast")
+        monkeypatch.setenv("PAGE4D_AUTOTUNE_TABLE", str(path))
+        self.choose()
+        self.choose("another key")
+        assert set(json.loads(path.read_text())) == {"kernel sm_90 D64", "another key"} and len(list(path.parent.iterdir())) == 1
+        autotune._chosen.clear()
+        assert self.choose() == self.CANDIDATES[1] and len(clock) == 6
+        monkeypatch.setenv("PAGE4D_AUTOTUNE", "off")
+        assert self.choose() == self.CANDIDATES[1] and len(clock) == 6
+
+    def test_a_shipped_table_saves_the_timing(self, clock, monkeypatch, tmp_path):
+        (tmp_path / "shipped").mkdir()
+        (tmp_path / "shipped" / "sm_90.json").write_text(json.dumps({"kernel sm_90 D64": self.CANDIDATES[2]}))
+        monkeypatch.setenv("PAGE4D_AUTOTUNE", "fast")
+        assert self.choose() == self.CANDIDATES[2] and clock == []
+        monkeypatch.setenv("PAGE4D_AUTOTUNE", "full")
+        assert self.choose() == self.CANDIDATES[1] and len(clock) == 3
+
+    @pytest.mark.parametrize("text", ["not json", "[1]", '{"key": {"BLOCK_N": "64"}}', '{"key": 3}'])
+    def test_a_broken_table_is_named(self, text, monkeypatch, tmp_path):
+        path = tmp_path / "broken.json"
+        path.write_text(text)
+        monkeypatch.setenv("PAGE4D_AUTOTUNE_TABLE", str(path))
+        with pytest.raises(env.VariableError, match=r"broken\.json is not a table of tile sizes .*: repair it or delete it"):
+            self.choose()
+
+    def test_an_unknown_mode_is_named(self, monkeypatch):
+        monkeypatch.setenv("PAGE4D_AUTOTUNE", "fats")
+        with pytest.raises(env.VariableError, match="PAGE4D_AUTOTUNE='fats': choose one of off, fast, full"):
+            self.choose()
+
+    def test_pruning_keeps_the_first_and_what_fits(self):
+        with dry_run(80):
+            kept = autotune.prune(list(self.CANDIDATES), lambda config: autotune.Need(config["BLOCK_N"] << 12, 0))
+        assert kept == [self.CANDIDATES[0], self.CANDIDATES[2]]
