@@ -6,6 +6,7 @@ with a float64 oracle on inputs upcast from the tested dtype.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,11 @@ from .reference import accumulation_dtype
 from .reference.mask_attention import mask_attention as reference
 
 NAMES = ("q", "k", "v", "query_gate", "key_bias")
+
+
+def home(backend: str) -> str:
+    """The device for a test that needs one only: the CPU, except for Triton kernels that are not interpreted."""
+    return "cuda" if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
 
 @dataclass(frozen=True)

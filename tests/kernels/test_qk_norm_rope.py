@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from page4d_kernels import qk_norm_rope, rope_tables
 from page4d_kernels.backends.qk_norm_rope import BACKENDS
 from page4d_kernels.backends.qk_norm_rope.problem import QkNormRopeProblem
-from page4d_kernels.testing import assert_within_budget
+from page4d_kernels.testing import assert_within_budget, home
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NAMES = [backend.name for backend in BACKENDS if not backend.missing()]
+AT_HOME = [pytest.param(name, marks=pytest.mark.gpu) if home(name) == "cuda" else name for name in NAMES]  # tests on one device
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 GRIDS = [((3, 4), 5, 2, 1), ((1, 1), 1, 1, 2), ((5, 2), 0, 3, 1), ((7, 13), 5, 1, 1)]  # grid, special tokens, frames, batch
 
@@ -28,6 +29,8 @@ def make(grid, special, frames, batch, head_dim=64, dtype=torch.float32, device=
 
 def served(backend, device="cpu"):
     """The dtypes that a backend takes; none of them is skipped by mistake, as every backend takes float32."""
+    if home(backend) == "cuda" and device == "cpu":
+        pytest.skip("it runs on cuda")
     problems = {dtype: QkNormRopeProblem(device, dtype, 1, 17, 2, 64, (3, 4), 5) for dtype in DTYPES}
     found = [dtype for dtype, problem in problems.items() if not BACKENDS.reasons(backend, problem)]
     assert torch.float32 in found
@@ -73,9 +76,9 @@ def test_forward_against_rotations_by_hand(backend, shape, head_dim, device, poi
         assert v.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", AT_HOME)
 def test_gradients(backend, poisoned_empty):
-    if torch.float64 not in served(backend):
+    if torch.float64 not in served(backend, home(backend)):
         pytest.skip("it has no float64: see the test against the reference")
     tensors, where = make((3, 4), 5, 2, 2, 16, torch.float64)
     leaves = [x.requires_grad_() for x in tensors[:5]]
@@ -104,11 +107,11 @@ def test_gradients_against_the_reference_in_float64(backend, shape, device, pois
             assert (gradient.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", AT_HOME)
 def test_strided_projection(backend):
     """A projection whose rows are longer than 3HD: the first part of a wider buffer."""
-    tensors, where = make((3, 4), 5, 2, 2)
-    wide = torch.cat([tensors[0].flatten(2), torch.zeros(2, 34, 10)], -1)
+    tensors, where = make((3, 4), 5, 2, 2, device=home(backend))
+    wide = torch.cat([tensors[0].flatten(2), torch.zeros(2, 34, 10, device=home(backend))], -1)
     view = wide[:, :, : 3 * 2 * 64].unflatten(-1, (3, 2, 64))
     assert not view.is_contiguous()
     for x, y in zip(
@@ -117,17 +120,17 @@ def test_strided_projection(backend):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", AT_HOME)
 def test_opcheck(backend):
-    tensors, _ = make((3, 4), 5, 2, 2, 16)
+    tensors, _ = make((3, 4), 5, 2, 2, 16, device=home(backend))
     leaves = [x.requires_grad_() for x in tensors[:5]]
     torch.library.opcheck(torch.ops.page4d.qk_norm_rope.default, (*leaves, *tensors[5:], [3, 4], 5, 1e-5, backend))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", AT_HOME)
 def test_compiles_without_graph_break(backend):
-    tensors, where = make((3, 4), 5, 2, 2)
+    tensors, where = make((3, 4), 5, 2, 2, device=home(backend))
     compiled = torch.compile(lambda *x: qk_norm_rope(*x, **where, backend=backend), fullgraph=True)
     for x, y in zip(compiled(*tensors), qk_norm_rope(*tensors, **where, backend=backend), strict=True):
         assert torch.allclose(x, y)
