@@ -1,0 +1,228 @@
+"""What is measured: cases and, per op, the variants that compute them. Adding a case or a variant is adding a line of data.
+
+A variant takes a case's inputs and returns a result that autograd can go back through. Before anything is timed, every variant has to
+agree with float64 on the case's own shape with one head (attention) or one frame (the other ops); one that does not is not timed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from page4d_kernels import TokenLayout, mask_attention, mask_head, qk_norm_rope, rope_tables
+from page4d_kernels.backends.mask_attention import BACKENDS as ATTENTION
+from page4d_kernels.backends.mask_head import BACKENDS as MASK_HEAD
+from page4d_kernels.backends.qk_norm_rope import BACKENDS as QK_NORM_ROPE
+from page4d_kernels.testing import AttentionInputs, attention_inputs
+
+from . import formulas
+
+GRID, SPECIAL = (24, 37), 5  # 336 x 518 pixels in patches of 14
+PER_FRAME = SPECIAL + GRID[0] * GRID[1]
+DENSE_BYTES = 8 << 30  # a dense N x N bias larger than this is left out
+BF16_ERROR = {"forward": 2e-2, "backward": 6e-2}  # relative to the norm; the official arithmetic rounds the gate as well
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    direction: str
+    frames: int
+    dtype: torch.dtype
+    heads: int = 16
+    head_dim: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}-{self.direction}-{self.frames}x{PER_FRAME}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * PER_FRAME
+
+    def ceilings(self, limits: dict[str, float]) -> dict[str, float]:
+        """The rates that bind `work`: for attention the matrix unit or the one exp2 per logit, whichever is slower."""
+        matrix = limits.get(f"matrix_flops_{str(self.dtype).removeprefix('torch.')}", limits["matrix_flops_bfloat16"])
+        per_exp2 = formulas.attention_flops(1, 1, 1, 1, self.head_dim, self.direction)
+        return {"flops": min(matrix, limits["exp2"] * per_exp2), "bytes": limits["copy_bytes"]}
+
+    def work(self) -> dict[str, float]:
+        """Flops or bytes of one call, whichever binds it."""
+        if self.op == "mask_attention":
+            return {"flops": formulas.attention_flops(1, self.heads, self.tokens, self.tokens, self.head_dim, self.direction)}
+        if self.op == "mask_head":
+            return {"bytes": formulas.mask_head_bytes(self.frames * GRID[0] * GRID[1], self.heads * self.head_dim, self.dtype.itemsize)}
+        return {"bytes": formulas.qk_norm_rope_bytes(self.tokens, self.heads, self.head_dim, self.dtype.itemsize)}
+
+
+def cases() -> list[Case]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    found = [Case("mask_attention", way, frames, bf16) for frames in (10, 40, 100) for way in ("forward", "backward")]
+    found += [Case("mask_attention", way, frames, fp32) for frames in (1, 2, 4) for way in ("forward", "backward")]
+    found += [Case(op, "forward", frames, dtype) for op in ("mask_head", "qk_norm_rope") for frames in (4, 40) for dtype in (fp32, bf16)]
+    found += [Case(op, "backward", 40, bf16) for op in ("mask_head", "qk_norm_rope")]
+    return found
+
+
+QUICK = [Case("mask_attention", "forward", 1, torch.float32), Case("qk_norm_rope", "forward", 1, torch.float32)]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`call(inputs)` computes; `biased` is False for one that leaves the mask out, a bound rather than a competitor."""
+
+    name: str
+    call: Callable[[Any], Any]
+    biased: bool = True
+
+
+# --- attention ---------------------------------------------------------------------------------------------------------------
+
+
+def _ours(inputs: AttentionInputs, backend: str, promise: bool = True) -> Any:
+    vectors = inputs.query_gate, inputs.key_bias
+    return mask_attention(inputs.q, inputs.k, inputs.v, *vectors, layout=inputs.layout if promise else None, backend=backend)
+
+
+def _ours_without_mask(inputs: AttentionInputs, backend: str) -> Any:
+    return mask_attention(inputs.q, inputs.k, inputs.v, backend=backend)
+
+
+def _torch_without_mask(inputs: AttentionInputs) -> Tensor:
+    return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v)
+
+
+def _dense_bias(inputs: AttentionInputs) -> Tensor:
+    assert inputs.query_gate is not None and inputs.key_bias is not None
+    bias = (inputs.query_gate.unsqueeze(2) * inputs.key_bias.unsqueeze(1)).unsqueeze(1).to(inputs.q.dtype)
+    return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, attn_mask=bias)
+
+
+def attention_variants(case: Case, device: str) -> list[Variant]:
+    found = [Variant("torch sdpa without mask", _torch_without_mask, biased=False)]
+    for backend in ATTENTION:
+        if backend.missing() or backend.name == "reference" or (backend.name == "flex" and case.direction == "backward"):
+            continue
+        found.append(Variant(backend.name, functools.partial(_ours, backend=backend.name)))
+    if not ATTENTION.get("triton").missing() and device == "cuda":
+        found.append(Variant("triton, no layout", functools.partial(_ours, backend="triton", promise=False)))
+        found.append(Variant("triton without mask", functools.partial(_ours_without_mask, backend="triton"), biased=False))
+    if case.tokens**2 * case.dtype.itemsize <= DENSE_BYTES:
+        found.append(Variant("torch sdpa, dense bias", _dense_bias))
+    return found
+
+
+def attention_case(case: Case, device: str, heads: int) -> AttentionInputs:
+    layout = TokenLayout(case.frames, PER_FRAME, SPECIAL)
+    return attention_inputs(layout, heads=heads, head_dim=case.head_dim, dtype=case.dtype, device=device, packed=True)
+
+
+# --- the other ops -----------------------------------------------------------------------------------------------------------
+
+
+def _head_inputs(case: Case, device: str, frames: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    channels, hidden = case.heads * case.head_dim, 256
+    tokens = torch.randn(1, frames, PER_FRAME, channels, generator=generator) * 3 + 1
+    shapes = [(channels, 1, 3, 3), (channels,), (hidden, channels, 1, 1), (hidden,), (1, hidden, 1, 1), (1,)]
+    parameters = [torch.randn(shape, generator=generator) * 0.1 for shape in shapes]
+    return [tokens.to(device, case.dtype), *(p.to(device) for p in parameters)]
+
+
+def _head(tensors: list[Tensor], backend: str) -> Tensor:
+    return mask_head(*tensors, grid=GRID, special_tokens=SPECIAL, backend=backend)
+
+
+def _rope_inputs(case: Case, device: str, frames: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, frames * PER_FRAME, 3, case.heads, case.head_dim, generator=generator)
+    vectors = [torch.randn(case.head_dim, generator=generator) for _ in range(4)]
+    return [*(x.to(device, case.dtype) for x in (qkv, *vectors)), *rope_tables(GRID, case.head_dim, device=device)]
+
+
+def _rope(tensors: list[Tensor], backend: str) -> Tensor:
+    q, k, _ = qk_norm_rope(*tensors, grid=GRID, special_tokens=SPECIAL, backend=backend)
+    return torch.stack([q, k]) if torch.is_grad_enabled() else q
+
+
+def variants(case: Case, device: str) -> list[Variant]:
+    if case.op == "mask_attention":
+        return attention_variants(case, device)
+    registry, call = (MASK_HEAD, _head) if case.op == "mask_head" else (QK_NORM_ROPE, _rope)
+    return [Variant(backend.name, functools.partial(call, backend=backend.name)) for backend in registry if not backend.missing()]
+
+
+def inputs(case: Case, device: str, small: bool = False) -> Any:
+    """The case's inputs; `small`: one head or one frame of them, for the gate."""
+    if case.op == "mask_attention":
+        return attention_case(case, device, 1 if small else case.heads)
+    frames = 1 if small else case.frames
+    return _head_inputs(case, device, frames) if case.op == "mask_head" else _rope_inputs(case, device, frames)
+
+
+# --- what is run and compared ------------------------------------------------------------------------------------------------
+
+
+def leaves(case: Case, given: Any) -> list[Tensor]:
+    """The tensors that get gradients."""
+    if case.op == "mask_attention":
+        return [x for x in given.tensors() if x is not None]
+    return given[1:] if case.op == "mask_head" else given[:5]
+
+
+def prepare(case: Case, variant: Variant, given: Any) -> Callable[[], Any]:
+    """One call of what is timed: the forward without autograd, or the backward alone."""
+    if case.direction == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return variant.call(given)
+
+        return forward
+    roots = [x.requires_grad_() for x in leaves(case, given)]
+    out = variant.call(given)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return lambda: torch.autograd.grad(out, roots, d_out, retain_graph=True, allow_unused=True)
+
+
+def upcast(case: Case, given: Any, dtype: torch.dtype) -> Any:
+    return given.to(dtype) if case.op == "mask_attention" else [x.detach().to(dtype) for x in given]
+
+
+def oracle(case: Case, variant: Variant, given: Any) -> Any:
+    """What the gate compares with: the chunked or plain reference in float64 (fp32 for long backwards, where float64 takes minutes)."""
+    dtype = torch.float64 if case.direction == "forward" or case.tokens < 5000 else torch.float32
+    exact = upcast(case, given, dtype)
+    if case.op != "mask_attention":
+        call = functools.partial(_head if case.op == "mask_head" else _rope, backend="reference")
+    elif variant.biased:
+        call = functools.partial(_ours, backend="chunked")
+    else:
+        call = functools.partial(_ours_without_mask, backend="chunked")
+    return prepare(case, Variant("oracle", call, variant.biased), exact)()
+
+
+def gate(case: Case, variant: Variant, given: Any) -> str:
+    """Empty if the variant agrees with the oracle on `given`, else what is wrong in words."""
+    found, exact = prepare(case, variant, given)(), oracle(case, variant, given)
+    pairs = zip(found, exact, strict=True) if isinstance(found, tuple) else [(found, exact)]
+    tolerance = BF16_ERROR[case.direction] if case.dtype != torch.float32 else 1e-3
+    if variant.name == "sdpa_augmented" and case.dtype != torch.float32:
+        tolerance *= 10  # it rounds gate and bias to bf16: up to 0.12 in a logit
+    for index, (x, y) in enumerate(pairs):
+        if x is None or y is None:
+            if x is not y:
+                return f"gradient {index} is missing"
+            continue
+        if case.op == "mask_attention" and isinstance(found, tuple) and index == 3:  # with a layout the rest of the gate is constant
+            x, y = given.layout.only_special(x), given.layout.only_special(y)
+        error = float((x.double() - y.double()).norm() / y.double().norm())
+        if not error <= tolerance:
+            return f"{'gradient ' + str(index) if isinstance(found, tuple) else 'output'} is off by {error:.1e} (allowed {tolerance:.0e})"
+    return ""

@@ -1,0 +1,23 @@
+"""How many exp2 a GPU takes: chains of them that never leave the registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+CHAIN, BLOCK, PROGRAMS = 1024, 1024, 4096
+COUNT = float(CHAIN * BLOCK * PROGRAMS)  # of one launch
+
+
+@triton.jit
+def _chain(p_out, CHAIN: tl.constexpr, BLOCK: tl.constexpr):
+    b_x = tl.arange(0, BLOCK).to(tl.float32) / BLOCK
+    for _ in range(CHAIN):
+        b_x = tl.exp2(b_x - 1.0)
+    tl.store(p_out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), b_x)
+
+
+def launch() -> None:
+    out = torch.empty(PROGRAMS * BLOCK, dtype=torch.float32, device="cuda")
+    _chain[(PROGRAMS,)](out, CHAIN=CHAIN, BLOCK=BLOCK, num_warps=4)

@@ -1,0 +1,133 @@
+"""Interleaved timing, peak memory and the limits of the device."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: median and quartiles of the calls; peak bytes allocated by one call beyond what was there before (CUDA only)."""
+
+    median: float
+    lower: float
+    upper: float
+    calls: int
+    peak_bytes: int | None
+
+
+class Clock:
+    """Times single calls on a device, with a cold cache on a GPU."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if self.cuda else None
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        if self._flush is None:
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        self._flush.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def peak_bytes(self, run: Callable[[], object]) -> int | None:
+        if not self.cuda:
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def interleaved(runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Timing]:
+    """Time every variant in turn, round after round, for about `seconds` in all (3 rounds at least, 100 at most)."""
+    clock = Clock(device)
+    peaks = {name: clock.peak_bytes(run) for name, run in runs.items()}  # warms up as well
+    round_seconds = sum(clock.seconds(run) for run in runs.values())
+    rounds = max(3, min(100, int(seconds / max(round_seconds, 1e-6))))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(clock.seconds(run))
+    timings = {}
+    for name, values in samples.items():
+        lower, median, upper = statistics.quantiles(values, n=4)
+        timings[name] = Timing(median, lower, upper, rounds, peaks[name])
+    return timings
+
+
+def limits(device: str) -> dict[str, float]:
+    """What this device reaches here and now: matrix products by dtype (FLOP/s), copies (B/s, read plus written), exp2 (1/s)."""
+    clock = Clock(device)
+    size, bytes_, repeats = (8192, 1 << 30, 10) if device == "cuda" else (2048, 1 << 28, 5)
+
+    def best(run: Callable[[], object]) -> float:
+        run()
+        return min(clock.seconds(run) for _ in range(repeats))
+
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        found[f"matrix_flops_{str(dtype).removeprefix('torch.')}"] = 2.0 * size**3 / best(functools.partial(torch.matmul, a, b))
+    source = torch.randint(0, 255, (bytes_,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return found | {"copy_bytes": 2.0 * bytes_ / best(lambda: target.copy_(source)), "exp2": _exp2_rate(best, device)}
+
+
+def _exp2_rate(best: Callable[[Callable[[], object]], float], device: str) -> float:
+    if device != "cuda":
+        x, y = torch.rand(1 << 12), torch.empty(1 << 12)  # stay in the first-level cache
+        return 1000 * x.numel() / best(lambda: [torch.exp2(x, out=y) for _ in range(1000)])
+    from . import exp2
+
+    return exp2.COUNT / best(exp2.launch)
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Machine, device, versions and commit: what a number is worth without."""
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=os.path.dirname(__file__))
+        return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+    import page4d_kernels.info as info
+
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": info.version("triton"),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

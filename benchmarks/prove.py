@@ -1,0 +1,51 @@
+"""Everything about the Triton kernels that needs a GPU, in under nine minutes: `python -m benchmarks.prove OUT`.
+
+Runs `pytest -m gpu`, times the tile sizes of every kernel (PAGE4D_AUTOTUNE=full), then measures the benchmark cases with them, and
+leaves tests.xml, tiles.json and results.json in the folder OUT. A step that runs out of its time is cut off and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+STEPS = {  # seconds
+    "tests": 270,
+    "benchmarks": 240,
+}
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print("usage: python -m benchmarks.prove OUT", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("error: there is no CUDA device here", file=sys.stderr)
+        return 2
+    out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    commands = {
+        "tests": ["pytest", "-m", "gpu", "--timeout=120", f"--junitxml={out / 'tests.xml'}", "tests/kernels"],
+        "benchmarks": ["benchmarks", "run", "--cases", "*bfloat16", "--seconds", "2", "--out", str(out / "results.json")],
+    }
+    tuned = {"PAGE4D_AUTOTUNE": "full", "PAGE4D_AUTOTUNE_TABLE": str(out / "tiles.json")}
+    failed = 0
+    for name, seconds in STEPS.items():
+        start = time.monotonic()
+        try:
+            environment = os.environ | (tuned if name == "benchmarks" else {})
+            code = subprocess.run([sys.executable, "-m", *commands[name]], timeout=seconds, env=environment).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        print(f"{name}: {'out of time' if code == -1 else f'exit {code}'} after {time.monotonic() - start:.0f} s", flush=True)
+        failed |= code != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

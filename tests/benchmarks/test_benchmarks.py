@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("benchmarks", reason="the benchmarks belong to the repository, not to the package")
+
+from benchmarks import __main__ as command
+from benchmarks import cases as data
+from benchmarks import formulas
+
+SMALL = [data.Case(op, way, 1, torch.float32, heads=2) for op in ("mask_head", "qk_norm_rope") for way in ("forward", "backward")]
+LIMITS = {"matrix_flops_bfloat16": 1e12, "matrix_flops_float32": 1e11, "copy_bytes": 1e10, "exp2": 1e9}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(command, "limits", lambda device: LIMITS)
+
+
+def test_every_case_has_a_name_of_its_own_and_variants():
+    names = [case.name for case in data.cases()]
+    assert len(set(names)) == len(names)
+    for case in data.cases():
+        assert any(variant.name in ("sdpa", "reference") for variant in data.variants(case, "cpu"))
+
+
+def test_attention_cases_come_with_the_official_arithmetic_and_the_dense_bias():
+    case = data.Case("mask_attention", "forward", 2, torch.bfloat16)
+    assert {"torch sdpa without mask", "sdpa", "sdpa_augmented", "torch sdpa, dense bias"} <= {v.name for v in data.variants(case, "cpu")}
+    long = dataclasses.replace(case, frames=100)
+    assert "torch sdpa, dense bias" not in {v.name for v in data.variants(long, "cpu")}
+
+
+def test_formulas():
+    """16 heads of 64 channels, 8 930 tokens: 0.327 TFLOP forward, 2.5 times that backward."""
+    assert formulas.attention_flops(1, 16, 8930, 8930, 64, "forward") == pytest.approx(0.3266e12, rel=1e-3)
+    assert formulas.attention_flops(1, 16, 8930, 8930, 64, "backward") == pytest.approx(0.8166e12, rel=1e-3)
+    assert formulas.mask_head_bytes(888, 1024, 2) == 2 * 888 * 2048
+    assert formulas.qk_norm_rope_bytes(893, 16, 64, 2) == 4 * 893 * 2048
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_rows(case):
+    rows = command.measure(case, "cpu", 0.0, LIMITS)
+    for row in rows:
+        assert row["reason"] == "" and row["lower"] <= row["median"] <= row["upper"] and row["calls"] == 3
+        assert row["rate"] == pytest.approx(case.work()["bytes"] / row["median"])
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_nothing_is_timed_that_is_wrong(direction, monkeypatch):
+    """A variant that drops the mask, in an attention case, and one that is a little off."""
+    case = data.Case("mask_attention", direction, 1, torch.float32, heads=1)
+    ours = data.Variant("ours", lambda given: data._ours(given, "sdpa"))
+    dropped = data.Variant(
+        "dropped", lambda given: data._ours_without_mask(given, "sdpa") + 0 * given.query_gate.sum() * given.key_bias.sum()
+    )
+    off = data.Variant("off", lambda given: data._ours(given, "sdpa") * 1.01)
+    monkeypatch.setattr(command, "variants", lambda case, device: [ours, dropped, off])
+    rows = {row["variant"]: row for row in command.measure(case, "cpu", 0.0, LIMITS)}
+    assert "median" in rows["ours"] and "is off by" not in rows["ours"]["reason"]
+    for name in ("dropped", "off"):
+        assert "is off by" in rows[name]["reason"] and "median" not in rows[name]
+    assert "is off by" in command.table({"rows": list(rows.values()), "limits": LIMITS})
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "QUICK", SMALL[2:3])
+    path = tmp_path / "new" / "results.json"
+    assert command.main(["run", "--quick", "--device", "cpu", "--seconds", "0", "--out", str(path)]) == 0
+    results = json.loads(path.read_text())
+    assert {"device", "torch", "commit", "command", "date"} <= set(results["provenance"])
+    assert results["rows"][0]["case"] == SMALL[2].name
+    assert "| qk_norm_rope-forward-1x893-float32 | reference |" in capsys.readouterr().out
+    assert command.main(["list"]) == 0 and "sdpa_augmented" in capsys.readouterr().out
+
+
+def test_mistakes_get_one_line(capsys):
+    assert command.main(["run", "--cases", "nope"]) == 2
+    assert capsys.readouterr().err == "error: no case matches nope: see `python -m benchmarks list`\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys):
+    assert command.main(["run", "--device", "cuda", "--quick"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
