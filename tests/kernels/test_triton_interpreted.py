@@ -5,6 +5,7 @@ The interpreter is chosen when Triton is imported, so a plain run of pytest star
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from page4d_kernels import TokenLayout, mask_attention
+from page4d_kernels import TokenLayout, mask_attention, mask_head, qk_norm_rope, rope_tables
 from page4d_kernels.testing import attention_inputs
 
 pytest.importorskip("triton")
@@ -78,6 +79,37 @@ class TestInterpretedTriton:
         gradients = (torch.autograd.grad(x, inputs.tensors(), d_out) for x in (out, expected))
         for x, y in zip(*gradients, strict=True):
             assert torch.allclose(x, y, atol=2e-5, rtol=1e-3)
+
+    def test_a_block_is_one_graph_and_survives_checkpointing(self):
+        """Mask head, QK-norm + RoPE and attention in one graph, forward and backward (traced ahead of time, without code generation)."""
+        layout, grid = TokenLayout(2, 17, 5), (3, 4)
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(32, 1, 3, 3), (32,), (16, 32, 1, 1), (16,), (1, 16, 1, 1), (1,)]
+        head = [(torch.randn(shape, generator=generator) * 0.3).requires_grad_() for shape in shapes]
+        vectors = [torch.randn(16, generator=generator).requires_grad_() for _ in range(4)]
+        tables = rope_tables(grid, 16)
+        gate = layout.only_special(torch.full((1, layout.tokens), 8.0))
+        tokens = torch.randn(1, 2, 17, 32, generator=generator)
+        weight = (torch.randn(3 * 32, 32, generator=generator) * 0.2).requires_grad_()
+
+        def block(tokens, weight, backend="triton"):
+            bias = mask_head(tokens, *head, grid=grid, special_tokens=5, backend=backend)
+            qkv = torch.nn.functional.linear(tokens.flatten(1, 2), weight).unflatten(-1, (3, 2, 16))
+            q, k, v = qk_norm_rope(qkv, *vectors, *tables, grid=grid, special_tokens=5, backend=backend)
+            return mask_attention(q, k, v, gate, bias, layout=layout, backend=backend)
+
+        def results(function):
+            out = function(tokens, weight)
+            return [out, *torch.autograd.grad(out.square().sum(), [weight, *head, *vectors])]
+
+        expected = results(functools.partial(block, backend="reference"))
+        eager = results(block)
+        for x, y in zip(eager, expected, strict=True):
+            assert torch.allclose(x, y, atol=1e-5, rtol=1e-3)
+        graph = results(torch.compile(block, fullgraph=True, backend="aot_eager"))
+        checkpointed = results(lambda *x: torch.utils.checkpoint.checkpoint(block, *x, use_reentrant=False))
+        for found in (graph, checkpointed):
+            assert all(torch.equal(x, y) for x, y in zip(found, eager, strict=True))
 
     def test_bfloat16_is_declined_in_the_interpreter(self):
         inputs = attention_inputs(TokenLayout(1, 4, 1), dtype=torch.bfloat16)
