@@ -1,5 +1,116 @@
-"""Everything is in pyproject.toml; this file is here for tools that look for it."""
+"""Builds the compiled library with one call of CMake; everything else is in pyproject.toml. Never imports torch.
 
-from setuptools import setup
+PAGE4D_BUILD_EXT=auto  (default) build it; if that fails, install without it and record why
+PAGE4D_BUILD_EXT=1     build it or fail
+PAGE4D_BUILD_EXT=0     do not build it
+MAX_JOBS=N             compile at most N files at a time (default: one per core, as far as memory goes: 1 GiB each)
+"""
 
-setup()
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+RECORD = "build_record.json"  # beside the module; page4d_kernels/native.py reads it
+GIB_PER_JOB = 1
+
+
+class BuildFailed(Exception):
+    """Why there is no compiled library, in words."""
+
+
+def jobs() -> int:
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**30
+    except (ValueError, OSError, AttributeError):
+        memory = 4
+    return max(1, min(cores, memory // GIB_PER_JOB))
+
+
+def run(command: list[str]) -> None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildFailed(f"{command[0]}: {error.strerror}") from None
+    sys.stdout.write(result.stdout)
+    if result.returncode != 0:
+        sys.stderr.write(result.stderr)
+        lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
+        said = [line for line in lines if re.search(r"\berror\b[: ]", line, re.IGNORECASE)] or lines
+        raise BuildFailed(f"{Path(command[0]).name} failed: {said[0][:300] if said else f'exit code {result.returncode}'}")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        target.mkdir(parents=True, exist_ok=True)
+        for stale in target.glob("_native.*"):  # a library that no longer belongs to these sources must not be picked up
+            stale.unlink()
+        wanted = os.environ.get("PAGE4D_BUILD_EXT", "auto").strip() or "auto"
+        if wanted not in {"auto", "0", "1"}:
+            raise SystemExit(f"PAGE4D_BUILD_EXT={wanted!r}: choose one of auto, 0, 1")
+        record: dict[str, object] = {"built": False, "reason": "PAGE4D_BUILD_EXT=0"}
+        if wanted != "0":
+            try:
+                record = {"built": True, "reason": ""} | self.compile(target)
+            except BuildFailed as failure:
+                if wanted == "1":
+                    raise SystemExit(f"page4d: the compiled library could not be built: {failure}") from None
+                record["reason"] = str(failure)
+        (target / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        left_out = record.get("left_out") or []
+        assert isinstance(left_out, list)
+        for line in [f"page4d: no compiled library ({record['reason']})"] if not record["built"] else left_out:
+            print(line, file=sys.stderr)
+
+    def compile(self, target: Path) -> dict[str, object]:
+        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+        if cmake is None:
+            raise BuildFailed("cmake is not installed")
+        try:
+            import pybind11
+        except ImportError:
+            raise BuildFailed("pybind11 is not installed") from None
+        build = Path(self.build_temp).resolve() / "page4d"
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
+        configure = [
+            cmake,
+            *("-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
+            *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+            *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
+        ]
+        run(configure)
+        run([cmake, "--build", str(build), "--parallel", str(jobs())])
+        run([cmake, "--install", str(build), "--prefix", str(target)])
+        pairs = [line.split("=", 1) for line in (build / "record.txt").read_text().splitlines()]
+        values = dict(pairs)
+        return {
+            "compiler": values["compiler"],
+            "levels": values["levels"].split(","),
+            "left_out": [value for key, value in pairs if key == "left_out"],
+        }
+
+    def copy_extensions_to_source(self) -> None:
+        """An editable install: the library and its record go beside the sources, where Python looks for them."""
+        package = ROOT / "page4d_kernels"
+        built = Path(self.build_lib).resolve() / "page4d_kernels"
+        for stale in package.glob("_native.*"):
+            stale.unlink()
+        for file in [*built.glob("_native.*"), built / RECORD]:
+            shutil.copy2(file, package)
+
+
+setup(ext_modules=[Extension("page4d_kernels._native", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})

@@ -26,6 +26,7 @@ NAMES = [backend.name for backend in BACKENDS]
 MISSING = [name for name in NAMES if BACKENDS.get(name).missing()]
 # FlexAttention is compiled per case, seconds each: it has a test of its own below
 EAGER = [name for name in NAMES if name not in MISSING and name != "flex"]
+NO_FLOAT64 = ("triton", "cpu")
 COMMON = {"cpu": torch.float32, "cuda": torch.bfloat16}  # what most backends serve
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -211,7 +212,7 @@ class TestLibraryOperator:
 
     def test_key_chunks_merge_by_log_sum_exp(self, backend):
         """Partial results over two ranges of keys, merged, with gradients through the log-sum-exp."""
-        dtype, tolerance = (torch.float32, 1e-3) if backend == "triton" else (torch.float64, 1e-9)
+        dtype, tolerance = (torch.float32, 1e-3) if backend in NO_FLOAT64 else (torch.float64, 1e-9)
         exact = make(dataclasses.replace(CASES[0], promise=False), dtype, home(backend)).requires_grad_()
         outs, lses = [], []
         for keys in (slice(0, 100), slice(100, None)):
@@ -247,7 +248,7 @@ class TestLibraryOperator:
         assert out.isnan().any(-1).sum() == inputs.q.shape[1]
 
     def test_gradcheck(self, backend):
-        if backend == "triton":
+        if backend in NO_FLOAT64:
             pytest.skip("it has no float64")
         inputs = make(Case("small", TokenLayout(2, 5, 2), head_dim=4, strength=2.0, promise=False), torch.float64, "cpu")
         inputs.requires_grad_()

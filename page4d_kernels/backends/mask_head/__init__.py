@@ -1,8 +1,8 @@
 """The backends of `mask_head` and the order in which "auto" tries them."""
 
 from ..registry import declare
-from . import reference, triton
+from . import cpu, reference, triton
 
 BACKENDS = declare("mask_head", "PAGE4D_MASK_HEAD", order=("reference",))
-for _module in (reference, triton):
+for _module in (reference, cpu, triton):
     BACKENDS.register(_module.BACKEND)

@@ -1,8 +1,8 @@
 """The backends of `qk_norm_rope` and the order in which "auto" tries them."""
 
 from ..registry import declare
-from . import reference, triton
+from . import cpu, reference, triton
 
 BACKENDS = declare("qk_norm_rope", "PAGE4D_QK_NORM_ROPE", order=("reference",))
-for _module in (reference, triton):
+for _module in (reference, cpu, triton):
     BACKENDS.register(_module.BACKEND)

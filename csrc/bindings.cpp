@@ -1,0 +1,86 @@
+// The one file that knows Python: addresses and numbers in, exceptions out. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "page4d/mask_attention.h"
+#include "page4d/mask_head.h"
+#include "page4d/qk_norm_rope.h"
+
+namespace py = pybind11;
+using namespace page4d;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+template <size_t N>
+void copy(const std::array<int64_t, N>& from, int64_t (&to)[N]) {
+    for (size_t i = 0; i < N; ++i) to[i] = from[i];
+}
+
+void raise_if(Status status, const char* op) {
+    if (status == Status::no_memory) throw std::bad_alloc();
+    if (status != Status::ok) throw std::invalid_argument(std::string(op) + ": " + describe(status));
+}
+
+using Three = std::array<int64_t, 3>;
+using Four = std::array<int64_t, 4>;
+
+void run_attention(Address q, Address k, Address v, Address gate, Address bias, Address out, Address lse, const std::array<int64_t, 5>& sizes,
+                   const Three& q_stride, const Three& k_stride, const Three& v_stride, const Three& out_stride, int64_t gate_stride,
+                   int64_t bias_stride, float scale, int dtype, int threads, int level) {
+    MaskAttention p{};
+    p.q = pointer<void>(q), p.k = pointer<void>(k), p.v = pointer<void>(v), p.out = pointer<void>(out), p.lse = pointer<float>(lse);
+    p.gate = pointer<float>(gate), p.bias = pointer<float>(bias);
+    p.batch = sizes[0], p.heads = sizes[1], p.queries = sizes[2], p.keys = sizes[3], p.head_dim = sizes[4];
+    copy(q_stride, p.q_stride), copy(k_stride, p.k_stride), copy(v_stride, p.v_stride), copy(out_stride, p.out_stride);
+    p.gate_stride = gate_stride, p.bias_stride = bias_stride, p.scale = scale;
+    p.dtype = static_cast<DType>(dtype), p.threads = threads, p.level = static_cast<Level>(level);
+    raise_if(mask_attention(p), "mask_attention");
+}
+
+void run_head(Address tokens, const std::array<Address, 6>& parameters, Address out, const std::array<int64_t, 7>& sizes, const Four& stride,
+              float min_std, int dtype, int threads, int level) {
+    MaskHead p{};
+    p.tokens = pointer<void>(tokens), p.out = pointer<float>(out);
+    const float** places[] = {&p.w0, &p.b0, &p.w2, &p.b2, &p.w4, &p.b4};
+    for (size_t i = 0; i < parameters.size(); ++i) *places[i] = pointer<float>(parameters[i]);
+    p.batch = sizes[0], p.frames = sizes[1], p.channels = sizes[2], p.hidden = sizes[3], p.special = sizes[4];
+    p.height = sizes[5], p.width = sizes[6];
+    copy(stride, p.stride);
+    p.min_std = min_std, p.dtype = static_cast<DType>(dtype), p.threads = threads, p.level = static_cast<Level>(level);
+    raise_if(mask_head(p), "mask_head");
+}
+
+void run_rope(Address qkv, const std::array<Address, 6>& vectors, Address q, Address k, const std::array<int64_t, 7>& sizes, const Four& stride,
+              float eps, int dtype, int threads, int level) {
+    QkNormRope p{};
+    p.qkv = pointer<void>(qkv), p.q = pointer<void>(q), p.k = pointer<void>(k);
+    const float** places[] = {&p.q_weight, &p.q_bias, &p.k_weight, &p.k_bias, &p.cos, &p.sin};
+    for (size_t i = 0; i < vectors.size(); ++i) *places[i] = pointer<float>(vectors[i]);
+    p.batch = sizes[0], p.tokens = sizes[1], p.heads = sizes[2], p.head_dim = sizes[3];
+    p.per_frame = sizes[4], p.special = sizes[5], p.width = sizes[6];
+    copy(stride, p.stride);
+    p.eps = eps, p.dtype = static_cast<DType>(dtype), p.threads = threads, p.level = static_cast<Level>(level);
+    raise_if(qk_norm_rope(p), "qk_norm_rope");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "Compiled kernels of page4d. Call them through page4d_kernels.native.";
+    module.attr("interface") = PAGE4D_INTERFACE;
+    module.def("best_level", [] { return static_cast<int>(best_level()); });
+    module.def("mask_attention", run_attention, py::call_guard<py::gil_scoped_release>());
+    module.def("mask_head", run_head, py::call_guard<py::gil_scoped_release>());
+    module.def("qk_norm_rope", run_rope, py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,155 @@
+// From a problem to the kernels of a level and the threads that run them.
+#include <atomic>
+#include <cstdlib>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(__linux__) && defined(PAGE4D_WITH_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace page4d {
+namespace {
+
+bool has_amx() {
+#if defined(__linux__) && defined(PAGE4D_WITH_AMX)
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const unsigned bf16 = 1u << 22, tile = 1u << 24;
+    if ((d & bf16) == 0 || (d & tile) == 0) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+Level detect() {
+    Level level = Level::scalar;
+#if defined(PAGE4D_WITH_AVX2)
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return level;
+    level = Level::avx2;
+#endif
+#if defined(PAGE4D_WITH_AVX512)
+    for (const bool has : {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0,
+                           __builtin_cpu_supports("avx512dq") != 0, __builtin_cpu_supports("avx512vl") != 0})
+        if (!has) return level;
+    level = Level::avx512;
+#endif
+#if defined(PAGE4D_WITH_AVX512_BF16)
+    if (!__builtin_cpu_supports("avx512bf16")) return level;
+    level = Level::avx512_bf16;
+#endif
+    return has_amx() ? Level::amx : level;
+}
+
+const Kernels& kernels_of(Level level) {
+    switch (level) {
+#if defined(PAGE4D_WITH_AVX2)
+        case Level::avx2: return kernels_avx2;
+#endif
+#if defined(PAGE4D_WITH_AVX512)
+        case Level::avx512: return kernels_avx512;
+#endif
+#if defined(PAGE4D_WITH_AVX512_BF16)
+        case Level::avx512_bf16: return kernels_avx512_bf16;
+#endif
+#if defined(PAGE4D_WITH_AMX)
+        case Level::amx: return kernels_amx;
+#endif
+        default: return kernels_scalar;
+    }
+}
+
+bool available(Level level) {
+#if defined(PAGE4D_EMULATE_AMX)
+    return level <= Level::amx;
+#else
+    return level >= Level::scalar && level <= best_level();
+#endif
+}
+
+// Runs task(i, scratch) for every i, on at most `threads` threads, this one among them. The threads end before it returns: none is left
+// spinning beside those of the caller's framework.
+template <class Task>
+Status run_tasks(Plan plan, int threads, const Task& task) {
+    const int64_t count = plan.tasks < threads ? plan.tasks : threads;
+    const size_t bytes = (plan.scratch + 63) / 64 * 64;
+    char* scratch = nullptr;
+    if (bytes > 0) {
+        scratch = static_cast<char*>(std::aligned_alloc(64, bytes * static_cast<size_t>(count)));
+        if (!scratch) return Status::no_memory;
+    }
+    std::atomic<int64_t> next{0};
+    const auto work = [&](int64_t thread) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;)
+            task(i, scratch ? scratch + static_cast<size_t>(thread) * bytes : nullptr);
+    };
+    std::vector<std::thread> others;
+    try {
+        others.reserve(static_cast<size_t>(count));
+        for (int64_t thread = 1; thread < count; ++thread) others.emplace_back(work, thread);
+    } catch (const std::exception&) {  // fewer threads then: the tasks are shared out as they go
+    }
+    work(0);
+    for (std::thread& other : others) other.join();
+    std::free(scratch);
+    return Status::ok;
+}
+
+Status check(DType dtype, Level level) {
+    if (dtype != DType::f32 && dtype != DType::bf16) return Status::bad_dtype;
+    return available(level) ? Status::ok : Status::bad_level;
+}
+
+}  // namespace
+
+Level best_level() {
+    static const Level level = detect();
+    return level;
+}
+
+Status mask_attention(const MaskAttention& p) {
+    if (const Status status = check(p.dtype, p.level); status != Status::ok) return status;
+    if (p.batch < 0 || p.heads < 0 || p.queries < 0 || p.keys < 0 || p.head_dim < 1 || p.threads < 1) return Status::bad_sizes;
+    if (p.batch == 0 || p.heads == 0 || p.queries == 0) return Status::ok;
+    const bool missing_keys = p.keys > 0 && (!p.k || !p.v);
+    if (!p.q || !p.out || !p.lse || missing_keys || (p.gate == nullptr) != (p.bias == nullptr)) return Status::null_pointer;
+    const Kernels& kernels = kernels_of(p.level);
+    return run_tasks(kernels.plan_attention(p), p.threads, [&](int64_t i, char* scratch) { kernels.attention(p, i, scratch); });
+}
+
+Status mask_head(const MaskHead& p) {
+    if (const Status status = check(p.dtype, p.level); status != Status::ok) return status;
+    if (p.batch < 1 || p.frames < 1 || p.channels < 1 || p.hidden < 1 || p.special < 0 || p.height < 1 || p.width < 1 ||
+        p.height * p.width < 2 || p.threads < 1)
+        return Status::bad_sizes;
+    if (!p.tokens || !p.w0 || !p.b0 || !p.w2 || !p.b2 || !p.w4 || !p.b4 || !p.out) return Status::null_pointer;
+    const Kernels& kernels = kernels_of(p.level);
+    const size_t count = static_cast<size_t>(p.batch * p.frames * p.channels);
+    float* memory = static_cast<float*>(std::malloc(2 * count * sizeof(float)));
+    if (!memory) return Status::no_memory;
+    const Statistics statistics{memory, memory + count};
+    Status status = run_tasks(kernels.plan_statistics(p), p.threads, [&](int64_t i, char*) { kernels.statistics(p, statistics, i); });
+    if (status == Status::ok)
+        status = run_tasks(kernels.plan_head(p), p.threads, [&](int64_t i, char* scratch) { kernels.head(p, statistics, i, scratch); });
+    std::free(memory);
+    return status;
+}
+
+Status qk_norm_rope(const QkNormRope& p) {
+    if (const Status status = check(p.dtype, p.level); status != Status::ok) return status;
+    if (p.batch < 1 || p.tokens < 1 || p.heads < 1 || p.head_dim < 4 || p.head_dim % 4 != 0 || p.per_frame < 1 || p.special < 0 ||
+        p.width < 1 || p.threads < 1)
+        return Status::bad_sizes;
+    if (!p.qkv || !p.q_weight || !p.q_bias || !p.k_weight || !p.k_bias || !p.cos || !p.sin || !p.q || !p.k) return Status::null_pointer;
+    const Kernels& kernels = kernels_of(p.level);
+    return run_tasks(kernels.plan_rope(p), p.threads, [&](int64_t i, char* scratch) { kernels.rope(p, i, scratch); });
+}
+
+}  // namespace page4d

@@ -1,0 +1,37 @@
+// What one instruction-set level provides. Work comes as independent tasks: each writes what no other writes, so results depend neither
+// on the number of threads nor on their order.
+#pragma once
+
+#include <cstddef>
+
+#include "page4d/mask_attention.h"
+#include "page4d/mask_head.h"
+#include "page4d/qk_norm_rope.h"
+
+namespace page4d {
+
+struct Plan {
+    int64_t tasks;
+    size_t scratch;  // bytes that each thread lends to its tasks, 64-byte aligned
+};
+
+// Mean and 1 / standard deviation per frame and channel, (frames, channels) each: between the two passes of the mask head.
+struct Statistics {
+    float* mean;
+    float* rstd;
+};
+
+struct Kernels {
+    Plan (*plan_attention)(const MaskAttention&);
+    void (*attention)(const MaskAttention&, int64_t task, char* scratch);
+    Plan (*plan_statistics)(const MaskHead&);
+    void (*statistics)(const MaskHead&, Statistics, int64_t task);
+    Plan (*plan_head)(const MaskHead&);
+    void (*head)(const MaskHead&, Statistics, int64_t task, char* scratch);
+    Plan (*plan_rope)(const QkNormRope&);
+    void (*rope)(const QkNormRope&, int64_t task, char* scratch);
+};
+
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_amx;
+
+}  // namespace page4d

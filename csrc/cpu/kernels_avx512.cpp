@@ -1,0 +1,3 @@
+#define PAGE4D_ISA avx512
+#define PAGE4D_BF16_ENGINE EngineF32
+#include "level.h"

@@ -1,0 +1,35 @@
+// The table of one instruction-set level. A kernel file names the level (PAGE4D_ISA), the engine of its bf16 attention (PAGE4D_BF16_ENGINE)
+// and includes this.
+#pragma once
+
+#include "attention.h"
+#include "head.h"
+#include "rope.h"
+
+#define PAGE4D_TABLE_OF(level) kernels_##level
+#define PAGE4D_TABLE(level) PAGE4D_TABLE_OF(level)
+
+namespace page4d {
+
+using namespace PAGE4D_ISA;
+
+const Kernels PAGE4D_TABLE(PAGE4D_ISA) = {
+    [](const MaskAttention& p) { return p.dtype == DType::f32 ? plan_attention<EngineF32>(p) : plan_attention<PAGE4D_BF16_ENGINE>(p); },
+    [](const MaskAttention& p, int64_t task, char* scratch) {
+        p.dtype == DType::f32 ? attend<EngineF32, float>(p, task, scratch) : attend<PAGE4D_BF16_ENGINE, uint16_t>(p, task, scratch);
+    },
+    plan_statistics,
+    [](const MaskHead& p, Statistics out, int64_t task) {
+        p.dtype == DType::f32 ? statistics<float>(p, out, task) : statistics<uint16_t>(p, out, task);
+    },
+    plan_head,
+    [](const MaskHead& p, Statistics in, int64_t task, char* scratch) {
+        p.dtype == DType::f32 ? head<float>(p, in, task, scratch) : head<uint16_t>(p, in, task, scratch);
+    },
+    plan_rope,
+    [](const QkNormRope& p, int64_t task, char* scratch) {
+        p.dtype == DType::f32 ? rope<float>(p, task, scratch) : rope<uint16_t>(p, task, scratch);
+    },
+};
+
+}  // namespace page4d

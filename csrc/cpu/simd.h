@@ -1,0 +1,141 @@
+// Vectors of fp32 for the instruction set this file is compiled for, and the two functions that need care: exp2 and erf.
+//
+// Every kernel file defines PAGE4D_ISA before including this. All code lives in that namespace, so that no function compiled for a newer
+// processor can be linked into a path for an older one; for the same reason nothing here uses templates of the standard library.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace page4d::PAGE4D_ISA {
+
+#if defined(__AVX512F__)
+
+struct Vec {
+    __m512 v;
+    static constexpr int width = 16;
+};
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// The second operand if either is NaN.
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a 2^n for whole n; 0 where that is too small for a float.
+inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+constexpr float smallest_exponent = -200.0f;
+// 16 bf16 values.
+inline Vec load_bf16(const uint16_t* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
+}
+
+#else
+
+struct Vec {
+    __m256 v;
+    static constexpr int width = 8;
+};
+
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline float sum(Vec a) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+inline float max(Vec a) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec scale_by_power(Vec a, Vec n) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+    const __m256 tiny = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.5f), _CMP_LT_OQ);
+    // NaN goes through the product: its exponent is 0 or garbage, its mantissa is in `a`.
+    return {_mm256_andnot_ps(tiny, _mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent)))};
+}
+constexpr float smallest_exponent = -127.0f;
+inline Vec load_bf16(const uint16_t* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
+}
+
+#endif
+
+// 2^x for x <= 0, relative error below 2e-7; 0 for x far below, -inf included; NaN stays NaN. Minimax polynomial on [-1/2, 1/2].
+inline Vec exp2(Vec x) {
+    x = max(broadcast(smallest_exponent), x);
+    const Vec n = round(x), f = x - n;
+    Vec p = broadcast(0.00015353361959569156f);
+    p = fma(p, f, broadcast(0.0013398875016719103f));
+    p = fma(p, f, broadcast(0.00961843691766262f));
+    p = fma(p, f, broadcast(0.055503323674201965f));
+    p = fma(p, f, broadcast(0.24022647738456726f));
+    p = fma(p, f, broadcast(0.6931471824645996f));
+    p = fma(p, f, broadcast(1.0f));
+    return scale_by_power(p, n);
+}
+
+// erf(x), absolute error below 4e-7: x P(x^2) / Q(x^2), minimax on [-3.95, 3.95], +-1 beyond to the same error.
+inline Vec erf(Vec x) {
+    x = min(broadcast(3.95f), max(broadcast(-3.95f), x));
+    const Vec t = x * x;
+    Vec p = broadcast(2.025862158916425e-06f), q = broadcast(3.783119609579444e-05f);
+    p = fma(p, t, broadcast(0.00028468522941693664f));
+    q = fma(q, t, broadcast(0.001170725212432444f));
+    p = fma(p, t, broadcast(0.003808181267231703f));
+    q = fma(q, t, broadcast(0.015055129304528236f));
+    p = fma(p, t, broadcast(0.05287548899650574f));
+    q = fma(q, t, broadcast(0.11455991864204407f));
+    p = fma(p, t, broadcast(0.19155117869377136f));
+    q = fma(q, t, broadcast(0.503090500831604f));
+    p = fma(p, t, broadcast(1.1283791065216064f));
+    q = fma(q, t, broadcast(1.0f));
+    return x * p / q;
+}
+
+inline Vec gelu(Vec x) { return broadcast(0.5f) * x * (broadcast(1.0f) + erf(x * broadcast(0.7071067811865476f))); }
+
+inline float from_bf16(uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float x;
+    __builtin_memcpy(&x, &wide, 4);
+    return x;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float value(float x) { return x; }
+inline float value(uint16_t x) { return from_bf16(x); }
+inline Vec load(const uint16_t* p) { return load_bf16(p); }
+inline void assign(float* p, float x) { *p = x; }
+inline void assign(uint16_t* p, float x) { *p = to_bf16(x); }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+}  // namespace page4d::PAGE4D_ISA

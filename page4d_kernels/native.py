@@ -1,0 +1,89 @@
+"""The compiled library, loaded on first use, and the reason when it is absent.
+
+It links neither torch nor CUDA: addresses, sizes and strides go in.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import env
+
+INTERFACE = 1  # of the functions in csrc/bindings.cpp; PAGE4D_INTERFACE in csrc/include/page4d/common.h
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_RECORD = Path(__file__).parent / "build_record.json"
+_REBUILD = "build it again with `pip install -e .`"
+
+
+def build_record() -> dict[str, Any]:
+    """What the build wrote down: built, reason, compiler, levels, left_out. Empty if there was none."""
+    try:
+        return json.loads(_RECORD.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("page4d_kernels._native")
+    except ImportError as error:
+        record = build_record()
+        if not record:
+            return None, f"it was not built: {_REBUILD}"
+        return None, f"it was not built: {record['reason']}" if not record.get("built") else f"it does not load ({error}): {_REBUILD}"
+    found = getattr(module, "interface", None)
+    if found != INTERFACE:
+        return None, f"it was built from other sources (interface {found}, these sources need {INTERFACE}): {_REBUILD}"
+    return module, ""
+
+
+def why_missing() -> str:
+    """Why the compiled library cannot be used, in words; empty if it can."""
+    return _load()[1]
+
+
+# what torch.compiler.assume_constant_result sets, without importing the compiler: loading the library is not to be traced
+why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def library() -> ModuleType:
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(f"the compiled library is not there: {reason}")
+    return module
+
+
+def best_level() -> str:
+    """The highest instruction set of this processor that the library was compiled with."""
+    return LEVELS[library().best_level()]
+
+
+def level() -> int:
+    """The instruction set that kernels use: the best one, or PAGE4D_CPU_LEVEL if that is lower."""
+    best = int(library().best_level())
+    cap = env.get("PAGE4D_CPU_LEVEL")
+    if not cap:
+        return best
+    if cap not in LEVELS:
+        raise env.VariableError(f"PAGE4D_CPU_LEVEL={cap!r}: choose one of {', '.join(LEVELS)}")
+    return min(best, LEVELS.index(cap))
+
+
+def common(x: Tensor) -> tuple[int, int, int]:
+    """The arguments that every kernel ends with: dtype, threads, level."""
+    return DTYPES[x.dtype], torch.get_num_threads(), level()
+
+
+def fp32(x: Tensor) -> Tensor:
+    """As the kernels read parameters: fp32, contiguous."""
+    return x.detach().to(torch.float32).contiguous()

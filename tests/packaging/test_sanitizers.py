@@ -1,0 +1,28 @@
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven from csrc/tests/main.cpp, with AMX in emulation."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_sanitizers(tmp_path):
+    cmake = shutil.which("cmake")
+    if cmake is None or shutil.which("c++") is None:
+        pytest.skip("needs cmake and a C++ compiler")
+    options = ["PAGE4D_TESTS", "PAGE4D_SANITIZE", "PAGE4D_EMULATE_AMX"]
+    build = [
+        [cmake, "-S", str(ROOT), "-B", str(tmp_path), *(f"-D{option}=ON" for option in options)],
+        [cmake, "--build", str(tmp_path), "-j2"],
+    ]
+    for command in build:
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    result = subprocess.run([str(tmp_path / "page4d_tests"), "--emulated-amx"], capture_output=True, text=True)
+    assert result.returncode == 0 and ", 0 failed, levels up to amx" in result.stdout, result.stdout + result.stderr[-4000:]
