@@ -11,9 +11,16 @@
 
 namespace page4d::PAGE4D_ISA {
 
-constexpr int64_t chunk_rows = 384;  // a multiple of every engine's block of rows
+constexpr int64_t chunk_rows = 768;  // at most; a multiple of every engine's block of rows
 constexpr int64_t tile_keys = 256;
 constexpr float log2e = 1.4426950408889634f;
+
+// Rows are cut into chunks as even as possible, in whole blocks.
+template <class E>
+int64_t rows_of_chunk(int64_t queries) {
+    const int64_t chunks = (queries + chunk_rows - 1) / chunk_rows;
+    return round_up((queries + chunks - 1) / chunks, E::block);
+}
 
 // The working space of a task.
 template <class E>
@@ -47,19 +54,28 @@ struct Space {
     }
 };
 
-// Element d of a row as the engine wants it, 0 past the head dim.
+// One unit of a row, 0 past the head dim, and a vector of units that all lie within it.
 template <class T>
 inline void pack_one(float* to, const T* row, int64_t d, int64_t head_dim) { *to = d < head_dim ? value(row[d]) : 0.0f; }
-template <class T>
-inline void pack_one(uint32_t* to, const T* row, int64_t unit, int64_t head_dim) {
+inline void pack_one(uint32_t* to, const uint16_t* row, int64_t unit, int64_t head_dim) {
     const int64_t d = 2 * unit;
     const uint32_t low = d < head_dim ? row[d] : 0, high = d + 1 < head_dim ? row[d + 1] : 0;
     *to = low | high << 16;
 }
-// Channel d of two keys, one of fp32.
+template <class T>
+inline Vec units_of(const float*, const T* row, int64_t d) { return load(row + d); }
+// Channels d ... of two keys (of one for fp32) as units: one, and a vector of them.
 inline void pack_keys(float* to, float a, float) { *to = a; }
 inline void pack_keys(float* to, uint16_t a, uint16_t) { *to = from_bf16(a); }
 inline void pack_keys(uint32_t* to, uint16_t a, uint16_t b) { *to = static_cast<uint32_t>(a) | static_cast<uint32_t>(b) << 16; }
+template <class T>
+inline Vec keys_of(const float*, const T* first, const T*) { return load(first); }
+inline void store_units(float* to, Vec x) { store(to, x); }
+#if defined(__AVX512BF16__)
+inline Vec units_of(const uint32_t*, const uint16_t* row, int64_t unit) { return load_units(row + 2 * unit); }
+inline Vec keys_of(const uint32_t*, const uint16_t* first, const uint16_t* second) { return load_pairs(first, second); }
+inline void store_units(uint32_t* to, Vec x) { _mm512_storeu_ps(to, x.v); }
+#endif
 
 template <class E, class T>
 void pack_rows(typename E::Unit* to, const T* from, int64_t stride, int64_t rows, int64_t padded, int64_t units, int64_t head_dim) {
@@ -72,36 +88,47 @@ void pack_rows(typename E::Unit* to, const T* from, int64_t stride, int64_t rows
         }
 }
 
+// K as (units, keys) in panels of keys, by transposing square blocks; zeros past the last key and channel.
 template <class E, class T>
 void pack_transposed(typename E::Unit* to, const T* from, int64_t stride, int64_t keys, Panels panels, int64_t units, int64_t head_dim) {
-    const int64_t width = panels.width();
+    const int64_t width = panels.width(), whole = head_dim / E::pair / Vec::width * Vec::width;  // units in square blocks
     for (int64_t p = 0; p < panels.count; ++p, to += units * width)
-        for (int64_t j = 0; j < width; ++j) {
-            const int64_t key = p * width + j;
-            for (int64_t u = 0; u < units; ++u) {
-                if (key < keys)
-                    pack_one(to + u * width + j, from + key * stride, u, head_dim);
-                else
-                    to[u * width + j] = 0;
+        for (int64_t j = 0; j < width; j += Vec::width) {
+            const int64_t first = p * width + j;
+            for (int64_t u = 0; u < whole; u += Vec::width) {
+                Vec block[Vec::width];
+                for (int i = 0; i < Vec::width; ++i)
+                    block[i] = first + i < keys ? units_of(to, from + (first + i) * stride, u) : broadcast(0.0f);
+                transpose(block);
+                for (int i = 0; i < Vec::width; ++i) store_units(to + (u + i) * width + j, block[i]);
             }
+            for (int64_t u = whole; u < units; ++u)
+                for (int64_t i = 0; i < Vec::width; ++i) {
+                    if (first + i < keys)
+                        pack_one(to + u * width + j + i, from + (first + i) * stride, u, head_dim);
+                    else
+                        to[u * width + j + i] = 0;
+                }
         }
 }
 
-// Pairs of keys (single keys for fp32) as the inner dimension; zeros past the last key and channel.
+// V as (keys or pairs of keys, channels) in panels of channels; zeros past the last key and channel.
 template <class E, class T>
 void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t keys, Panels panels, int64_t head_dim) {
-    const int64_t width = panels.width(), inner = tile_keys / E::pair;
+    const int64_t width = panels.width();
     for (int64_t p = 0; p < panels.count; ++p)
-        for (int64_t u = 0; u < inner; ++u, to += width) {
-            const int64_t key = u * E::pair;
+        for (int64_t key = 0; key < tile_keys; key += E::pair, to += width) {
             const T* first = from + key * stride + p * width;
             const T* second = first + (E::pair - 1) * stride;
             const int64_t channels = smaller(width, head_dim - p * width);
-            for (int64_t d = 0; d < width; ++d) {
+            int64_t d = 0;
+            if (key + E::pair <= keys)
+                for (; d + Vec::width <= channels; d += Vec::width) store_units(to + d, keys_of(to, first + d, second + d));
+            for (; d < width; ++d) {
                 if (key >= keys || d >= channels)
                     to[d] = 0;
                 else
-                    pack_keys(to + d, first[d], key + E::pair - 1 < keys ? second[d] : T(0));
+                    pack_keys(to + d, first[d], key + E::pair <= keys ? second[d] : T(0));
             }
         }
 }
@@ -113,36 +140,34 @@ inline void store_weights(uint16_t* to, Vec x) {
 }
 #endif
 
-// One row of a tile: logits to exp2 of them. Returns what the row's sums so far have to be multiplied with.
+// One row of a tile: products q k^T to exp2 of the logits. Returns what the row's sums so far have to be multiplied with.
+//
+// Rows without a gate keep the products, and the scale is left to the exponent: exp2(x scale log2(e) - top log2(e)). Rows with one turn them
+// into natural logits first, and log2(e) comes after the maximum is taken off: rounding it into a large gate would cost digits.
 template <class E>
 float softmax_row(float* s, typename E::Element* weights, int64_t keys, int64_t width, float scale, float r, const float* c, float* top, float* total) {
-    Vec best = broadcast(-INFINITY);
-    for (int64_t j = keys; j < width; ++j) s[j] = -INFINITY;
+    const bool natural = r != 0.0f || scale <= 0.0f;
     const int64_t whole = keys / Vec::width * Vec::width;
-    const Vec factor = broadcast(scale), gate = broadcast(r);
-    if (r != 0.0f) {
-        for (int64_t j = 0; j < whole; j += Vec::width) {
-            const Vec x = fma(gate, load(c + j), load(s + j) * factor);
-            store(s + j, x);
-            best = max(best, x);
-        }
-        for (int64_t j = whole; j < keys; ++j) s[j] = s[j] * scale + r * c[j];
-    } else {
-        for (int64_t j = 0; j < whole; j += Vec::width) {
-            const Vec x = load(s + j) * factor;
-            store(s + j, x);
-            best = max(best, x);
-        }
-        for (int64_t j = whole; j < keys; ++j) s[j] *= scale;
+    if (natural) {
+        const Vec factor = broadcast(scale), gate = broadcast(r);
+        for (int64_t j = 0; j < whole; j += Vec::width)
+            store(s + j, r != 0.0f ? fma(gate, load(c + j), load(s + j) * factor) : load(s + j) * factor);
+        for (int64_t j = whole; j < keys; ++j) s[j] = s[j] * scale + (r != 0.0f ? r * c[j] : 0.0f);
     }
-    for (int64_t j = whole; j < width; j += Vec::width) best = max(best, load(s + j));
-    const float tile_top = max(best), before = *top;
+    for (int64_t j = keys; j < width; ++j) s[j] = -INFINITY;
+    Vec best[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
+    for (int64_t j = 0; j < width; j += 2 * Vec::width) {
+        best[0] = max(best[0], load(s + j));
+        best[1] = max(best[1], load(s + j + Vec::width));
+    }
+    const float tile_top = max(max(best[0], best[1])) * (natural ? 1.0f : scale), before = *top;
     const float now = tile_top > before ? tile_top : before;
     const float shift = now == -INFINITY ? 0.0f : now;  // a row without a finite logit stays at exp2(-inf) = 0
-    const Vec base = broadcast(shift), to_base2 = broadcast(log2e);
+    const Vec base = broadcast(shift), to_base2 = broadcast(log2e), slope = broadcast(scale * log2e), offset = broadcast(-shift * log2e);
     Vec sums = broadcast(0.0f);
     for (int64_t j = 0; j < width; j += Vec::width) {
-        const Vec p = exp2((load(s + j) - base) * to_base2);
+        const Vec x = natural ? (load(s + j) - base) * to_base2 : fma(load(s + j), slope, offset);
+        const Vec p = exp2(x);
         sums = sums + p;
         store_weights(weights + j, p);
     }
@@ -154,9 +179,9 @@ float softmax_row(float* s, typename E::Element* weights, int64_t keys, int64_t 
 
 template <class E, class T>
 void attend(const MaskAttention& p, int64_t task, char* scratch) {
-    const int64_t chunks = (p.queries + chunk_rows - 1) / chunk_rows;
-    const int64_t b = task / chunks / p.heads, h = task / chunks % p.heads, first = task % chunks * chunk_rows;
-    const int64_t rows = smaller(chunk_rows, p.queries - first), padded = round_up(rows, E::block);
+    const int64_t chunk = rows_of_chunk<E>(p.queries), chunks = (p.queries + chunk - 1) / chunk;
+    const int64_t b = task / chunks / p.heads, h = task / chunks % p.heads, first = task % chunks * chunk;
+    const int64_t rows = smaller(chunk, p.queries - first), padded = round_up(rows, E::block);
     const T* q = static_cast<const T*>(p.q) + b * p.q_stride[0] + h * p.q_stride[1] + first * p.q_stride[2];
     const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + h * p.k_stride[1];
     const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + h * p.v_stride[1];
@@ -206,7 +231,8 @@ template <class E>
 Plan plan_attention(const MaskAttention& p) {
     size_t bytes;
     const Space<E> space(p.head_dim, nullptr, &bytes);
-    return {p.batch * p.heads * ((p.queries + chunk_rows - 1) / chunk_rows), bytes};
+    const int64_t chunk = rows_of_chunk<E>(p.queries);
+    return {p.batch * p.heads * ((p.queries + chunk - 1) / chunk), bytes};
 }
 
 }  // namespace page4d::PAGE4D_ISA

@@ -34,6 +34,35 @@ inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEARES
 // a 2^n for whole n; 0 where that is too small for a float.
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 constexpr float smallest_exponent = -200.0f;
+// Any 64 bytes, as 16 units of 32 bits.
+inline Vec load_units(const void* p) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
+// 16 bf16 values of two rows, interleaved: a pair to a unit.
+inline Vec load_pairs(const uint16_t* low, const uint16_t* high) {
+    const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+    return {_mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)))};
+}
+// r[i][j] becomes r[j][i].
+inline void transpose(Vec (&r)[16]) {
+    __m512 t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+        t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + j]), _mm512_castps_pd(t[i + j + 2])));
+            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + j]), _mm512_castps_pd(t[i + j + 2])));
+        }
+    for (int i = 0; i < 4; ++i) {  // u[4 a + i] holds column 4 b + i of rows 4 a ... 4 a + 3 in its lane b
+        const __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88), b = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+        const __m512 c = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd), d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+        r[i].v = _mm512_shuffle_f32x4(a, b, 0x88);
+        r[i + 8].v = _mm512_shuffle_f32x4(a, b, 0xdd);
+        r[i + 4].v = _mm512_shuffle_f32x4(c, d, 0x88);
+        r[i + 12].v = _mm512_shuffle_f32x4(c, d, 0xdd);
+    }
+}
 // 16 bf16 values.
 inline Vec load_bf16(const uint16_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
@@ -74,6 +103,22 @@ inline Vec scale_by_power(Vec a, Vec n) {
     return {_mm256_andnot_ps(tiny, _mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent)))};
 }
 constexpr float smallest_exponent = -127.0f;
+inline void transpose(Vec (&r)[8]) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+        t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            u[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(t[i + j]), _mm256_castps_pd(t[i + j + 2])));
+            u[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(t[i + j]), _mm256_castps_pd(t[i + j + 2])));
+        }
+    for (int i = 0; i < 4; ++i) {
+        r[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        r[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+}
 inline Vec load_bf16(const uint16_t* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
 }
@@ -84,12 +129,11 @@ inline Vec load_bf16(const uint16_t* p) {
 inline Vec exp2(Vec x) {
     x = max(broadcast(smallest_exponent), x);
     const Vec n = round(x), f = x - n;
-    Vec p = broadcast(0.00015353361959569156f);
-    p = fma(p, f, broadcast(0.0013398875016719103f));
-    p = fma(p, f, broadcast(0.00961843691766262f));
-    p = fma(p, f, broadcast(0.055503323674201965f));
-    p = fma(p, f, broadcast(0.24022647738456726f));
-    p = fma(p, f, broadcast(0.6931471824645996f));
+    Vec p = broadcast(0.001326472731307149f);
+    p = fma(p, f, broadcast(0.009671512991189957f));
+    p = fma(p, f, broadcast(0.05550733581185341f));
+    p = fma(p, f, broadcast(0.24022242426872253f));
+    p = fma(p, f, broadcast(0.6931470036506653f));
     p = fma(p, f, broadcast(1.0f));
     return scale_by_power(p, n);
 }
