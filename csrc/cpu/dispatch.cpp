@@ -132,12 +132,12 @@ Status mask_head(const MaskHead& p) {
     if (!p.tokens || !p.w0 || !p.b0 || !p.w2 || !p.b2 || !p.w4 || !p.b4 || !p.out) return Status::null_pointer;
     const Kernels& kernels = kernels_of(p.level);
     const size_t count = static_cast<size_t>(p.batch * p.frames * p.channels);
-    float* memory = static_cast<float*>(std::malloc(2 * count * sizeof(float)));
+    float* memory = static_cast<float*>(std::malloc((2 * count + static_cast<size_t>(kernels.packed_w2(p))) * sizeof(float)));
     if (!memory) return Status::no_memory;
-    const Statistics statistics{memory, memory + count};
-    Status status = run_tasks(kernels.plan_statistics(p), p.threads, [&](int64_t i, char*) { kernels.statistics(p, statistics, i); });
+    const HeadWork made{memory, memory + count, memory + 2 * count};
+    Status status = run_tasks(kernels.plan_prepare(p), p.threads, [&](int64_t i, char*) { kernels.prepare(p, made, i); });
     if (status == Status::ok)
-        status = run_tasks(kernels.plan_head(p), p.threads, [&](int64_t i, char* scratch) { kernels.head(p, statistics, i, scratch); });
+        status = run_tasks(kernels.plan_head(p), p.threads, [&](int64_t i, char* scratch) { kernels.head(p, made, i, scratch); });
     std::free(memory);
     return status;
 }

@@ -8,33 +8,50 @@
 
 namespace page4d::PAGE4D_ISA {
 
-constexpr int64_t head_rows = EngineF32::block;  // patches of a tile
-constexpr int64_t head_channels = 64;            // of a slice: convolved, then multiplied
+constexpr int64_t head_rows = 2 * EngineF32::block;  // patches of a tile
+constexpr int64_t head_channels = 64;                // of a slice: convolved, then multiplied
+
+inline int64_t slices_of(const MaskHead& p) { return (p.channels + head_channels - 1) / head_channels; }
 
 template <class T>
 const T* frame_tokens(const MaskHead& p, int64_t frame) {
     return static_cast<const T*>(p.tokens) + frame / p.frames * p.stride[0] + frame % p.frames * p.stride[1] + p.special * p.stride[2];
 }
 
-inline Plan plan_statistics(const MaskHead& p) { return {p.batch * p.frames * ((p.channels + head_channels - 1) / head_channels), 0}; }
-
-// Two passes over a slice of channels, so that a large mean costs no digits.
+// A slice of the channels of one token, in fp32, 0 past the last channel.
 template <class T>
-void statistics(const MaskHead& p, Statistics out, int64_t task) {
-    const int64_t slices = (p.channels + head_channels - 1) / head_channels, patches = p.height * p.width;
-    const int64_t frame = task / slices, first = task % slices * head_channels, count = smaller(head_channels, p.channels - first);
+inline void load_slice(float* to, const T* from, int64_t stride, int64_t count) {
+    if (count == head_channels && stride == 1) {
+        for (int64_t c = 0; c < head_channels; c += Vec::width) store(to + c, load(from + c));
+        return;
+    }
+    for (int64_t c = 0; c < head_channels; ++c) to[c] = c < count ? value(from[c * stride]) : 0.0f;
+}
+
+inline int64_t packed_w2(const MaskHead& p) { return slices_of(p) * head_channels * panels_for<EngineF32>(p.hidden).columns(); }
+
+// Statistics of each slice of each frame, then w2 (hidden, channels) of each slice, transposed into panels.
+inline Plan plan_prepare(const MaskHead& p) { return {(p.batch * p.frames + 1) * slices_of(p), 0}; }
+
+// Two passes over a slice, so that a large mean costs no digits.
+template <class T>
+void statistics(const MaskHead& p, HeadWork out, int64_t frame, int64_t first) {
+    const int64_t patches = p.height * p.width, count = smaller(head_channels, p.channels - first);
     const T* u = frame_tokens<T>(p, frame) + first * p.stride[3];
-    float mean[head_channels] = {}, square[head_channels] = {};
-    for (int64_t i = 0; i < patches; ++i)
-        for (int64_t c = 0; c < count; ++c) mean[c] += value(u[i * p.stride[2] + c * p.stride[3]]);
-    for (int64_t c = 0; c < count; ++c) mean[c] /= static_cast<float>(patches);
-    float rest[head_channels] = {};  // of the mean: the sum above has rounded
-    for (int64_t i = 0; i < patches; ++i)
-        for (int64_t c = 0; c < count; ++c) {
-            const float x = value(u[i * p.stride[2] + c * p.stride[3]]) - mean[c];
-            rest[c] += x;
-            square[c] += x * x;
+    float x[head_channels], mean[head_channels] = {}, rest[head_channels] = {}, square[head_channels] = {};
+    for (int64_t i = 0; i < patches; ++i) {
+        load_slice(x, u + i * p.stride[2], p.stride[3], count);
+        for (int64_t c = 0; c < head_channels; ++c) mean[c] += x[c];
+    }
+    for (int64_t c = 0; c < head_channels; ++c) mean[c] /= static_cast<float>(patches);
+    for (int64_t i = 0; i < patches; ++i) {
+        load_slice(x, u + i * p.stride[2], p.stride[3], count);
+        for (int64_t c = 0; c < head_channels; ++c) {
+            const float deviation = x[c] - mean[c];
+            rest[c] += deviation;  // of the mean: the sum above has rounded
+            square[c] += deviation * deviation;
         }
+    }
     for (int64_t c = 0; c < count; ++c) {
         const float shift = rest[c] / static_cast<float>(patches);
         const float std = sqrtf((square[c] - shift * rest[c]) / static_cast<float>(patches - 1));
@@ -43,9 +60,23 @@ void statistics(const MaskHead& p, Statistics out, int64_t task) {
     }
 }
 
-// w2 (hidden, channels) and the normalised neighbourhood are packed per slice of channels, into a working space of fixed size.
+template <class T>
+void prepare(const MaskHead& p, HeadWork out, int64_t task) {
+    const int64_t slices = slices_of(p), frame = task / slices, slice = task % slices, first = slice * head_channels;
+    if (frame < p.batch * p.frames) return statistics<T>(p, out, frame, first);
+    const Panels panels = panels_for<EngineF32>(p.hidden);
+    float* w = out.w2 + slice * head_channels * panels.columns();
+    for (int64_t panel = 0; panel < panels.count; ++panel)
+        for (int64_t c = 0; c < head_channels; ++c)
+            for (int64_t j = 0; j < panels.width(); ++j, ++w) {
+                const int64_t o = panel * panels.width() + j;
+                *w = o < p.hidden && first + c < p.channels ? p.w2[o * p.channels + first + c] : 0.0f;
+            }
+}
+
+// The working space of a tile: a slice of channels at a time, and the hidden layer.
 struct HeadSpace {
-    float *z, *a, *w, *hidden, *sums;
+    float *z, *a, *hidden, *sums;
     Panels panels;
     int64_t rows_of_z;
 
@@ -60,7 +91,6 @@ struct HeadSpace {
         };
         z = take(rows_of_z * head_channels);
         a = take(head_rows * head_channels);
-        w = take(head_channels * panels.columns());
         hidden = take(head_rows * panels.columns());
         sums = take(head_rows);
         *bytes = used;
@@ -74,7 +104,7 @@ inline Plan plan_head(const MaskHead& p) {
 }
 
 template <class T>
-void head(const MaskHead& p, Statistics statistics, int64_t task, char* scratch) {
+void head(const MaskHead& p, HeadWork made, int64_t task, char* scratch) {
     const int64_t patches = p.height * p.width, tiles = (patches + head_rows - 1) / head_rows;
     const int64_t frame = task / tiles, first = task % tiles * head_rows, rows = smaller(head_rows, patches - first);
     const T* u = frame_tokens<T>(p, frame);
@@ -86,19 +116,19 @@ void head(const MaskHead& p, Statistics statistics, int64_t task, char* scratch)
 
     for (int64_t c0 = 0; c0 < p.channels; c0 += head_channels) {
         const int64_t count = smaller(head_channels, p.channels - c0);
-        const float *mean = statistics.mean + frame * p.channels + c0, *rstd = statistics.rstd + frame * p.channels + c0;
+        float mean[head_channels] = {}, rstd[head_channels] = {}, taps[9][head_channels] = {}, offset[head_channels] = {};
+        for (int64_t c = 0; c < count; ++c) {
+            mean[c] = made.mean[frame * p.channels + c0 + c];
+            rstd[c] = made.rstd[frame * p.channels + c0 + c];
+            offset[c] = p.b0[c0 + c];
+            for (int t = 0; t < 9; ++t) taps[t][c] = p.w0[(c0 + c) * 9 + t];
+        }
         for (int64_t i = 0; i < rows + 2 * p.width + 2; ++i) {
             const int64_t patch = z_first + i;
             float* z = space.z + i * head_channels;
-            for (int64_t c = 0; c < head_channels; ++c) z[c] = 0.0f;
-            if (patch < 0 || patch >= patches) continue;  // the padding is 0 after normalisation
-            const T* from = u + patch * p.stride[2] + c0 * p.stride[3];
-            for (int64_t c = 0; c < count; ++c) z[c] = (value(from[c * p.stride[3]]) - mean[c]) * rstd[c];
-        }
-        float taps[9][head_channels] = {}, offset[head_channels] = {};
-        for (int64_t c = 0; c < count; ++c) {
-            offset[c] = p.b0[c0 + c];
-            for (int t = 0; t < 9; ++t) taps[t][c] = p.w0[(c0 + c) * 9 + t];
+            const bool inside = patch >= 0 && patch < patches;  // else 0: the padding comes after the normalisation
+            if (inside) load_slice(z, u + patch * p.stride[2] + c0 * p.stride[3], p.stride[3], count);
+            for (int64_t c = 0; c < head_channels; ++c) z[c] = inside ? (z[c] - mean[c]) * rstd[c] : 0.0f;
         }
         for (int64_t i = 0; i < head_rows; ++i) {
             float* a = space.a + i * head_channels;
@@ -106,29 +136,26 @@ void head(const MaskHead& p, Statistics statistics, int64_t task, char* scratch)
                 for (int64_t c = 0; c < head_channels; ++c) a[c] = 0.0f;
                 continue;
             }
-            const int64_t x = (first + i) % p.width;
             const float* centre = space.z + (i + p.width + 1) * head_channels;
+            const int64_t x = (first + i) % p.width;
+            const float *neighbours[9], *weights[9];
+            int found = 0;
+            for (int t = 0; t < 9; ++t) {
+                const int64_t dx = t % 3 - 1, dy = t / 3 - 1;
+                if (x + dx < 0 || x + dx >= p.width) continue;  // rows above and below are zeros in z
+                neighbours[found] = centre + (dy * p.width + dx) * head_channels;
+                weights[found++] = taps[t];
+            }
             Vec total = broadcast(0.0f);
             for (int64_t c = 0; c < head_channels; c += Vec::width) {
                 Vec acc = load(offset + c);
-                for (int t = 0; t < 9; ++t) {
-                    const int64_t dx = t % 3 - 1, dy = t / 3 - 1;
-                    if (x + dx < 0 || x + dx >= p.width) continue;
-                    acc = fma(load(taps[t] + c), load(centre + (dy * p.width + dx) * head_channels + c), acc);
-                }
+                for (int t = 0; t < found; ++t) acc = fma(load(weights[t] + c), load(neighbours[t] + c), acc);
                 store(a + c, gelu(acc));
                 total = total + load(centre + c);
             }
             space.sums[i] += sum(total);
         }
-        for (int64_t panel = 0; panel < space.panels.count; ++panel)  // w2 of this slice, transposed
-            for (int64_t j = 0; j < space.panels.width(); ++j) {
-                const int64_t o = panel * space.panels.width() + j;
-                float* w = space.w + panel * head_channels * space.panels.width() + j;
-                for (int64_t c = 0; c < head_channels; ++c)
-                    w[c * space.panels.width()] = o < p.hidden && c < count ? p.w2[o * p.channels + c0 + c] : 0.0f;
-            }
-        multiply<EngineF32>(head_rows, space.panels, head_channels, space.a, head_channels, space.w, space.hidden, width, c0 > 0);
+        multiply<EngineF32>(head_rows, space.panels, head_channels, space.a, head_channels, made.w2 + c0 * width, space.hidden, width, c0 > 0);
     }
 
     const int64_t per_frame = p.special + patches;

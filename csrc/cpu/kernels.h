@@ -15,19 +15,21 @@ struct Plan {
     size_t scratch;  // bytes that each thread lends to its tasks, 64-byte aligned
 };
 
-// Mean and 1 / standard deviation per frame and channel, (frames, channels) each: between the two passes of the mask head.
-struct Statistics {
-    float* mean;
-    float* rstd;
+// What the first pass of the mask head leaves for the second.
+struct HeadWork {
+    float* mean;  // per frame and channel
+    float* rstd;  // 1 / standard deviation, likewise
+    float* w2;    // as the second pass reads it
 };
 
 struct Kernels {
     Plan (*plan_attention)(const MaskAttention&);
     void (*attention)(const MaskAttention&, int64_t task, char* scratch);
-    Plan (*plan_statistics)(const MaskHead&);
-    void (*statistics)(const MaskHead&, Statistics, int64_t task);
+    int64_t (*packed_w2)(const MaskHead&);  // floats
+    Plan (*plan_prepare)(const MaskHead&);
+    void (*prepare)(const MaskHead&, HeadWork, int64_t task);
     Plan (*plan_head)(const MaskHead&);
-    void (*head)(const MaskHead&, Statistics, int64_t task, char* scratch);
+    void (*head)(const MaskHead&, HeadWork, int64_t task, char* scratch);
     Plan (*plan_rope)(const QkNormRope&);
     void (*rope)(const QkNormRope&, int64_t task, char* scratch);
 };

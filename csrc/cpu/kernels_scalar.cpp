@@ -74,9 +74,11 @@ int64_t token(const MaskHead& p, int64_t frame, int64_t patch) {
     return frame / p.frames * p.stride[0] + frame % p.frames * p.stride[1] + (p.special + patch) * p.stride[2];
 }
 
-Plan plan_statistics(const MaskHead& p) { return {p.batch * p.frames * p.channels, 0}; }
+int64_t packed_w2(const MaskHead&) { return 0; }
 
-void statistics(const MaskHead& p, Statistics out, int64_t task) {
+Plan plan_prepare(const MaskHead& p) { return {p.batch * p.frames * p.channels, 0}; }
+
+void prepare(const MaskHead& p, HeadWork out, int64_t task) {
     const int64_t frame = task / p.channels, c = task % p.channels, patches = p.height * p.width;
     double mean = 0.0, square = 0.0;
     for (int64_t i = 0; i < patches; ++i) mean += read(p.tokens, token(p, frame, i) + c * p.stride[3], p.dtype);
@@ -94,7 +96,7 @@ Plan plan_head(const MaskHead& p) {
     return {p.batch * p.frames * p.height * p.width, static_cast<size_t>(p.channels) * sizeof(float)};
 }
 
-void head(const MaskHead& p, Statistics in, int64_t task, char* scratch) {
+void head(const MaskHead& p, HeadWork in, int64_t task, char* scratch) {
     const int64_t patches = p.height * p.width, frame = task / patches, patch = task % patches, y = patch / p.width, x = patch % p.width;
     const auto z = [&](int64_t row, int64_t column, int64_t c) {
         if (row < 0 || row >= p.height || column < 0 || column >= p.width) return 0.0f;  // the padding is 0 after normalisation
@@ -153,6 +155,6 @@ void rope(const QkNormRope& p, int64_t task, char* scratch) {
 
 }  // namespace
 
-const Kernels kernels_scalar = {plan_attention, attention, plan_statistics, statistics, plan_head, head, plan_rope, rope};
+const Kernels kernels_scalar = {plan_attention, attention, packed_w2, plan_prepare, prepare, plan_head, head, plan_rope, rope};
 
 }  // namespace page4d

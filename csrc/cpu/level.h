@@ -18,12 +18,13 @@ const Kernels PAGE4D_TABLE(PAGE4D_ISA) = {
     [](const MaskAttention& p, int64_t task, char* scratch) {
         p.dtype == DType::f32 ? attend<EngineF32, float>(p, task, scratch) : attend<PAGE4D_BF16_ENGINE, uint16_t>(p, task, scratch);
     },
-    plan_statistics,
-    [](const MaskHead& p, Statistics out, int64_t task) {
-        p.dtype == DType::f32 ? statistics<float>(p, out, task) : statistics<uint16_t>(p, out, task);
+    packed_w2,
+    plan_prepare,
+    [](const MaskHead& p, HeadWork out, int64_t task) {
+        p.dtype == DType::f32 ? prepare<float>(p, out, task) : prepare<uint16_t>(p, out, task);
     },
     plan_head,
-    [](const MaskHead& p, Statistics in, int64_t task, char* scratch) {
+    [](const MaskHead& p, HeadWork in, int64_t task, char* scratch) {
         p.dtype == DType::f32 ? head<float>(p, in, task, scratch) : head<uint16_t>(p, in, task, scratch);
     },
     plan_rope,
