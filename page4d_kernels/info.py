@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import env
+from . import env, native
 from .backends.mask_attention.problem import AttentionProblem
 from .backends.mask_head.problem import MaskHeadProblem
 from .backends.qk_norm_rope.problem import QkNormRopeProblem
@@ -52,6 +52,7 @@ def report() -> str:
     lines = ["versions", f"  python {platform.python_version()}"]
     lines += [f"  {package} {version(package)}" for package in PACKAGES]
     lines += ["devices", *(f"  {device}" for device in devices())]
+    lines += ["compiled library", *(f"  {line}" for line in native.report())]
     lines += ["environment"]
     lines += [f"  {name}={env.get(name) or '(not set)'}: {meaning}" for name, meaning in env.VARIABLES.items()]
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import env
 
-INTERFACE = 1  # of the functions in csrc/bindings.cpp; PAGE4D_INTERFACE in csrc/include/page4d/common.h
+INTERFACE = 1  # of the functions in csrc/bindings.cpp, as csrc/include/page4d/common.h has it
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _RECORD = Path(__file__).parent / "build_record.json"
@@ -56,6 +56,16 @@ def why_missing() -> str:
 why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def report() -> list[str]:
+    """What `python -m page4d_kernels.info` says about the library."""
+    reason, record = why_missing(), build_record()
+    if reason:
+        return [reason]
+    levels = ", ".join(record.get("levels", []))
+    lines = [f"built by {record.get('compiler', 'an unknown compiler')} for {levels}; this processor takes {best_level()}"]
+    return lines + [f"left out {line}" for line in record.get("left_out", [])]
+
+
 def library() -> ModuleType:
     module, reason = _load()
     if module is None:
@@ -77,6 +87,9 @@ def level() -> int:
     if cap not in LEVELS:
         raise env.VariableError(f"PAGE4D_CPU_LEVEL={cap!r}: choose one of {', '.join(LEVELS)}")
     return min(best, LEVELS.index(cap))
+
+
+level._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def common(x: Tensor) -> tuple[int, int, int]:

@@ -51,6 +51,7 @@ class Backend:
     backward: Callable[..., Any] | None = None
     why_not: Callable[[Any], list[str]] = _serves_everything
     missing: Callable[[], list[str]] = _nothing_missing
+    passed_over: Callable[[Any], list[str]] = _serves_everything  # why "auto" goes on to the next one, though this one could serve
 
 
 class Registry:
@@ -113,7 +114,7 @@ class Registry:
             return self.get(name)
         refused: list[str] = []
         for candidate in self.order:
-            reasons = self.reasons(candidate, problem)
+            reasons = self.reasons(candidate, problem) or self.get(candidate).passed_over(problem)
             if not reasons:
                 self._log_once(candidate, refused)
                 return self.get(candidate)

@@ -6,6 +6,6 @@ triton, flash, xformers and flex are not in that order: nobody has run them on a
 from ..registry import declare
 from . import chunked, cpu, flash, flex, reference, sdpa, sdpa_augmented, triton, xformers
 
-BACKENDS = declare("mask_attention", "PAGE4D_ATTN", order=("sdpa", "chunked"))
+BACKENDS = declare("mask_attention", "PAGE4D_ATTN", order=("cpu", "sdpa", "chunked"))
 for _module in (reference, chunked, cpu, sdpa, sdpa_augmented, triton, flex, flash, xformers):
     BACKENDS.register(_module.BACKEND)

@@ -10,6 +10,7 @@ from ...layout import TokenLayout
 from .. import native_limits
 from ..registry import Backend
 from . import chunked
+from .problem import AttentionProblem
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -37,6 +38,18 @@ def _forward(
     return out, lse
 
 
+def _passed_over(problem: AttentionProblem) -> list[str]:
+    """Where `sdpa` is as fast or faster: benchmarks/results/, docs/cpu.md."""
+    reasons = []
+    if problem.needs_grad:
+        reasons.append("the backward of sdpa is faster")
+    if native.level() < native.LEVELS.index("avx512"):
+        reasons.append("it is faster from AVX-512 on")
+    if problem.dtype == torch.float32 and problem.keys < 512:
+        reasons.append("in float32 it is faster from 512 keys on")
+    return reasons
+
+
 BACKEND = Backend(
     "cpu",
     "our compiled kernels, fp32 softmax; backward by chunked",
@@ -44,4 +57,5 @@ BACKEND = Backend(
     chunked.BACKEND.backward,
     why_not=native_limits.limits,
     missing=native_limits.missing,
+    passed_over=_passed_over,
 )

@@ -3,6 +3,6 @@
 from ..registry import declare
 from . import cpu, reference, triton
 
-BACKENDS = declare("mask_head", "PAGE4D_MASK_HEAD", order=("reference",))
+BACKENDS = declare("mask_head", "PAGE4D_MASK_HEAD", order=("cpu", "reference"))
 for _module in (reference, cpu, triton):
     BACKENDS.register(_module.BACKEND)

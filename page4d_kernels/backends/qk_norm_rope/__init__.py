@@ -3,6 +3,6 @@
 from ..registry import declare
 from . import cpu, reference, triton
 
-BACKENDS = declare("qk_norm_rope", "PAGE4D_QK_NORM_ROPE", order=("reference",))
+BACKENDS = declare("qk_norm_rope", "PAGE4D_QK_NORM_ROPE", order=("cpu", "reference"))
 for _module in (reference, cpu, triton):
     BACKENDS.register(_module.BACKEND)
