@@ -97,8 +97,8 @@ def limits(device: str) -> dict[str, float]:
 
 def _exp2_rate(best: Callable[[Callable[[], object]], float], device: str) -> float:
     if device != "cuda":
-        x, y = torch.rand(1 << 12), torch.empty(1 << 12)  # stay in the first-level cache
-        return 1000 * x.numel() / best(lambda: [torch.exp2(x, out=y) for _ in range(1000)])
+        x, y = torch.rand(1 << 17), torch.empty(1 << 17)  # stay in the second-level caches, and are enough for all threads
+        return 100 * x.numel() / best(lambda: [torch.exp2(x, out=y) for _ in range(100)])
     from . import exp2
 
     return exp2.COUNT / best(exp2.launch)

@@ -133,13 +133,6 @@ void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t ke
         }
 }
 
-inline void store_weights(float* to, Vec x) { store(to, x); }
-#if defined(__AVX512BF16__)
-inline void store_weights(uint16_t* to, Vec x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x.v));
-}
-#endif
-
 // One row of a tile: products q k^T to exp2 of the logits. Returns what the row's sums so far have to be multiplied with.
 //
 // Rows without a gate keep the products, and the scale is left to the exponent: exp2(x scale log2(e) - top log2(e)). Rows with one turn them
@@ -169,7 +162,7 @@ float softmax_row(float* s, typename E::Element* weights, int64_t keys, int64_t 
         const Vec x = natural ? (load(s + j) - base) * to_base2 : fma(load(s + j), slope, offset);
         const Vec p = exp2(x);
         sums = sums + p;
-        store_weights(weights + j, p);
+        store_elements(weights + j, p);
     }
     const float keep = before == now ? 1.0f : exp2f((before - shift) * log2e);
     *total = *total * keep + sum(sums);

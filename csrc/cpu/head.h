@@ -1,4 +1,4 @@
-// The mask head on FMA units: statistics of a frame, then tiles of patches through convolution, GELU, C -> hidden, GELU, hidden -> 1.
+// The mask head: statistics of a frame, then tiles of patches through convolution, GELU, C -> hidden on an engine, GELU, hidden -> 1.
 #pragma once
 
 #include <math.h>
@@ -8,8 +8,8 @@
 
 namespace page4d::PAGE4D_ISA {
 
-constexpr int64_t head_rows = 2 * EngineF32::block;  // patches of a tile
-constexpr int64_t head_channels = 64;                // of a slice: convolved, then multiplied
+constexpr int64_t head_rows = 96;      // patches of a tile: a multiple of every engine's rows
+constexpr int64_t head_channels = 64;  // of a slice: convolved, then multiplied
 
 inline int64_t slices_of(const MaskHead& p) { return (p.channels + head_channels - 1) / head_channels; }
 
@@ -28,7 +28,10 @@ inline void load_slice(float* to, const T* from, int64_t stride, int64_t count) 
     for (int64_t c = 0; c < head_channels; ++c) to[c] = c < count ? value(from[c * stride]) : 0.0f;
 }
 
-inline int64_t packed_w2(const MaskHead& p) { return slices_of(p) * head_channels * panels_for<EngineF32>(p.hidden).columns(); }
+template <class E>
+int64_t packed_w2(const MaskHead& p) {
+    return slices_of(p) * head_channels / E::pair * panels_for<E>(p.hidden).columns();
+}
 
 // Statistics of each slice of each frame, then w2 (hidden, channels) of each slice, transposed into panels.
 inline Plan plan_prepare(const MaskHead& p) { return {(p.batch * p.frames + 1) * slices_of(p), 0}; }
@@ -60,28 +63,34 @@ void statistics(const MaskHead& p, HeadWork out, int64_t frame, int64_t first) {
     }
 }
 
-template <class T>
+inline void pack_channels(float* to, float a, float) { *to = a; }
+inline void pack_channels(uint32_t* to, float a, float b) { *to = static_cast<uint32_t>(to_bf16(a)) | static_cast<uint32_t>(to_bf16(b)) << 16; }
+
+template <class E, class T>
 void prepare(const MaskHead& p, HeadWork out, int64_t task) {
     const int64_t slices = slices_of(p), frame = task / slices, slice = task % slices, first = slice * head_channels;
     if (frame < p.batch * p.frames) return statistics<T>(p, out, frame, first);
-    const Panels panels = panels_for<EngineF32>(p.hidden);
-    float* w = out.w2 + slice * head_channels * panels.columns();
+    const Panels panels = panels_for<E>(p.hidden);
+    auto* w = reinterpret_cast<typename E::Unit*>(out.w2) + slice * head_channels / E::pair * panels.columns();
+    const auto weight = [&](int64_t o, int64_t c) { return o < p.hidden && c < p.channels ? p.w2[o * p.channels + c] : 0.0f; };
     for (int64_t panel = 0; panel < panels.count; ++panel)
-        for (int64_t c = 0; c < head_channels; ++c)
+        for (int64_t c = first; c < first + head_channels; c += E::pair)
             for (int64_t j = 0; j < panels.width(); ++j, ++w) {
                 const int64_t o = panel * panels.width() + j;
-                *w = o < p.hidden && first + c < p.channels ? p.w2[o * p.channels + first + c] : 0.0f;
+                pack_channels(w, weight(o, c), weight(o, c + 1));
             }
 }
 
 // The working space of a tile: a slice of channels at a time, and the hidden layer.
+template <class E>
 struct HeadSpace {
-    float *z, *a, *hidden, *sums;
+    float *z, *hidden, *sums;
+    typename E::Element* a;
     Panels panels;
     int64_t rows_of_z;
 
     HeadSpace(const MaskHead& p, char* base, size_t* bytes) {
-        panels = panels_for<EngineF32>(p.hidden);
+        panels = panels_for<E>(p.hidden);
         rows_of_z = head_rows + 2 * p.width + 2;  // a tile of patches with its neighbours above, below and beside
         size_t used = 0;
         const auto take = [&](int64_t count) {
@@ -90,29 +99,31 @@ struct HeadSpace {
             return reinterpret_cast<float*>(place);
         };
         z = take(rows_of_z * head_channels);
-        a = take(head_rows * head_channels);
+        a = reinterpret_cast<typename E::Element*>(take(head_rows * head_channels / E::pair));
         hidden = take(head_rows * panels.columns());
         sums = take(head_rows);
         *bytes = used;
     }
 };
 
-inline Plan plan_head(const MaskHead& p) {
+template <class E>
+Plan plan_head(const MaskHead& p) {
     size_t bytes;
-    const HeadSpace space(p, nullptr, &bytes);
+    const HeadSpace<E> space(p, nullptr, &bytes);
     return {p.batch * p.frames * ((p.height * p.width + head_rows - 1) / head_rows), bytes};
 }
 
-template <class T>
+template <class E, class T>
 void head(const MaskHead& p, HeadWork made, int64_t task, char* scratch) {
     const int64_t patches = p.height * p.width, tiles = (patches + head_rows - 1) / head_rows;
     const int64_t frame = task / tiles, first = task % tiles * head_rows, rows = smaller(head_rows, patches - first);
     const T* u = frame_tokens<T>(p, frame);
     size_t bytes;
-    const HeadSpace space(p, scratch, &bytes);
+    const HeadSpace<E> space(p, scratch, &bytes);
     const int64_t width = space.panels.columns();
     const int64_t z_first = first - p.width - 1;  // patch of the first row of z
     for (int64_t i = 0; i < head_rows; ++i) space.sums[i] = 0.0f;
+    E::begin();
 
     for (int64_t c0 = 0; c0 < p.channels; c0 += head_channels) {
         const int64_t count = smaller(head_channels, p.channels - c0);
@@ -131,9 +142,9 @@ void head(const MaskHead& p, HeadWork made, int64_t task, char* scratch) {
             for (int64_t c = 0; c < head_channels; ++c) z[c] = inside ? (z[c] - mean[c]) * rstd[c] : 0.0f;
         }
         for (int64_t i = 0; i < head_rows; ++i) {
-            float* a = space.a + i * head_channels;
+            typename E::Element* a = space.a + i * head_channels;
             if (i >= rows) {
-                for (int64_t c = 0; c < head_channels; ++c) a[c] = 0.0f;
+                for (int64_t c = 0; c < head_channels; ++c) a[c] = 0;
                 continue;
             }
             const float* centre = space.z + (i + p.width + 1) * head_channels;
@@ -150,14 +161,17 @@ void head(const MaskHead& p, HeadWork made, int64_t task, char* scratch) {
             for (int64_t c = 0; c < head_channels; c += Vec::width) {
                 Vec acc = load(offset + c);
                 for (int t = 0; t < found; ++t) acc = fma(load(weights[t] + c), load(neighbours[t] + c), acc);
-                store(a + c, gelu(acc));
+                store_elements(a + c, gelu(acc));
                 total = total + load(centre + c);
             }
             space.sums[i] += sum(total);
         }
-        multiply<EngineF32>(head_rows, space.panels, head_channels, space.a, head_channels, made.w2 + c0 * width, space.hidden, width, c0 > 0);
+        constexpr int64_t units = head_channels / E::pair;
+        const auto* w2 = reinterpret_cast<const typename E::Unit*>(made.w2) + c0 / E::pair * width;
+        multiply<E>(head_rows, space.panels, units, reinterpret_cast<const typename E::Unit*>(space.a), units, w2, space.hidden, width, c0 > 0);
     }
 
+    E::end();
     const int64_t per_frame = p.special + patches;
     float* out = p.out + frame * per_frame;
     for (int64_t i = 0; i < rows; ++i) {

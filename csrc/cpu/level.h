@@ -1,4 +1,4 @@
-// The table of one instruction-set level. A kernel file names the level (PAGE4D_ISA), the engine of its bf16 attention (PAGE4D_BF16_ENGINE)
+// The table of one instruction-set level. A kernel file names the level (PAGE4D_ISA), the engine of its bf16 products (PAGE4D_BF16_ENGINE)
 // and includes this.
 #pragma once
 
@@ -18,14 +18,14 @@ const Kernels PAGE4D_TABLE(PAGE4D_ISA) = {
     [](const MaskAttention& p, int64_t task, char* scratch) {
         p.dtype == DType::f32 ? attend<EngineF32, float>(p, task, scratch) : attend<PAGE4D_BF16_ENGINE, uint16_t>(p, task, scratch);
     },
-    packed_w2,
+    [](const MaskHead& p) { return p.dtype == DType::f32 ? packed_w2<EngineF32>(p) : packed_w2<PAGE4D_BF16_ENGINE>(p); },
     plan_prepare,
     [](const MaskHead& p, HeadWork out, int64_t task) {
-        p.dtype == DType::f32 ? prepare<float>(p, out, task) : prepare<uint16_t>(p, out, task);
+        p.dtype == DType::f32 ? prepare<EngineF32, float>(p, out, task) : prepare<PAGE4D_BF16_ENGINE, uint16_t>(p, out, task);
     },
-    plan_head,
+    [](const MaskHead& p) { return p.dtype == DType::f32 ? plan_head<EngineF32>(p) : plan_head<PAGE4D_BF16_ENGINE>(p); },
     [](const MaskHead& p, HeadWork in, int64_t task, char* scratch) {
-        p.dtype == DType::f32 ? head<float>(p, in, task, scratch) : head<uint16_t>(p, in, task, scratch);
+        p.dtype == DType::f32 ? head<EngineF32, float>(p, in, task, scratch) : head<PAGE4D_BF16_ENGINE, uint16_t>(p, in, task, scratch);
     },
     plan_rope,
     [](const QkNormRope& p, int64_t task, char* scratch) {
