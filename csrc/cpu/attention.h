@@ -198,8 +198,8 @@ void attend(const MaskAttention& p, int64_t task, char* scratch) {
             multiply<E>(E::block, space.key_panels, space.units, space.q + i * space.units, space.units, space.k, space.logits, width, false);
             for (int64_t row = 0; row < E::block; ++row) {
                 const float gate = r && i + row < rows ? r[i + row] : 0.0f;
-                const float keep = softmax_row<E>(space.logits + row * width, space.weights + row * width, keys, width, p.scale, gate, c + j,
-                                                  space.top + i + row, space.total + i + row);
+                const float keep = softmax_row<E>(space.logits + row * width, space.weights + row * width, keys, width, p.scale, gate,
+                                                  c ? c + j : nullptr, space.top + i + row, space.total + i + row);
                 if (keep != 1.0f) {
                     float* o = space.out + (i + row) * channels;
                     for (int64_t d = 0; d < channels; d += Vec::width) store(o + d, load(o + d) * broadcast(keep));

@@ -61,7 +61,7 @@ def mode() -> str:
 
 
 def key(kernel: str, *traits: object) -> str:
-    """ "mask_attention.forward sm_90 D64 bfloat16 packed"."""
+    """As in `mask_attention.forward sm_90 D64 bfloat16 packed`."""
     return " ".join([kernel, f"sm_{capability()}", *(str(trait).removeprefix("torch.") for trait in traits)])
 
 
