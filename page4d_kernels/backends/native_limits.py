@@ -20,3 +20,8 @@ def limits(problem: Any) -> list[str]:
     if problem.dtype not in native.DTYPES:
         reasons.append(f"it takes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
     return reasons
+
+
+def plain_loops(problem: Any) -> list[str]:
+    """Why "auto" goes on: without vector instructions PyTorch is faster."""
+    return ["it has only plain loops for this processor"] if native.level() == 0 else []

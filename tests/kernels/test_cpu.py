@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 from page4d_kernels import BackendError, TokenLayout, env, mask_attention, mask_head, native, qk_norm_rope, rope_tables
 from page4d_kernels.backends.mask_attention import BACKENDS as ATTENTION
 from page4d_kernels.backends.mask_attention.problem import AttentionProblem
+from page4d_kernels.backends.mask_head import BACKENDS as HEAD
+from page4d_kernels.backends.mask_head.problem import MaskHeadProblem
+from page4d_kernels.backends.qk_norm_rope import BACKENDS as ROPE
+from page4d_kernels.backends.qk_norm_rope.problem import QkNormRopeProblem
 from page4d_kernels.testing import assert_within_budget, attention_inputs, oracle_attention, plain_attention
 
 LEVELS = [] if native.why_missing() else list(native.LEVELS[: native.LEVELS.index(native.best_level()) + 1])
@@ -162,6 +166,15 @@ def test_auto_takes_the_compiled_kernels_where_they_are_faster(monkeypatch):
     assert ATTENTION.choose(dataclasses.replace(problem, needs_grad=frozenset({"q"})), "cpu").name == "cpu"  # named, it serves
     monkeypatch.setenv("PAGE4D_CPU_LEVEL", "avx2")
     assert ATTENTION.choose(problem).name == "sdpa"
+
+
+@pytest.mark.skipif("avx2" not in LEVELS, reason="there are only plain loops")
+def test_auto_passes_plain_loops_over(monkeypatch):
+    head = MaskHeadProblem("cpu", torch.float32, 1, 2, (3, 4), 5, 64, 16)
+    problems = {HEAD: head, ROPE: QkNormRopeProblem("cpu", torch.float32, 1, 34, 2, 64, (3, 4), 5)}
+    assert [registry.choose(problem).name for registry, problem in problems.items()] == ["cpu", "cpu"]
+    monkeypatch.setenv("PAGE4D_CPU_LEVEL", "scalar")
+    assert [registry.choose(problem).name for registry, problem in problems.items()] == ["reference", "reference"]
 
 
 class TestLoading:

@@ -29,4 +29,5 @@ BACKEND = Backend(
     mask_head_backward,
     why_not=native_limits.limits,
     missing=native_limits.missing,
+    passed_over=native_limits.plain_loops,
 )

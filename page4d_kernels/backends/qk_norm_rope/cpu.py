@@ -41,4 +41,5 @@ BACKEND = Backend(
     qk_norm_rope_backward,
     why_not=native_limits.limits,
     missing=native_limits.missing,
+    passed_over=native_limits.plain_loops,
 )
