@@ -29,8 +29,11 @@ class BuildFailed(Exception):
 
 
 def jobs() -> int:
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+    wanted = os.environ.get("MAX_JOBS", "").strip()
+    if wanted:
+        if not wanted.isdecimal() or int(wanted) < 1:
+            raise SystemExit(f"MAX_JOBS={wanted!r}: give a number of at least 1")
+        return int(wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**30

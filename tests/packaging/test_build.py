@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,8 @@ import pytest
 from page4d_kernels import native
 
 ROOT = Path(__file__).parents[2]
-NEEDS = pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs cmake and a C++ compiler")
+TOOLS = shutil.which("cmake") and shutil.which("c++") and importlib.util.find_spec("pybind11")
+NEEDS = pytest.mark.skipif(not TOOLS, reason="needs cmake, pybind11 and a C++ compiler")
 
 
 @pytest.fixture
@@ -85,6 +87,12 @@ def test_not_wanted(build):
 def test_an_unknown_wish_is_named(build):
     result, _ = build(PAGE4D_BUILD_EXT="yes")
     assert result.returncode != 0 and "PAGE4D_BUILD_EXT='yes': choose one of auto, 0, 1" in result.stderr
+
+
+@NEEDS
+def test_a_wrong_number_of_jobs_is_named(build):
+    result, _ = build(MAX_JOBS="many")
+    assert result.returncode != 0 and "MAX_JOBS='many': give a number of at least 1" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_sources_and_python_agree_about_the_interface():

@@ -39,7 +39,7 @@ def _forward(
 
 
 def _passed_over(problem: AttentionProblem) -> list[str]:
-    """Where `sdpa` is as fast or faster: benchmarks/results/, docs/cpu.md."""
+    """Where `sdpa` is as fast or faster; docs/cpu.md says what was measured and what only tried."""
     reasons = []
     if problem.needs_grad:
         reasons.append("the backward of sdpa is faster")
