@@ -3,6 +3,10 @@
 PAGE4D_BUILD_EXT=auto  (default) build it; if that fails, install without it and record why
 PAGE4D_BUILD_EXT=1     build it or fail
 PAGE4D_BUILD_EXT=0     do not build it
+PAGE4D_BUILD_CUDA=auto (default) with CUDA kernels, if nvcc is there and compiles them
+PAGE4D_BUILD_CUDA=1    with CUDA kernels or fail
+PAGE4D_BUILD_CUDA=0    without
+PAGE4D_CUDA_ARCHS=...  compute capabilities for nvcc, separated by commas (default 80,90a)
 MAX_JOBS=N             compile at most N files at a time (default: one per core, as far as memory goes: 1 GiB each)
 """
 
@@ -15,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -42,6 +47,21 @@ def jobs() -> int:
     return max(1, min(cores, memory // GIB_PER_JOB))
 
 
+def switch(name: str) -> str:
+    wanted = os.environ.get(name, "").strip() or "auto"
+    if wanted not in {"auto", "0", "1"}:
+        raise SystemExit(f"{name}={wanted!r}: choose one of auto, 0, 1")
+    return wanted
+
+
+def architectures() -> list[str]:
+    """-D for CMake, if the user names any."""
+    wanted = os.environ.get("PAGE4D_CUDA_ARCHS", "").replace(" ", "")
+    if wanted and not re.fullmatch(r"\d+[af]?(,\d+[af]?)*", wanted):
+        raise SystemExit(f"PAGE4D_CUDA_ARCHS={wanted!r}: give compute capabilities without the dot, separated by commas, like 80,90a")
+    return [f"-DPAGE4D_CUDA_ARCHS={wanted}"] if wanted else []
+
+
 def run(command: list[str]) -> None:
     try:
         result = subprocess.run(command, capture_output=True, text=True)
@@ -51,7 +71,8 @@ def run(command: list[str]) -> None:
     if result.returncode != 0:
         sys.stderr.write(result.stderr)
         lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-        said = [line for line in lines if re.search(r"\berror\b[: ]", line, re.IGNORECASE)] or lines
+        said = [line for line in lines if re.search(r"\b(error|fatal) *:", line, re.IGNORECASE)]  # a compiler's, not "CMake Error at ..."
+        said = said or [line for line in lines if "error" in line.lower()] or lines
         raise BuildFailed(f"{Path(command[0]).name} failed: {said[0][:300] if said else f'exit code {result.returncode}'}")
 
 
@@ -61,15 +82,15 @@ class CMakeBuild(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         for stale in target.glob("_native.*"):  # a library that no longer belongs to these sources must not be picked up
             stale.unlink()
-        wanted = os.environ.get("PAGE4D_BUILD_EXT", "auto").strip() or "auto"
-        if wanted not in {"auto", "0", "1"}:
-            raise SystemExit(f"PAGE4D_BUILD_EXT={wanted!r}: choose one of auto, 0, 1")
+        wanted, cuda = switch("PAGE4D_BUILD_EXT"), switch("PAGE4D_BUILD_CUDA")
+        if wanted == "0" and cuda == "1":
+            raise SystemExit("PAGE4D_BUILD_CUDA=1 needs the compiled library, and PAGE4D_BUILD_EXT=0 leaves it out: drop one of them")
         record: dict[str, object] = {"built": False, "reason": "PAGE4D_BUILD_EXT=0"}
         if wanted != "0":
             try:
-                record = {"built": True, "reason": ""} | self.compile(target)
+                record = {"built": True, "reason": ""} | self.compile_with_or_without(cuda, target)
             except BuildFailed as failure:
-                if wanted == "1":
+                if wanted == "1" or cuda == "1":
                     raise SystemExit(f"page4d: the compiled library could not be built: {failure}") from None
                 record["reason"] = str(failure)
         (target / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -78,7 +99,17 @@ class CMakeBuild(build_ext):
         for line in [f"page4d: no compiled library ({record['reason']})"] if not record["built"] else left_out:
             print(line, file=sys.stderr)
 
-    def compile(self, target: Path) -> dict[str, object]:
+    def compile_with_or_without(self, cuda: str, target: Path) -> dict[str, object]:
+        """An nvcc that breaks on the sources costs the CUDA kernels, not the library."""
+        try:
+            return self.compile(target, cuda)
+        except BuildFailed as with_cuda:
+            if cuda != "auto":
+                raise
+            record = self.compile(target, "0")  # no better without: that failure is the one to tell
+            return record | {"left_out": [line if not line.startswith("cuda: ") else f"cuda: {with_cuda}" for line in record["left_out"]]}
+
+    def compile(self, target: Path, cuda: str) -> dict[str, Any]:
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if cmake is None:
             raise BuildFailed("cmake is not installed")
@@ -93,6 +124,7 @@ class CMakeBuild(build_ext):
             cmake,
             *("-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
             *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+            *(f"-DPAGE4D_BUILD_CUDA={cuda}", *architectures()),
             *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
         ]
         run(configure)
@@ -103,6 +135,7 @@ class CMakeBuild(build_ext):
         return {
             "compiler": values["compiler"],
             "levels": values["levels"].split(","),
+            "cuda": values["cuda"],
             "left_out": [value for key, value in pairs if key == "left_out"],
         }
 

@@ -29,6 +29,9 @@ void copy(const std::array<int64_t, N>& from, int64_t (&to)[N]) {
 
 void raise_if(Status status, const char* op) {
     if (status == Status::no_memory) throw std::bad_alloc();
+#if defined(PAGE4D_WITH_CUDA)
+    if (status == Status::cuda_error) throw std::runtime_error(std::string(op) + ": CUDA: " + cuda_message());
+#endif
     if (status != Status::ok) throw std::invalid_argument(std::string(op) + ": " + describe(status));
 }
 
@@ -61,8 +64,8 @@ void run_head(Address tokens, const std::array<Address, 6>& parameters, Address 
     raise_if(mask_head(p), "mask_head");
 }
 
-void run_rope(Address qkv, const std::array<Address, 6>& vectors, Address q, Address k, const std::array<int64_t, 7>& sizes, const Four& stride,
-              float eps, int dtype, int threads, int level) {
+QkNormRope rope_problem(Address qkv, const std::array<Address, 6>& vectors, Address q, Address k, const std::array<int64_t, 7>& sizes,
+                        const Four& stride, float eps, int dtype) {
     QkNormRope p{};
     p.qkv = pointer<void>(qkv), p.q = pointer<void>(q), p.k = pointer<void>(k);
     const float** places[] = {&p.q_weight, &p.q_bias, &p.k_weight, &p.k_bias, &p.cos, &p.sin};
@@ -70,9 +73,23 @@ void run_rope(Address qkv, const std::array<Address, 6>& vectors, Address q, Add
     p.batch = sizes[0], p.tokens = sizes[1], p.heads = sizes[2], p.head_dim = sizes[3];
     p.per_frame = sizes[4], p.special = sizes[5], p.width = sizes[6];
     copy(stride, p.stride);
-    p.eps = eps, p.dtype = static_cast<DType>(dtype), p.threads = threads, p.level = static_cast<Level>(level);
+    p.eps = eps, p.dtype = static_cast<DType>(dtype);
+    return p;
+}
+
+void run_rope(Address qkv, const std::array<Address, 6>& vectors, Address q, Address k, const std::array<int64_t, 7>& sizes, const Four& stride,
+              float eps, int dtype, int threads, int level) {
+    QkNormRope p = rope_problem(qkv, vectors, q, k, sizes, stride, eps, dtype);
+    p.threads = threads, p.level = static_cast<Level>(level);
     raise_if(qk_norm_rope(p), "qk_norm_rope");
 }
+
+#if defined(PAGE4D_WITH_CUDA)
+void run_rope_cuda(Address qkv, const std::array<Address, 6>& vectors, Address q, Address k, const std::array<int64_t, 7>& sizes,
+                   const Four& stride, float eps, int dtype, int device, Address stream) {
+    raise_if(qk_norm_rope_cuda(rope_problem(qkv, vectors, q, k, sizes, stride, eps, dtype), device, pointer<void>(stream)), "qk_norm_rope");
+}
+#endif
 
 }  // namespace
 
@@ -83,4 +100,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("mask_attention", run_attention, py::call_guard<py::gil_scoped_release>());
     module.def("mask_head", run_head, py::call_guard<py::gil_scoped_release>());
     module.def("qk_norm_rope", run_rope, py::call_guard<py::gil_scoped_release>());
+#if defined(PAGE4D_WITH_CUDA)
+    module.def("qk_norm_rope_cuda", run_rope_cuda, py::call_guard<py::gil_scoped_release>());
+#endif
 }

@@ -9,6 +9,8 @@ VARIABLES: dict[str, str] = {
     "PAGE4D_MASK_HEAD": "backend of mask_head: auto (default) or a name",
     "PAGE4D_QK_NORM_ROPE": "backend of qk_norm_rope: auto (default) or a name",
     "PAGE4D_BUILD_EXT": "while installing: build the compiled library? auto (default: if it can be), 1 (or fail), 0",
+    "PAGE4D_BUILD_CUDA": "while installing: with CUDA kernels? auto (default: if nvcc is there and compiles them), 1 (or fail), 0",
+    "PAGE4D_CUDA_ARCHS": "while installing: compute capabilities of the CUDA kernels, separated by commas (default 80,90a)",
     "PAGE4D_CPU_LEVEL": "highest instruction set of the compiled CPU kernels: scalar, avx2, avx512, avx512_bf16, amx (default: the best)",
     "PAGE4D_AUTOTUNE": "time tile sizes of the Triton kernels on first use: off (default), fast (what no table has), full",
     "PAGE4D_AUTOTUNE_TABLE": "file of tile sizes, read before the shipped one; what is timed is added to it",

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import env
 
-INTERFACE = 1  # of the functions in csrc/bindings.cpp, as csrc/include/page4d/common.h has it
+INTERFACE = 2  # of the functions in csrc/bindings.cpp, as csrc/include/page4d/common.h has it
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RECORD = Path(__file__).parent / "build_record.json"
 _REBUILD = "build it again with `pip install -e .`"
 
@@ -63,6 +63,8 @@ def report() -> list[str]:
         return [reason]
     levels = ", ".join(record.get("levels", []))
     lines = [f"built by {record.get('compiler', 'an unknown compiler')} for {levels}; this processor takes {best_level()}"]
+    if record.get("cuda"):
+        lines.append(f"CUDA kernels built by {record['cuda']}")
     return lines + [f"left out {line}" for line in record.get("left_out", [])]
 
 
@@ -71,6 +73,20 @@ def library() -> ModuleType:
     if module is None:
         raise RuntimeError(f"the compiled library is not there: {reason}")
     return module
+
+
+def why_no_cuda() -> str:
+    """Why there are no CUDA kernels, in words; empty if they were built. Whether a device can run them is not its business."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    if hasattr(module, "qk_norm_rope_cuda"):
+        return ""
+    left_out = [line.removeprefix("cuda: ") for line in build_record().get("left_out", []) if line.startswith("cuda: ")]
+    return f"it was built without CUDA: {left_out[0] if left_out else _REBUILD}"
+
+
+why_no_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def best_level() -> str:

@@ -20,8 +20,8 @@ NAMES = ("q", "k", "v", "query_gate", "key_bias")
 
 
 def home(backend: str) -> str:
-    """The device for a test that needs one only: the CPU, except for Triton kernels that are not interpreted."""
-    return "cuda" if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+    """The device for a test that needs one only: the CPU, except for CUDA kernels and Triton kernels that are not interpreted."""
+    return "cuda" if backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1") else "cpu"
 
 
 @dataclass(frozen=True)

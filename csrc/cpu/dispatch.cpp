@@ -144,10 +144,8 @@ Status mask_head(const MaskHead& p) {
 
 Status qk_norm_rope(const QkNormRope& p) {
     if (const Status status = check(p.dtype, p.level); status != Status::ok) return status;
-    if (p.batch < 1 || p.tokens < 1 || p.heads < 1 || p.head_dim < 4 || p.head_dim % 4 != 0 || p.per_frame < 1 || p.special < 0 ||
-        p.width < 1 || p.threads < 1)
-        return Status::bad_sizes;
-    if (!p.qkv || !p.q_weight || !p.q_bias || !p.k_weight || !p.k_bias || !p.cos || !p.sin || !p.q || !p.k) return Status::null_pointer;
+    if (const Status status = check(p); status != Status::ok) return status;
+    if (p.threads < 1) return Status::bad_sizes;
     const Kernels& kernels = kernels_of(p.level);
     return run_tasks(kernels.plan_rope(p), p.threads, [&](int64_t i, char* scratch) { kernels.rope(p, i, scratch); });
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .. import native
 
 
@@ -17,8 +19,24 @@ def limits(problem: Any) -> list[str]:
     reasons = []
     if problem.device != "cpu":
         reasons.append(f"it runs on cpu, the tensors are on {problem.device}")
-    if problem.dtype not in native.DTYPES:
+    if problem.dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"it takes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
+    return reasons
+
+
+def missing_cuda() -> list[str]:
+    reason = native.why_no_cuda()
+    if reason:
+        return [f"the compiled library: {reason}"]
+    return [] if torch.cuda.is_available() else ["there is no CUDA device"]
+
+
+def cuda_limits(problem: Any) -> list[str]:
+    reasons = []
+    if problem.device != "cuda":
+        reasons.append(f"it runs on cuda, the tensors are on {problem.device}")
+    if problem.dtype not in native.DTYPES:
+        reasons.append(f"it takes float32, float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
     return reasons
 
 

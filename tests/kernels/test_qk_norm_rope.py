@@ -27,12 +27,14 @@ def make(grid, special, frames, batch, head_dim=64, dtype=torch.float32, device=
     return [qkv.to(device, dtype), *(p.to(device, dtype) for p in parameters), cos, sin], {"grid": grid, "special_tokens": special}
 
 
-def served(backend, device="cpu"):
-    """The dtypes that a backend takes; none of them is skipped by mistake, as every backend takes float32."""
+def served(backend, device="cpu", head_dim=64):
+    """The dtypes that a backend takes; none of them is skipped by mistake, as every backend takes float32 and a head dim of 64."""
     if home(backend) == "cuda" and device == "cpu":
         pytest.skip("it runs on cuda")
-    problems = {dtype: QkNormRopeProblem(device, dtype, 1, 17, 2, 64, (3, 4), 5) for dtype in DTYPES}
+    problems = {dtype: QkNormRopeProblem(device, dtype, 1, 17, 2, head_dim, (3, 4), 5) for dtype in DTYPES}
     found = [dtype for dtype, problem in problems.items() if not BACKENDS.reasons(backend, problem)]
+    if not found and head_dim != 64:
+        pytest.skip("; ".join(BACKENDS.reasons(backend, problems[torch.float32])))
     assert torch.float32 in found
     return found
 
@@ -58,12 +60,12 @@ def by_hand(x, weight, bias, grid, special, frames):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("head_dim", [16, 40, 64])
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 128])
 @pytest.mark.parametrize("shape", GRIDS, ids=str)
 @pytest.mark.parametrize("backend", NAMES)
 def test_forward_against_rotations_by_hand(backend, shape, head_dim, device, poisoned_empty):
     grid, special, frames, _ = shape
-    for dtype in served(backend, device):
+    for dtype in served(backend, device, head_dim):
         tensors, where = make(*shape, head_dim, dtype, device)
         q, k, v = qk_norm_rope(*tensors, **where, backend=backend)
         exact = [x.double() for x in tensors]
@@ -122,7 +124,7 @@ def test_strided_projection(backend):
 
 @pytest.mark.parametrize("backend", AT_HOME)
 def test_opcheck(backend):
-    tensors, _ = make((3, 4), 5, 2, 2, 16, device=home(backend))
+    tensors, _ = make((3, 4), 5, 2, 2, 32, device=home(backend))
     leaves = [x.requires_grad_() for x in tensors[:5]]
     torch.library.opcheck(torch.ops.page4d.qk_norm_rope.default, (*leaves, *tensors[5:], [3, 4], 5, 1e-5, backend))
 

@@ -38,8 +38,8 @@ def build(tmp_path):
 
     def run(**environment):
         command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PAGE4D_", "CXX"))}
-        environment = {**clean, "PYTHONPATH": str(trap), **environment}
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PAGE4D_", "CXX", "CUDA"))}
+        environment = {**clean, "PYTHONPATH": str(trap), "PAGE4D_BUILD_CUDA": "0", **environment}
         result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
         record = tmp_path / "lib" / "page4d_kernels" / "build_record.json"
         return result, json.loads(record.read_text()) if record.exists() else None
@@ -50,8 +50,9 @@ def build(tmp_path):
 @NEEDS
 @pytest.mark.slow
 def test_build(build, tmp_path):
-    result, record = build(PAGE4D_BUILD_EXT="1", MAX_JOBS="2")
+    result, record = build(PAGE4D_BUILD_EXT="1", PAGE4D_BUILD_CUDA="auto", MAX_JOBS="2")
     assert result.returncode == 0, result.stdout + result.stderr
+    assert ("nvcc" in record["cuda"]) == (record["left_out"] == [])
     assert record["built"] and record["levels"][0] == "scalar" and record["compiler"]
     (library,) = (tmp_path / "lib" / "page4d_kernels").glob("_native.*")
     needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True).stdout if shutil.which("ldd") else ""
@@ -72,6 +73,43 @@ def test_a_broken_compiler_is_an_error_on_demand(build):
     result, record = build(CXX="false", PAGE4D_BUILD_EXT="1")
     assert result.returncode != 0 and record is None
     assert "page4d: the compiled library could not be built: cmake failed: " in result.stderr
+
+
+@NEEDS
+@pytest.mark.slow
+def test_without_nvcc(build):
+    result, record = build(PAGE4D_BUILD_CUDA="auto", CUDACXX="/nowhere/nvcc")
+    assert result.returncode == 0 and record["built"] and record["cuda"] == ""
+    assert record["left_out"] == ["cuda: no nvcc works here (put it on PATH or name it in CUDACXX)"]
+    assert record["left_out"][0] in result.stderr
+
+
+@NEEDS
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_an_nvcc_that_does_not_take_the_sources(build):
+    result, record = build(PAGE4D_BUILD_CUDA="auto", PAGE4D_CUDA_ARCHS="7")
+    assert result.returncode == 0 and record["built"] and record["cuda"] == ""
+    assert record["left_out"][0].startswith("cuda: cmake failed: ") and "compute_7" in record["left_out"][0]
+
+
+@NEEDS
+def test_cuda_on_demand(build):
+    result, record = build(PAGE4D_BUILD_CUDA="1", CUDACXX="/nowhere/nvcc")
+    assert result.returncode != 0 and record is None
+    assert "page4d: the compiled library could not be built: cmake failed: " in result.stderr
+    assert "PAGE4D_BUILD_CUDA=1, but no nvcc works here" in result.stderr
+
+
+def test_cuda_without_a_library(build):
+    result, _ = build(PAGE4D_BUILD_CUDA="1", PAGE4D_BUILD_EXT="0")
+    assert result.returncode != 0 and "PAGE4D_BUILD_CUDA=1 needs the compiled library" in result.stderr
+
+
+@NEEDS
+def test_wrong_architectures_are_named(build):
+    result, _ = build(PAGE4D_CUDA_ARCHS="hopper")
+    assert result.returncode != 0 and "PAGE4D_CUDA_ARCHS='hopper': give compute capabilities" in result.stderr
 
 
 def test_no_cmake(build, tmp_path):

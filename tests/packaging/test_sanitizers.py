@@ -1,4 +1,5 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven from csrc/tests/main.cpp, with AMX in emulation."""
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven from csrc/tests/main.cpp, with AMX in emulation;
+and the CUDA kernels that can be, run on the CPU by csrc/tests/cuda_main.cpp."""
 
 from __future__ import annotations
 
@@ -24,5 +25,7 @@ def test_sanitizers(tmp_path):
     for command in build:
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
+    cuda = subprocess.run([str(tmp_path / "page4d_cuda_tests")], capture_output=True, text=True)
+    assert cuda.returncode == 0 and " checks, 0 failed" in cuda.stdout, cuda.stdout + cuda.stderr[-4000:]
     result = subprocess.run([str(tmp_path / "page4d_tests"), "--emulated-amx"], capture_output=True, text=True)
     assert result.returncode == 0 and ", 0 failed, levels up to amx" in result.stdout, result.stdout + result.stderr[-4000:]

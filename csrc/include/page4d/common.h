@@ -1,25 +1,26 @@
-// What all ops share: dtypes, error codes, instruction-set levels. Plain C++17: no torch, no Python, no CUDA.
+// What all ops share: dtypes, error codes, instruction-set levels. Plain C++17: no torch, no Python, no CUDA headers.
 #pragma once
 
 #include <cstdint>
 
 // Raised whenever a struct or a function below changes; page4d_kernels/native.py expects the same number.
-#define PAGE4D_INTERFACE 1
+#define PAGE4D_INTERFACE 2
 
 namespace page4d {
 
-enum class DType : int { f32 = 0, bf16 = 1 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-enum class Status : int { ok = 0, bad_sizes = 1, bad_dtype = 2, null_pointer = 3, no_memory = 4, bad_level = 5 };
+enum class Status : int { ok = 0, bad_sizes = 1, bad_dtype = 2, null_pointer = 3, no_memory = 4, bad_level = 5, cuda_error = 6 };
 
 inline const char* describe(Status status) {
     switch (status) {
         case Status::ok: return "ok";
-        case Status::bad_sizes: return "a size is negative or zero where it may not be";
-        case Status::bad_dtype: return "the dtype is neither float32 nor bfloat16";
+        case Status::bad_sizes: return "a size is negative, zero or too large where it may not be";
+        case Status::bad_dtype: return "the kernel does not take this dtype";
         case Status::null_pointer: return "a pointer is null";
         case Status::no_memory: return "no memory for the working space";
         case Status::bad_level: return "this processor does not have the instruction set that was asked for";
+        case Status::cuda_error: return "CUDA reported an error";
     }
     return "unknown error";
 }
@@ -29,5 +30,8 @@ enum class Level : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx 
 
 // The highest level of this processor that the library was compiled with; asks the kernel for AMX once.
 Level best_level();
+
+// CUDA's words for the last Status::cuda_error of this thread. In libraries with CUDA kernels only.
+const char* cuda_message();
 
 }  // namespace page4d

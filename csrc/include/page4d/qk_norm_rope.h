@@ -17,10 +17,20 @@ struct QkNormRope {
     int64_t stride[4];                        // batch, token, q/k/v, head
     float eps;
     DType dtype;
-    int threads;
+    int threads;  // for CPUs, like the level
     Level level;
 };
 
+inline Status check(const QkNormRope& p) {
+    if (p.batch < 1 || p.tokens < 1 || p.heads < 1 || p.head_dim < 4 || p.head_dim % 4 != 0 || p.per_frame < 1 || p.special < 0 || p.width < 1)
+        return Status::bad_sizes;
+    const bool missing = !p.qkv || !p.q_weight || !p.q_bias || !p.k_weight || !p.k_bias || !p.cos || !p.sin || !p.q || !p.k;
+    return missing ? Status::null_pointer : Status::ok;
+}
+
 Status qk_norm_rope(const QkNormRope& problem);
+
+// Head dims 32, 64 and 128; any dtype of the enum. `stream` is a cudaStream_t of that device; nothing waits for the kernel.
+Status qk_norm_rope_cuda(const QkNormRope& problem, int device, void* stream);
 
 }  // namespace page4d

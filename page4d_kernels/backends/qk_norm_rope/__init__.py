@@ -1,8 +1,8 @@
 """The backends of `qk_norm_rope` and the order in which "auto" tries them."""
 
 from ..registry import declare
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 
 BACKENDS = declare("qk_norm_rope", "PAGE4D_QK_NORM_ROPE", order=("cpu", "reference"))
-for _module in (reference, cpu, triton):
+for _module in (reference, cpu, triton, cuda):
     BACKENDS.register(_module.BACKEND)

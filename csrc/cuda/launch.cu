@@ -1,0 +1,17 @@
+#include "launch.cuh"
+
+namespace page4d {
+namespace {
+thread_local const char* message = "no error";
+}
+
+const char* cuda_message() { return message; }
+
+namespace cuda {
+Status to_status(cudaError_t error) {
+    if (error == cudaSuccess) return Status::ok;
+    message = cudaGetErrorString(error);
+    return Status::cuda_error;
+}
+}  // namespace cuda
+}  // namespace page4d
