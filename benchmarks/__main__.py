@@ -42,7 +42,7 @@ def measure(case: Case, device: str, seconds: float, limits: dict[str, float]) -
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown. The limit is what the same run measured: the matrix or exp2 rate for attention, the copy rate for the other ops."""
+    """Markdown. The limit is what the same run measured: the product or exp2 rate for attention, the copy rate for the other ops."""
     lines = ["| case | variant | ms (quartiles) | rate | of the limit | peak MiB |", "|---|---|---|---|---|---|"]
     for row in results["rows"]:
         if "median" not in row:

@@ -48,7 +48,8 @@ class Case:
 
     def ceilings(self, limits: dict[str, float]) -> dict[str, float]:
         """The rates that bind `work`: for attention the matrix unit or the one exp2 per logit, whichever is slower."""
-        matrix = limits.get(f"matrix_flops_{str(self.dtype).removeprefix('torch.')}", limits["matrix_flops_bfloat16"])
+        dtype = str(self.dtype).removeprefix("torch.")
+        matrix = limits.get(f"products_flops_{dtype}") or limits.get(f"matrix_flops_{dtype}", limits["matrix_flops_bfloat16"])
         per_exp2 = formulas.attention_flops(1, 1, 1, 1, self.head_dim, self.direction)
         return {"flops": min(matrix, limits["exp2"] * per_exp2), "bytes": limits["copy_bytes"]}
 

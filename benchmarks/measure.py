@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from page4d_kernels import native
+
 FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
 
 
@@ -78,9 +80,12 @@ def interleaved(runs: dict[str, Callable[[], object]], device: str, seconds: flo
 
 
 def limits(device: str) -> dict[str, float]:
-    """What this device reaches here and now: matrix products by dtype (FLOP/s), copies (B/s, read plus written), exp2 (1/s)."""
+    """What this device reaches here and now: matrix products by dtype (FLOP/s), copies (B/s, read plus written), exp2 (1/s).
+
+    On a CPU with the compiled library also `products_flops_*` and `exp2`: products and 2^x out of registers, with nothing else to do.
+    """
     clock = Clock(device)
-    size, bytes_, repeats = (8192, 1 << 30, 10) if device == "cuda" else (2048, 1 << 28, 5)
+    size, bytes_, repeats = (8192, 1 << 30, 10) if device == "cuda" else (2048, 1 << 28, 10)
 
     def best(run: Callable[[], object]) -> float:
         run()
@@ -90,12 +95,16 @@ def limits(device: str) -> dict[str, float]:
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         found[f"matrix_flops_{str(dtype).removeprefix('torch.')}"] = 2.0 * size**3 / best(functools.partial(torch.matmul, a, b))
+        if device == "cpu" and not native.why_missing() and (work := native.busy(dtype)):
+            found[f"products_flops_{str(dtype).removeprefix('torch.')}"] = work / best(functools.partial(native.busy, dtype))
     source = torch.randint(0, 255, (bytes_,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return found | {"copy_bytes": 2.0 * bytes_ / best(lambda: target.copy_(source)), "exp2": _exp2_rate(best, device)}
 
 
 def _exp2_rate(best: Callable[[Callable[[], object]], float], device: str) -> float:
+    if device == "cpu" and not native.why_missing() and (work := native.busy(torch.float32, exponentials=True)):
+        return work / best(lambda: native.busy(torch.float32, exponentials=True))
     if device != "cuda":
         x, y = torch.rand(1 << 17), torch.empty(1 << 17)  # stay in the second-level caches, and are enough for all threads
         return 100 * x.numel() / best(lambda: [torch.exp2(x, out=y) for _ in range(100)])

@@ -97,6 +97,12 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "Compiled kernels of page4d. Call them through page4d_kernels.native.";
     module.attr("interface") = PAGE4D_INTERFACE;
     module.def("best_level", [] { return static_cast<int>(best_level()); });
+    module.def(
+        "busy",
+        [](int dtype, bool exponentials, int threads, int level) {
+            return busy(static_cast<DType>(dtype), exponentials, threads, static_cast<Level>(level));
+        },
+        py::call_guard<py::gil_scoped_release>());
     module.def("mask_attention", run_attention, py::call_guard<py::gil_scoped_release>());
     module.def("mask_head", run_head, py::call_guard<py::gil_scoped_release>());
     module.def("qk_norm_rope", run_rope, py::call_guard<py::gil_scoped_release>());

@@ -108,6 +108,14 @@ def level() -> int:
 level._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def busy(dtype: torch.dtype, exponentials: bool = False) -> float:
+    """Keep all threads busy with nothing but products (or 2^x) out of registers, for a moment; the work done, in FLOP (or values).
+
+    Timed, it is the ceiling of this processor at the level in use. 0 if the level is `scalar`.
+    """
+    return library().busy(DTYPES[dtype], exponentials, torch.get_num_threads(), level())
+
+
 def common(x: Tensor) -> tuple[int, int, int]:
     """The arguments that every kernel ends with: dtype, threads, level."""
     return DTYPES[x.dtype], torch.get_num_threads(), level()

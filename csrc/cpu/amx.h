@@ -4,6 +4,7 @@
 // tested on processors without AMX. The emulation is for tests; it is not part of the library.
 #pragma once
 
+#include "ceiling.h"
 #include "gemm.h"
 
 namespace page4d::PAGE4D_ISA {
@@ -106,6 +107,31 @@ void amx_tile(int64_t inner, const uint32_t* a, int64_t lda, const uint32_t* b, 
         PAGE4D_TILE_STORE(2, c + 16, c_bytes);
         PAGE4D_TILE_STORE(3, c + 16 * ldc + 16, c_bytes);
     }
+}
+
+template <>
+double products<EngineAmx>() {
+    alignas(64) static const uint32_t zeros[16 * 16] = {};
+    configure_tiles();
+    PAGE4D_TILE_ZERO(0);
+    PAGE4D_TILE_ZERO(1);
+    PAGE4D_TILE_ZERO(2);
+    PAGE4D_TILE_ZERO(3);
+    PAGE4D_TILE_LOAD(4, zeros, 64);
+    PAGE4D_TILE_LOAD(5, zeros, 64);
+    PAGE4D_TILE_LOAD(6, zeros, 64);
+    PAGE4D_TILE_LOAD(7, zeros, 64);
+    for (int64_t round = 0; round < ceiling_rounds / 16; ++round) {
+        PAGE4D_TILE_MULTIPLY(0, 4, 6);
+        PAGE4D_TILE_MULTIPLY(1, 5, 6);
+        PAGE4D_TILE_MULTIPLY(2, 4, 7);
+        PAGE4D_TILE_MULTIPLY(3, 5, 7);
+    }
+    alignas(64) float sums[16 * 16];
+    PAGE4D_TILE_STORE(0, sums, 64);
+    keep(load(sums));
+    release_tiles();
+    return 2.0 * 4 * 16 * 16 * 32 * (ceiling_rounds / 16);
 }
 
 template <>

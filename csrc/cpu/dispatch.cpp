@@ -114,6 +114,19 @@ Level best_level() {
     return level;
 }
 
+double busy(DType dtype, bool exponentials, int threads, Level level) {
+    if (check(dtype, level) != Status::ok || threads < 1) return 0.0;
+    const Kernels& kernels = kernels_of(level);
+    if (!kernels.products) return 0.0;
+    std::vector<double> done(64 * static_cast<size_t>(threads));
+    run_tasks({static_cast<int64_t>(done.size()), 0}, threads, [&](int64_t i, char*) {
+        done[static_cast<size_t>(i)] = exponentials ? kernels.exponentials() : kernels.products(dtype);
+    });
+    double total = 0.0;
+    for (const double amount : done) total += amount;
+    return total;
+}
+
 Status mask_attention(const MaskAttention& p) {
     if (const Status status = check(p.dtype, p.level); status != Status::ok) return status;
     if (p.batch < 0 || p.heads < 0 || p.queries < 0 || p.keys < 0 || p.head_dim < 1 || p.threads < 1) return Status::bad_sizes;

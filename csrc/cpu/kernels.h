@@ -32,6 +32,8 @@ struct Kernels {
     void (*head)(const MaskHead&, HeadWork, int64_t task, char* scratch);
     Plan (*plan_rope)(const QkNormRope&);
     void (*rope)(const QkNormRope&, int64_t task, char* scratch);
+    double (*products)(DType);  // an amount of work, in FLOP; null for plain loops
+    double (*exponentials)();   // likewise, in values
 };
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_amx;

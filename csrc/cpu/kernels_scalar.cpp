@@ -155,6 +155,6 @@ void rope(const QkNormRope& p, int64_t task, char* scratch) {
 
 }  // namespace
 
-const Kernels kernels_scalar = {plan_attention, attention, packed_w2, plan_prepare, prepare, plan_head, head, plan_rope, rope};
+const Kernels kernels_scalar = {plan_attention, attention, packed_w2, plan_prepare, prepare, plan_head, head, plan_rope, rope, nullptr, nullptr};
 
 }  // namespace page4d

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.h"
+#include "ceiling.h"
 #include "head.h"
 #include "rope.h"
 
@@ -31,6 +32,8 @@ const Kernels PAGE4D_TABLE(PAGE4D_ISA) = {
     [](const QkNormRope& p, int64_t task, char* scratch) {
         p.dtype == DType::f32 ? rope<float>(p, task, scratch) : rope<uint16_t>(p, task, scratch);
     },
+    [](DType dtype) { return dtype == DType::f32 ? products<EngineF32>() : products<PAGE4D_BF16_ENGINE>(); },
+    exponentials,
 };
 
 }  // namespace page4d

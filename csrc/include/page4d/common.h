@@ -31,6 +31,10 @@ enum class Level : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx 
 // The highest level of this processor that the library was compiled with; asks the kernel for AMX once.
 Level best_level();
 
+// Keeps every thread busy with independent multiply-adds (`exponentials`: with 2^x) out of registers, for benchmarks to time.
+// Returns the work done, in FLOP or values; 0 for plain loops.
+double busy(DType dtype, bool exponentials, int threads, Level level);
+
 // CUDA's words for the last Status::cuda_error of this thread. In libraries with CUDA kernels only.
 const char* cuda_message();
 
