@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--stride", type=int, help="every so many frames")
     parser.add_argument("--fps", type=float, help="about so many frames per second of video")
-    parser.add_argument("--size", type=_size, help="network input: a width, or HEIGHTxWIDTH; multiples of 14 (default: 518 wide)")
+    parser.add_argument("--size", type=parse_size, help="network input: a width, or HEIGHTxWIDTH; multiples of 14 (default: 518 wide)")
     parser.add_argument("--fit", choices=("crop", "pad"), default="crop", help="cut what does not fit the size, or pad with white")
     parser.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the trunk's matrix products (default: half precision on cuda, else fp32)")
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _size(text: str) -> int | tuple[int, int]:
+def parse_size(text: str) -> int | tuple[int, int]:
     try:
         sides = [int(side) for side in text.lower().split("x")]
         return sides[0] if len(sides) == 1 else (sides[0], sides[1]) if len(sides) == 2 else int("")

@@ -1,0 +1,10 @@
+"""Synthetic scenes with exact ground truth: rooms and open ground, things that stand and things that move, seen by a moving camera.
+
+`SyntheticScenes` is the data set; `python -m page4d.data.synthetic --preview` shows what it looks like.
+"""
+
+from .dataset import SyntheticScenes, stream
+from .render import render
+from .scene import KINDS, Scene, random_scene
+
+__all__ = ["KINDS", "Scene", "SyntheticScenes", "random_scene", "render", "stream"]

@@ -1,0 +1,240 @@
+"""What is in a scene and how it moves.
+
+Everything is a unit shape under an affine map that may change with time: a point that sits at u in the shape is at A(s) u + c(s) in the
+world at frame s. So a surface point keeps its u through any motion, stretching included, and tracks are exact. The world's z points up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .camera import CameraPath, random_path
+from .texture import Textures, make_textures
+
+# box: |x|, |y|, |z| <= 1. sphere: |u| <= 1. cylinder: x^2 + y^2 <= 1, |z| <= 1. sheet: z = 0, |x|, |y| <= 1. room: a box seen from inside.
+BOX, SPHERE, CYLINDER, SHEET, ROOM = range(5)
+KINDS = ("static", "dynamic", "mixed")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """K shapes over S frames. Lengths are metres."""
+
+    shape: Tensor  # (K,) int64, ascending: equal shapes lie together
+    linear: Tensor  # (S, K, 3, 3): A
+    offset: Tensor  # (S, K, 3): c
+    extent: Tensor  # (K, 3): half sizes in metres, for textures; they do not stretch with the shape
+    object_id: Tensor  # (K,) int64, 0 = background
+    moves: Tensor  # (K,) bool
+    texture: Tensor  # (K,) int64
+    tile: Tensor  # (K,): metres that a texture covers
+    textures: Textures
+    camera: CameraPath
+    light: Tensor  # (3,): where it is, in the world
+    ambient: float  # share of the light that comes from everywhere
+    sky: Tensor | None = None  # (2, 3): colours at the horizon and above, of an open scene
+    far: float = 25.0  # surfaces beyond have no ground truth
+
+    def at(self, u: Tensor, index: Tensor, frame: int) -> Tensor:
+        """World points (P, 3) at a frame of surface points u (P, 3) of shapes `index` (P,)."""
+        return torch.einsum("pij,pj->pi", self.linear[frame, index], u) + self.offset[frame, index]
+
+    def frames(self, which: slice) -> Scene:
+        """The same scene at some of its frames."""
+        return replace(self, linear=self.linear[which], offset=self.offset[which], camera=self.camera.frames(which))
+
+    def to(self, device: torch.device | str) -> Scene:
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, textures=self.textures.to(device), camera=self.camera.to(device))
+
+
+class _Random:
+    """Draws from one generator."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=self.generator))
+
+    def integer(self, low: int, high: int) -> int:
+        """low, ..., high"""
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def chance(self, probability: float) -> bool:
+        return self.uniform(0, 1) < probability
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One shape of an object: its map over time."""
+
+    shape: int
+    linear: Tensor  # (S, 3, 3)
+    offset: Tensor  # (S, 3)
+    extent: Tensor  # (3,)
+    moves: bool
+
+
+def _about_z(angle: Tensor) -> Tensor:
+    c, s, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    return torch.stack([c, -s, zero, s, c, zero, zero, zero, one], -1).unflatten(-1, (3, 3))
+
+
+def _about_y(angle: Tensor) -> Tensor:
+    c, s, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    return torch.stack([c, zero, s, zero, one, zero, -s, zero, c], -1).unflatten(-1, (3, 3))
+
+
+def _still(shape: int, half: Tensor, position: Tensor, angle: float, frames: int) -> _Part:
+    linear = _about_z(torch.tensor(angle)) * half
+    return _Part(shape, linear.expand(frames, 3, 3), position.expand(frames, 3), half, False)
+
+
+def _ground_path(random: _Random, start: Tensor, frames: int, radius: float) -> tuple[Tensor, Tensor]:
+    """Positions (S, 3) and headings (S,) of a thing that goes over the floor, and stays within `radius` of the middle."""
+    time = torch.linspace(0, 1, frames)
+    heading, turn, length = random.uniform(0, 2 * math.pi), random.uniform(-1.5, 1.5), random.uniform(0.8, 2.5)
+    angle = heading + turn * time
+    step = length / max(frames - 1, 1) * torch.stack([angle.cos(), angle.sin(), torch.zeros(frames)], -1)
+    path = start + torch.cat([torch.zeros(1, 3), step[:-1].cumsum(0)])
+    distance = path[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    path[:, :2] *= (radius / distance).clamp_max(1)
+    return path, angle
+
+
+def _solid(random: _Random, position: Tensor, frames: int, moving: bool, radius: float) -> list[_Part]:
+    """A box, ball, cylinder or stretching blob, standing on the floor, or going about: over the floor, spinning, bouncing."""
+    shape = (BOX, SPHERE, CYLINDER)[random.integer(0, 2)]
+    half = torch.tensor([random.uniform(0.15, 0.6) for _ in range(3)])
+    if shape != BOX:
+        half[1] = half[0]
+    if shape == SPHERE and random.chance(0.5):
+        half[2] = half[0]
+    position = position + torch.tensor([0.0, 0.0, float(half[2])])
+    angle = random.uniform(0, 2 * math.pi)
+    if not moving:
+        return [_still(shape, half, position, angle, frames)]
+    path, _ = _ground_path(random, position, frames, radius)
+    time = torch.linspace(0, 1, frames)
+    if random.chance(0.4):  # bounces, or floats
+        path[:, 2] += random.uniform(0.2, 1.0) * (math.pi * (random.uniform(0.5, 2) * time + random.uniform(0, 1))).sin().abs()
+    spin = random.uniform(-2, 2) if random.chance(0.6) else 0.0
+    stretch = torch.ones(frames)
+    if random.chance(0.3):
+        stretch = 1 + random.uniform(0.15, 0.4) * (2 * math.pi * (random.uniform(0.5, 1.5) * time + random.uniform(0, 1))).sin()
+    scale = torch.stack([stretch.rsqrt(), stretch.rsqrt(), stretch], -1) * half  # keeps its volume
+    return [_Part(shape, _about_z(angle + spin * time) * scale[:, None, :], path, half, True)]
+
+
+def _walker(random: _Random, position: Tensor, frames: int, radius: float) -> list[_Part]:
+    """Torso, head, arms and legs; limbs swing about hip and shoulder while it walks."""
+    path, heading = _ground_path(random, position, frames, radius)
+    height, time = random.uniform(1.2, 1.9), torch.linspace(0, 1, frames)
+    swing = random.uniform(0.3, 0.7) * (2 * math.pi * (random.uniform(1, 2.5) * time + random.uniform(0, 1))).sin()
+    body = _about_z(heading)
+    upright = torch.zeros(frames)
+    parts = [  # shape, half sizes, joint, from the joint to the middle, angle about the joint; in units of the height
+        (SPHERE, (0.10, 0.14, 0.22), (0, 0, 0.65), (0, 0, 0), upright),
+        (SPHERE, (0.07, 0.07, 0.09), (0, 0, 0.92), (0, 0, 0), upright),
+        (CYLINDER, (0.045, 0.045, 0.24), (0, 0.07, 0.48), (0, 0, -0.24), swing),
+        (CYLINDER, (0.045, 0.045, 0.24), (0, -0.07, 0.48), (0, 0, -0.24), -swing),
+        (CYLINDER, (0.035, 0.035, 0.18), (0, 0.17, 0.80), (0, 0, -0.18), -swing),
+        (CYLINDER, (0.035, 0.035, 0.18), (0, -0.17, 0.80), (0, 0, -0.18), swing),
+    ]
+    found = []
+    for shape, half, joint, arm, angle in parts:
+        extent, local = height * torch.tensor(half), _about_y(angle)
+        middle = height * (
+            torch.tensor(joint, dtype=torch.float32) + torch.einsum("sij,j->si", local, torch.tensor(arm, dtype=torch.float32))
+        )
+        found.append(_Part(shape, body @ local * extent, path + torch.einsum("sij,sj->si", body, middle), extent, True))
+    return found
+
+
+def random_scene(kind: str, frames: int, generator: torch.Generator, photographs=None, moving: int | None = None) -> Scene:
+    """A scene of a kind: "static" (only the camera moves), "dynamic" (one to four things move as well), "mixed" (either).
+
+    `moving` fixes the number of independently moving objects instead.
+    """
+    random = _Random(generator)
+    if moving is None:
+        dynamic = kind == "dynamic" or (kind == "mixed" and random.chance(0.5))
+        moving = random.integer(1, 4) if dynamic else 0
+    indoors = random.chance(0.6)
+    size = torch.tensor([random.uniform(3.5, 5.5), random.uniform(3.5, 5.5), random.uniform(1.4, 2.0)])
+    if indoors:  # the floor is z = 0
+        objects = [[_still(ROOM, size, torch.tensor([0.0, 0.0, float(size[2])]), 0.0, frames)]]
+    else:
+        ground = torch.tensor([60.0, 60.0, 1.0])
+        objects = [[_still(SHEET, ground, torch.zeros(3), random.uniform(0, 2), frames)]]
+        for _ in range(random.integer(1, 4)):  # houses and walls around
+            angle, distance = random.uniform(0, 2 * math.pi), random.uniform(7, 14)
+            half = torch.tensor([random.uniform(0.5, 3), random.uniform(0.5, 3), random.uniform(0.8, 3)])
+            where = torch.tensor([distance * math.cos(angle), distance * math.sin(angle), float(half[2])])
+            objects.append([_still(BOX, half, where, random.uniform(0, 3), frames)])
+    background = len(objects)
+    camera = random_path(random.generator, frames, radius=0.75 * float(size[:2].min()), ceiling=2 * float(size[2]))
+    reach = 0.45 * float(size[:2].min())
+
+    def somewhere() -> Tensor:
+        angle, distance = random.uniform(0, 2 * math.pi), reach * math.sqrt(random.uniform(0, 1))
+        return torch.tensor([distance * math.cos(angle), distance * math.sin(angle), 0.0])
+
+    for i in range(random.integer(3, 7) + moving):
+        for _ in range(20):  # a thing that the camera would run into is drawn again
+            parts = (
+                _walker(random, somewhere(), frames, reach)
+                if i < moving and random.chance(0.4)
+                else _solid(random, somewhere(), frames, i < moving, reach)
+            )
+            if _clearance(parts, camera) > 0.35:
+                objects.append(parts)
+                break
+    return _assemble(random, objects, background, camera, indoors, size, photographs)
+
+
+def _clearance(parts: list[_Part], camera: CameraPath) -> float:
+    """Smallest distance of the camera from the balls around the parts."""
+    nearest = math.inf
+    for part in parts:
+        gap = (part.offset - camera.centers).norm(dim=-1) - part.linear.norm(dim=(-2, -1))
+        nearest = min(nearest, float(gap.min()))
+    return nearest
+
+
+def _assemble(
+    random: _Random, objects: list[list[_Part]], background: int, camera: CameraPath, indoors: bool, size: Tensor, photographs
+) -> Scene:
+    textures = make_textures(len(objects), random.generator, photographs)
+    numbered = [(part, i) for i, parts in enumerate(objects) for part in parts]
+    numbered.sort(key=lambda pair: pair[0].shape)
+    parts = [part for part, _ in numbered]
+    which = torch.tensor([i for _, i in numbered])
+    tile = torch.tensor([random.uniform(1.5, 4.0) if i < background else random.uniform(0.4, 1.5) for i in range(len(objects))])
+    angle = random.uniform(0, 2 * math.pi)
+    if indoors:
+        light = torch.tensor([random.uniform(-0.6, 0.6), random.uniform(-0.6, 0.6), 1.85]) * size
+    else:
+        light = 100 * torch.tensor([math.cos(angle), math.sin(angle), random.uniform(0.5, 2.0)])
+    blue = torch.tensor([[0.85, 0.88, 0.92], [0.35, 0.55, 0.85]]) * random.uniform(0.7, 1.05)
+    return Scene(
+        shape=torch.tensor([part.shape for part in parts]),
+        linear=torch.stack([part.linear for part in parts], 1).contiguous(),
+        offset=torch.stack([part.offset for part in parts], 1).contiguous(),
+        extent=torch.stack([part.extent for part in parts]),
+        object_id=(which - background + 1).clamp_min(0),
+        moves=torch.tensor([part.moves for part in parts]),
+        texture=which,
+        tile=tile[which],
+        textures=textures,
+        camera=camera,
+        light=light,
+        ambient=random.uniform(0.35, 0.6),
+        sky=None if indoors else blue.clamp(0, 1),
+    )
