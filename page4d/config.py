@@ -68,6 +68,7 @@ class Page4DConfig:
     patch_size: int = 14
     register_tokens: int = 4
     rope_base: float = 100.0
+    layer_scale: float = 0.01  # initial value; the released weights were trained from this one
     masked_blocks: tuple[int, int] = (10, 20)
     mask_after: int = 9
     mask_hidden: int | None = 256
@@ -168,6 +169,25 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
     return cls(**{name: convert(name, value) for name, value in values.items()})
 
 
+def _nano() -> Page4DConfig:
+    """Small enough to be trained on a CPU and to travel with the source. No point head: depth and cameras give points."""
+    return Page4DConfig(
+        embed_dim=192,
+        num_heads=3,
+        depth=6,
+        layer_scale=1.0,
+        masked_blocks=(2, 5),
+        mask_after=2,
+        mask_hidden=64,
+        kept_layers=(1, 2, 4, 5),
+        encoder=EncoderConfig(depth=4, num_heads=3, position_grid=16),
+        camera=CameraHeadConfig(depth=1, num_heads=6),
+        depth_head=DenseHeadConfig(features=48, out_channels=(48, 96, 128, 128)),
+        point_head=None,
+        track=None,
+    )
+
+
 def _small() -> Page4DConfig:
     """A quarter of the width and half of the depth: runs in seconds on a CPU. Has no released weights."""
     dense = DenseHeadConfig(features=64, out_channels=(48, 96, 192, 192))
@@ -205,6 +225,7 @@ PRESETS: dict[str, Page4DConfig] = {
     "page4d": Page4DConfig(mask_strength=0.0),  # checkpoint_nomask: the mask served training only
     "page4d-mask": Page4DConfig(),
     "vggt": Page4DConfig(mask_hidden=None, mask_strength=0.0),
+    "nano": _nano(),
     "small": _small(),
     "tiny": _tiny(),
 }

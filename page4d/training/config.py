@@ -1,0 +1,170 @@
+"""A run's configuration: one YAML file, overridden by KEY=VALUE on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Synthetic scenes. Every step draws a number of frames; the batch is as many sequences as `images` allows."""
+
+    kind: str = "static"  # static, dynamic or mixed
+    seed: int = 1
+    frames: tuple[int, int] = (2, 8)  # frames of a sequence: least and most
+    images: int = 16  # images of a step on one device
+    size: tuple[int, int] = (112, 154)  # height, width
+    supersample: int = 1
+    noise: float = 0.01
+    jitter: float = 0.9  # probability of colour jitter
+    photographs: str | None = None
+    workers: int = 0  # processes that render; 0 = the training process does
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms; 0 leaves a term and its head out."""
+
+    camera: float = 5.0
+    depth: float = 1.0
+    points: float = 1.0
+    track: float = 0.0
+    mask: float = 0.0  # supervision by true motion
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; each learning rate rises linearly over its warm-up (a share of all steps) and falls to `floor` along a half cosine."""
+
+    lr: float = 1e-5
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    mask_lr: float = 2e-5  # of the mask head
+    mask_warmup: float = 0.15
+    mask_weight_decay: float = 0.02
+    floor: float = 1e-8
+    clip: float = 1.0  # largest norm of the gradient of all trained parameters
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Strength of the mask by step: full before `hold_start`, 0 from `hold_end` on, a half cosine in between. Shares of all steps."""
+
+    strength: float = 64.0
+    hold_start: float = 1.0
+    hold_end: float = 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    model: str = "nano"  # a preset
+    weights: str | None = None  # to start from: a file or a hub name; random if there is none
+    trainable: str = "middle"  # all; middle = the masked blocks and the mask head, as the paper fine-tunes
+    steps: int = 1000
+    accumulation: int = 1  # micro-batches of a step
+    seed: int = 0  # of the random weights
+    precision: str = "fp32"  # or bf16, by autocast
+    checkpoint_activations: bool = False
+    log_every: int = 10
+    save_every: int = 500
+    out: str = "runs/run"
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+
+    def __post_init__(self) -> None:
+        def expect(condition: bool, message: str) -> None:
+            if not condition:
+                raise ConfigError(message)
+
+        expect(self.trainable in ("all", "middle"), f"trainable: {self.trainable!r} is neither all nor middle")
+        expect(self.precision in ("fp32", "bf16"), f"precision: {self.precision!r} is neither fp32 nor bf16")
+        for name in ("steps", "accumulation", "log_every", "save_every"):
+            expect(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} has to be at least 1")
+        least, most = self.data.frames
+        expect(1 <= least <= most, f"data.frames: {self.data.frames} has to be [least, most] with 1 <= least <= most")
+        expect(self.data.images >= most, f"data.images: {self.data.images} does not hold one sequence of {most} frames")
+        for group, names in (("loss", vars(self.loss)), ("optimizer", vars(self.optimizer)), ("mask", vars(self.mask))):
+            for name, value in names.items():
+                expect(value >= 0, f"{group}.{name}: {value} has to be at least 0")
+        expect(self.mask.hold_start <= self.mask.hold_end, "mask.hold_start has to be at most mask.hold_end")
+        expect(any(vars(self.loss).values()), "loss: every weight is 0, so there is nothing to learn")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a YAML file (or the defaults) with "data.seed=3"-like overrides.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, a key does not exist, a value has the wrong type or contradicts another.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} has to hold keys and values, see configs/ for examples")
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise ConfigError(f"{override!r} is no override: write KEY=VALUE, such as data.seed=3")
+        *groups, name = key.split(".")
+        place = values
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{key}: {group} is a value, not a group")
+        try:
+            place[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{override!r}: the value is not YAML") from None
+    return _build(RunConfig, values, "")
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    built = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {prefix}{key}: choose one of {', '.join(hints)}")
+        built[key] = _convert(hints[key], value, prefix + key)
+    return cls(**built)
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} is a group: give its keys")
+        assert isinstance(kind, type)
+        return _build(kind, value, f"{name}.")
+    if kind == tuple[int, int]:
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(x) is int for x in value):
+            return value[0], value[1]
+        raise ConfigError(f"{name} has to be two whole numbers, like [2, 8], not {value!r}")
+    if kind is float and isinstance(value, str):  # YAML takes 1e-4 for a word
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{name} has to be a number, not {value!r}") from None
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind == str | None and (value is None or isinstance(value, str)):
+        return value
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise ConfigError(f"{name} has to be of type {getattr(kind, '__name__', kind)}, not {value!r}")

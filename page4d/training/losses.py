@@ -1,0 +1,167 @@
+"""The training losses of VGGT / PAGE-4D: camera, depth, points; and supervision of tracks and of the mask.
+
+fix(x) replaces what is not finite by 0 and clamps to [-100, 100]. All terms are fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.sample import Sample
+from ..geometry import encode_pose
+from ..prediction import Prediction
+from .config import LossConfig
+
+LARGEST = 100.0
+KEPT_SHARE = 0.98  # of the errors of a batch; the largest are left out
+FEW = 1000  # no filter for fewer
+MANY = 100_000_000  # the threshold comes from a subset beyond
+
+
+def fix(x: Tensor) -> Tensor:
+    return x.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST, LARGEST)
+
+
+def without_largest(x: Tensor) -> Tensor:
+    """x (n,) without values from its nearest-rank 0.98 quantile on, if there are more than 1000 and more than 1000 remain."""
+    if len(x) <= FEW:
+        return x
+    x = x.clamp_max(LARGEST)
+    drawn = x.detach()
+    if len(x) > MANY:
+        drawn = drawn[torch.randint(len(x), (1_000_000,), device=x.device)]
+    rank = round(KEPT_SHARE * (len(drawn) - 1)) + 1
+    kept = x[x < drawn.kthvalue(rank).values]
+    return kept if len(kept) > FEW else x
+
+
+def camera_loss(pose_enc_list: Tensor, target: Sample) -> Tensor:
+    """Sum over refinements i of n, weighted 0.6^(n-1-i) / n, of the mean L1 errors: translation + quaternion + fov / 2.
+
+    pose_enc_list (n, B, S, 9). Sequences with at most 100 valid pixels in their first frame are left out.
+    """
+    assert target.valid is not None
+    size = (target.images.shape[-2], target.images.shape[-1])
+    wanted = encode_pose(target.extrinsics, target.intrinsics, size)
+    chosen = target.valid[:, 0].flatten(1).sum(1) > 100
+    count = len(pose_enc_list)
+    total = pose_enc_list.sum() * 0
+    if not chosen.any():
+        return total
+    for i, predicted in enumerate(pose_enc_list):
+        error = (predicted - wanted)[chosen].abs()
+        translation = error[..., :3].clamp_max(LARGEST).mean()
+        terms = fix(translation) + fix(error[..., 3:7].mean()) + 0.5 * fix(error[..., 7:].mean())
+        total = total + 0.6 ** (count - 1 - i) * terms / count
+    return total
+
+
+def _regression(error: Tensor, confidence: Tensor, gamma: float, alpha: float) -> Tensor:
+    """mean(gamma e k - alpha log k) + mean(e) of errors e and confidences k at valid pixels (n,), the largest left out of each."""
+    e, k = fix(error), confidence.clamp_min(1e-6)
+    return without_largest(fix(gamma * e * k - alpha * k.log())).mean() + without_largest(e).mean()
+
+
+def depth_loss(depth: Tensor, confidence: Tensor, target: Sample) -> Tensor:
+    """depth (B, S, H, W, 1), confidence (B, S, H, W): regression (gamma 0.3, alpha 0.06) and gradients of the error."""
+    assert target.depth is not None and target.valid is not None
+    valid = target.valid
+    if valid.sum() < 100:
+        return depth.sum() * 0
+    error = depth[..., 0] - target.depth
+    return _regression(error[valid].abs(), confidence[valid], 0.3, 0.06) + _gradients(error, valid)
+
+
+def _gradients(error: Tensor, valid: Tensor) -> Tensor:
+    """Mean over strides 1, 2, 4, 8 of sum(|d_x e| + |d_y e|) / n, where both pixels are valid; e and valid (B, S, H, W)."""
+    error = torch.where(valid, error, 0.0)
+    total = error.sum() * 0
+    for stride in (1, 2, 4, 8):
+        e, m = error[..., ::stride, ::stride], valid[..., ::stride, ::stride]
+        across = (e[..., 1:] - e[..., :-1]).abs().clamp_max(LARGEST) * (m[..., 1:] & m[..., :-1])
+        down = (e[..., 1:, :] - e[..., :-1, :]).abs().clamp_max(LARGEST) * (m[..., 1:, :] & m[..., :-1, :])
+        total = total + fix((across.sum() + down.sum()) / m.sum().clamp_min(1)) / 4
+    return total
+
+
+def point_loss(points: Tensor, confidence: Tensor, target: Sample) -> Tensor:
+    """points (B, S, H, W, 3), confidence (B, S, H, W): regression (gamma 1, alpha 0.2) and surface normals."""
+    assert target.world_points is not None and target.valid is not None
+    valid = target.valid
+    if valid.sum() < 100:
+        return points.sum() * 0
+    loss = _regression((points - target.world_points)[valid].norm(dim=-1), confidence[valid], 1.0, 0.2)
+    for stride in (1, 2, 4):
+        predicted, wanted = points[..., ::stride, ::stride, :], target.world_points[..., ::stride, ::stride, :]
+        loss = loss + _normal_error(predicted, wanted, valid[..., ::stride, ::stride]) / 3
+    return loss
+
+
+def _normal_error(predicted: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
+    """mean(1 - cos) between normals from neighbours: up x left, left x down, down x right, right x up."""
+    a, ok = _normals(predicted, valid)
+    b, _ = _normals(wanted, valid)
+    if ok.sum() < 10:
+        return predicted.sum() * 0
+    return fix((1 - (a * b).sum(-1))[ok]).mean()
+
+
+def _normals(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit normals (4, B, S, H, W, 3) and where all three pixels are valid (4, B, S, H, W); outside the image is not valid."""
+    around = F.pad(points, (0, 0, 1, 1, 1, 1))
+    inside = F.pad(valid, (1, 1, 1, 1))
+    centre = points
+    up, down = around[..., :-2, 1:-1, :] - centre, around[..., 2:, 1:-1, :] - centre
+    left, right = around[..., 1:-1, :-2, :] - centre, around[..., 1:-1, 2:, :] - centre
+    m_up, m_down = inside[..., :-2, 1:-1], inside[..., 2:, 1:-1]
+    m_left, m_right = inside[..., 1:-1, :-2], inside[..., 1:-1, 2:]
+    pairs = [(up, left, m_up, m_left), (left, down, m_left, m_down), (down, right, m_down, m_right), (right, up, m_right, m_up)]
+    normals = torch.stack([torch.linalg.cross(a, b) for a, b, _, _ in pairs])
+    return F.normalize(normals, dim=-1), torch.stack([ma & mb & valid for _, _, ma, mb in pairs])
+
+
+def track_loss(track_list: Tensor, visibility: Tensor, target: Sample) -> Tensor:
+    """Sum over refinements, weighted 0.8^(n-1-i) / n, of the mean L1 error of visible points in units of the image's longer side, plus
+    the binary cross-entropy of visibility. track_list (n, B, S, N, 2); visibility (B, S, N) is a probability, not a logit.
+    """
+    assert target.tracks is not None and target.track_visible is not None
+    seen, count = target.track_visible, len(track_list)
+    total = F.binary_cross_entropy(visibility.float().clamp(1e-6, 1 - 1e-6), seen.float())
+    for i, track in enumerate(track_list):
+        error = (track - target.tracks)[seen].abs() / max(target.images.shape[-2:])
+        total = total + 0.8 ** (count - 1 - i) * fix(error).mean() / count
+    return total
+
+
+def mask_loss(mask: Tensor, target: Sample) -> Tensor:
+    """Binary cross-entropy of 1/2 + mask, read as the probability that a patch stands still; mask (B, S, h, w) in (-1/2, 1/2).
+
+    The truth is the share of a patch's pixels that do not move.
+    """
+    assert target.dynamic is not None
+    moving = F.adaptive_avg_pool2d(target.dynamic.flatten(0, 1)[:, None].float(), (mask.shape[-2], mask.shape[-1])).view_as(mask)
+    return F.binary_cross_entropy((mask.float() + 0.5).clamp(1e-6, 1 - 1e-6), 1 - moving)
+
+
+def total_loss(prediction: Prediction, target: Sample, weights: LossConfig) -> dict[str, Tensor]:
+    """The weighted sum under "loss", and each term that has a weight under its name. `target` is normalised ground truth."""
+    found: dict[str, Tensor] = {}
+    if weights.camera:
+        assert prediction.pose_enc_list is not None
+        found["camera"] = camera_loss(prediction.pose_enc_list, target)
+    if weights.depth:
+        assert prediction.depth is not None and prediction.depth_conf is not None
+        found["depth"] = depth_loss(prediction.depth, prediction.depth_conf, target)
+    if weights.points:
+        assert prediction.world_points is not None and prediction.world_points_conf is not None
+        found["points"] = point_loss(prediction.world_points, prediction.world_points_conf, target)
+    if weights.track:
+        assert prediction.track_list is not None and prediction.vis is not None
+        found["track"] = track_loss(prediction.track_list, prediction.vis, target)
+    if weights.mask:
+        assert prediction.mask is not None
+        found["mask"] = mask_loss(prediction.mask, target)
+    terms = [getattr(weights, name) * value for name, value in found.items()]
+    return {"loss": torch.stack(terms).sum(), **found}

@@ -1,0 +1,64 @@
+"""Which parameters are trained, in which group, and at which learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..model import Page4D
+from .config import OptimizerConfig
+
+
+def choose_trainable(model: Page4D, which: str) -> int:
+    """Freeze all but what `which` names ("all", or "middle": the masked blocks and the mask head); the number of trained parameters.
+
+    Frozen modules go to eval mode, the others to training mode.
+    """
+    aggregator = model.aggregator
+    first, end = model.config.masked_blocks
+    if which == "all":
+        chosen: list[nn.Module] = [model]
+    elif first == end:
+        raise ConfigError("trainable: middle needs a model with masked blocks, and this one has none: use all")
+    else:
+        chosen = [*aggregator.frame_blocks[first:end], *aggregator.global_blocks[first:end]]
+        if aggregator.spatial_mask_head is not None:
+            chosen.append(aggregator.spatial_mask_head)
+    model.requires_grad_(False).eval()
+    for module in chosen:
+        module.requires_grad_(True).train()
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def make_optimizer(model: Page4D, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Groups: mask head, and the rest; vectors (biases, norms, layer scales) are not decayed."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            mask_head = name.startswith("aggregator.spatial_mask_head.")
+            groups.setdefault((mask_head, parameter.dim() > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        {
+            "params": parameters,
+            "lr": config.mask_lr if mask_head else config.lr,
+            "peak": config.mask_lr if mask_head else config.lr,
+            "warmup": config.mask_warmup if mask_head else config.warmup,
+            "weight_decay": (config.mask_weight_decay if mask_head else config.weight_decay) if decays else 0.0,
+        }
+        for (mask_head, decays), parameters in groups.items()
+    )
+
+
+def learning_rate(progress: float, peak: float, warmup: float, floor: float) -> float:
+    """Linear from `floor` to `peak` over the share `warmup` of the run, then a half cosine back; progress in [0, 1)."""
+    if progress < warmup:
+        return floor + (peak - floor) * progress / warmup
+    return floor + (peak - floor) * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9))) / 2
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, progress: float, floor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(progress, group["peak"], group["warmup"], floor)

@@ -1,0 +1,187 @@
+"""The training loop: one optimiser step per iteration, clipped gradients, exact resumption, loud failures."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ..checkpoint import load_pretrained, save_pretrained
+from ..config import preset
+from ..data.sample import Sample
+from ..errors import InputError, UserError
+from ..files import AtomicFiles, check_writable
+from ..mask_head import mask_schedule
+from ..model import Page4D
+from .batches import Batches, loader
+from .config import LossConfig, RunConfig
+from .losses import total_loss
+from .parameters import choose_trainable, make_optimizer, set_learning_rates
+
+TRACKS = 64  # points followed, if tracks are trained
+STATE, WEIGHTS, LOG = "state.pt", "model.safetensors", "log.csv"
+
+
+class TrainingError(UserError):
+    """A run that cannot go on."""
+
+
+class Objective(nn.Module):
+    """Images and ground truth in, losses out: what is wrapped for several GPUs."""
+
+    def __init__(self, model: Page4D, weights: LossConfig):
+        super().__init__()
+        self.model, self.weights = model, weights
+        heads = {"camera": model.camera_head, "depth": model.depth_head, "points": model.point_head, "track": model.track_head,
+                 "mask": model.aggregator.spatial_mask_head}  # fmt: skip
+        for name, head in heads.items():
+            if getattr(weights, name) and head is None:
+                raise TrainingError(f"loss.{name} is {getattr(weights, name)}, but the model has no {name} head: set it to 0")
+
+    def forward(self, batch: Sample, mask_strength: float) -> dict[str, Tensor]:
+        outputs = [name for name in ("camera", "depth", "points", "mask") if getattr(self.weights, name)]
+        queries = batch.tracks[:, 0] if self.weights.track and batch.tracks is not None else None
+        prediction = self.model(batch.images, queries, outputs=outputs, mask_strength=mask_strength)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            return total_loss(prediction, batch, self.weights)
+
+
+class Trainer:
+    """A run in `config.out`: log.csv, state.pt (to resume), model.safetensors (to use).
+
+    Under `torchrun` every process trains on its own batches, and gradients are averaged.
+    """
+
+    def __init__(self, config: RunConfig, *, resume: bool = False, device: torch.device | str | None = None):
+        self.config, self.out = config, Path(config.out)
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.ranks > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+                torch.cuda.set_device(self.device)
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        check_writable(self.out)
+        state_file = self.out / STATE
+        if state_file.exists() and not resume:
+            raise InputError(f"{self.out} holds a run already: continue it with --resume, or choose another folder with out=FOLDER")
+        if resume and not state_file.exists():
+            raise InputError(f"there is nothing to resume in {self.out}: {STATE} is missing")
+        state = self._read(state_file) if resume else None
+
+        torch.manual_seed(config.seed)
+        self.model = (load_pretrained(config.weights) if config.weights and state is None else Page4D(preset(config.model))).to(self.device)
+        self.trained = choose_trainable(self.model, config.trainable)
+        self.model.aggregator.checkpoint_activations = config.checkpoint_activations
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.step = 0
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+        objective = Objective(self.model, config.loss)
+        wrapped = DistributedDataParallel(objective, find_unused_parameters=True) if self.ranks > 1 else objective
+        self.objective: nn.Module = wrapped
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file makes of it
+            raise InputError(f"{path} cannot be read ({type(error).__name__}): restore it, or start again in another folder") from None
+        changed = [key for key, value in self.config.to_dict().items() if key != "out" and state["config"].get(key) != value]
+        if changed:
+            raise InputError(f"{path} belongs to another configuration ({', '.join(changed)} differ): resume with the same one")
+        return state
+
+    def mask_strength(self) -> float:
+        mask, steps = self.config.mask, self.config.steps
+        return mask_schedule(self.step, mask.hold_start * steps, mask.hold_end * steps, mask.strength)
+
+    def train(self, until: int | None = None) -> dict[str, float]:
+        """Train to the end (or step `until`), with a progress bar; the last step's losses."""
+        config = self.config
+        end = min(until or config.steps, config.steps)
+        batches = Batches(config.data, self.step * config.accumulation, self.rank, self.ranks, TRACKS if config.loss.track else 0)
+        stream = loader(batches, config.data.workers)
+        values: dict[str, float] = {}
+        bar = tqdm(total=end, initial=self.step, desc="training", unit="step", disable=self.rank > 0)
+        started, images = time.perf_counter(), 0
+        while self.step < end:
+            values, count = self._iterate(stream)
+            images += count
+            self.step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{values['loss']:.3f}")
+            if self.step % config.log_every == 0 or self.step == end:
+                seconds = time.perf_counter() - started
+                self._log(values | {"images_per_second": images / seconds})
+                started, images = time.perf_counter(), 0
+            if self.step % config.save_every == 0 or self.step == end:
+                self.save()
+        bar.close()
+        return values
+
+    def _iterate(self, stream) -> tuple[dict[str, float], int]:
+        """One optimiser step over the micro-batches: losses averaged over them, and the number of images."""
+        config, images = self.config, 0
+        totals: dict[str, float] = {}
+        strength = self.mask_strength()
+        set_learning_rates(self.optimizer, self.step / config.steps, config.optimizer.floor)
+        for micro in range(config.accumulation):
+            batch = next(stream).to(self.device)
+            images += batch.images.shape[0] * batch.images.shape[1] * self.ranks
+            last = micro == config.accumulation - 1
+            together = nullcontext() if last or self.ranks == 1 else self.objective.no_sync()  # type: ignore[operator]
+            with together:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    losses = self.objective(batch, strength)
+                (losses["loss"] / config.accumulation).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + float(value.detach()) / config.accumulation
+        if not math.isfinite(totals["loss"]):
+            raise TrainingError(f"the loss at step {self.step} is not finite ({totals}): lower the learning rate, or look at the data")
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = float(nn.utils.clip_grad_norm_(trained, config.optimizer.clip))
+        if not math.isfinite(norm):
+            raise TrainingError(f"the gradient's norm is {norm} at step {self.step}: lower the learning rate, or look at the data")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return totals | {"gradient_norm": norm, "lr": max(g["lr"] for g in self.optimizer.param_groups), "mask_strength": strength}, images
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.rank > 0:
+            return
+        path = self.out / LOG
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"step": self.step, **{name: f"{value:.6g}" for name, value in values.items()}}
+        new = not path.exists()
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def save(self) -> None:
+        """state.pt, to go on from, and model.safetensors, to use."""
+        if self.rank > 0:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "config": self.config.to_dict(),
+        }
+        with AtomicFiles() as files:
+            torch.save(state, files.add(self.out / STATE))
+        save_pretrained(self.model, self.out / WEIGHTS)
