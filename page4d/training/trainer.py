@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..checkpoint import load_pretrained, save_pretrained
-from ..config import preset
+from ..config import Page4DConfig, preset
 from ..data.sample import Sample
 from ..errors import InputError, UserError
 from ..files import AtomicFiles, check_writable
@@ -81,7 +81,13 @@ class Trainer:
         state = self._read(state_file) if resume else None
 
         torch.manual_seed(config.seed)
-        self.model = (load_pretrained(config.weights) if config.weights and state is None else Page4D(preset(config.model))).to(self.device)
+        if state is not None:
+            self.model = Page4D(Page4DConfig.from_json(state["model_config"]))
+        elif config.weights:
+            self.model = load_pretrained(config.weights, preset(config.model))
+        else:
+            self.model = Page4D(preset(config.model))
+        self.model.to(self.device)
         self.trained = choose_trainable(self.model, config.trainable)
         self.model.aggregator.checkpoint_activations = config.checkpoint_activations
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -104,9 +110,9 @@ class Trainer:
             raise InputError(f"{path} belongs to another configuration ({', '.join(changed)} differ): resume with the same one")
         return state
 
-    def mask_strength(self) -> float:
+    def mask_strength(self, step: int) -> float:
         mask, steps = self.config.mask, self.config.steps
-        return mask_schedule(self.step, mask.hold_start * steps, mask.hold_end * steps, mask.strength)
+        return mask_schedule(step, mask.hold_start * steps, mask.hold_end * steps, mask.strength)
 
     def train(self, until: int | None = None) -> dict[str, float]:
         """Train to the end (or step `until`), with a progress bar; the last step's losses."""
@@ -136,7 +142,7 @@ class Trainer:
         """One optimiser step over the micro-batches: losses averaged over them, and the number of images."""
         config, images = self.config, 0
         totals: dict[str, float] = {}
-        strength = self.mask_strength()
+        strength = self.mask_strength(self.step)
         set_learning_rates(self.optimizer, self.step / config.steps, config.optimizer.floor)
         for micro in range(config.accumulation):
             batch = next(stream).to(self.device)
@@ -173,14 +179,16 @@ class Trainer:
             writer.writerow(row)
 
     def save(self) -> None:
-        """state.pt, to go on from, and model.safetensors, to use."""
+        """state.pt, to go on from, and model.safetensors, to use with the mask as strong as it was in the last step."""
         if self.rank > 0:
             return
+        self.model.config = self.model.config.replace(mask_strength=self.mask_strength(max(self.step - 1, 0)))
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "config": self.config.to_dict(),
+            "model_config": self.model.config.to_json(),
         }
         with AtomicFiles() as files:
             torch.save(state, files.add(self.out / STATE))
