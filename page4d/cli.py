@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,21 +12,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from page4d_kernels import BackendError, env, mask_attention, registries, use_backend
-from page4d_kernels.env import VariableError
+from page4d_kernels import env, mask_attention, registries, use_backend
 from page4d_kernels.nvtx import Recording, peak_bytes, record, stage
 
-from .checkpoint import HUB, local_file
-from .config import preset
+from .command_line import DTYPES, RANDOM, WEIGHTS_HELP, check_weights, guarded, open_device, open_model, parse_names, parse_size, say
 from .data import Frames, bundled_clip, load_frames
-from .errors import InputError, UserError
+from .errors import InputError
 from .export import EXPORTERS, NEEDED, export
 from .files import AtomicFiles, check_writable
-from .model import OUTPUTS, Page4D, default_device, default_dtype
+from .model import OUTPUTS, Page4D, default_dtype
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_FRAMES = 32
-RANDOM = "random"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights",
         default=RANDOM,
-        help="page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET] (default: random:small)",
+        help=WEIGHTS_HELP,
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
     parser.add_argument(
@@ -59,16 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_size(text: str) -> int | tuple[int, int]:
-    try:
-        sides = [int(side) for side in text.lower().split("x")]
-        return sides[0] if len(sides) == 1 else (sides[0], sides[1]) if len(sides) == 2 else int("")
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give a width such as 518, or HEIGHTxWIDTH such as 336x518") from None
-
-
 def _formats(text: str) -> list[str]:
-    formats = [name.strip() for name in text.split(",") if name.strip()]
+    formats = parse_names(text)
     unknown = [name for name in formats if name not in EXPORTERS]
     if unknown or not formats:
         raise argparse.ArgumentTypeError(f"unknown format {', '.join(unknown) or text!r}: choose from {', '.join(EXPORTERS)}")
@@ -77,43 +63,20 @@ def _formats(text: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        report = run(args)
-    except (UserError, BackendError, VariableError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
-            raise
-        detail = (str(error).splitlines() or [""])[0]
-        print(f"error: out of memory: use fewer --frames or a smaller --size ({detail})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    with contextlib.suppress(BrokenPipeError):  # nobody is reading any more; the files are written
-        print(report, flush=True)
-    return 0
-
-
-def say(text: str) -> None:
-    """What happens on the way; the report alone goes to standard output."""
-    print(text, file=sys.stderr)
+    return guarded(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> str:
     """Everything the options ask for; the report to print. What can be checked before the work is checked before it."""
-    device = _device(args.device)
+    device = open_device(args.device)
     for registry in registries().values():
         registry.requested()
     env.flag("PAGE4D_NVTX"), env.flag("PAGE4D_DEBUG")
     check_writable(args.out)
-    if args.weights not in HUB and not args.weights.startswith(RANDOM):
-        local_file(args.weights)
+    check_weights(args.weights)
     with record(device) as recording, use_backend(args.attn) if args.attn else contextlib.nullcontext():
         frames = _frames(args)
-        model = _model(args.weights, device, DTYPES[args.dtype] if args.dtype else default_dtype(device))
+        model = open_model(args.weights, device, DTYPES[args.dtype] if args.dtype else default_dtype(device))
         queries = _query_points(args, frames)
         outputs = _outputs(model, args.export, queries is not None)
         strength = model.config.mask_strength if args.mask_strength is None else args.mask_strength
@@ -140,19 +103,6 @@ def run(args: argparse.Namespace) -> str:
     return summary(frames, recording, seconds, device, facts, files)
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return default_device()
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it computes nothing")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def _frames(args: argparse.Namespace) -> Frames:
     size, limit = args.size, args.frames
     if limit is None and args.stride is None and args.fps is None:
@@ -177,19 +127,6 @@ def _cut(frames: Frames) -> str:
 
 
 BUNDLED_SIZE = 336  # the clip's own width
-
-
-def _model(weights: str, device: torch.device, dtype: torch.dtype) -> Page4D:
-    kind, _, name = weights.partition(":")
-    if kind != RANDOM:
-        return Page4D.from_pretrained(weights, device=device, dtype=dtype)
-    config = preset(name or "small")
-    say(
-        f"RANDOM WEIGHTS ({name or 'small'} preset, {device.type}): the outputs are noise and only show that everything runs; "
-        "for real results use --weights page4d, page4d-mask, vggt or a file"
-    )
-    torch.manual_seed(0)
-    return Page4D(config).set_compute_dtype(dtype).to(device).eval()
 
 
 def _query_points(args: argparse.Namespace, frames: Frames) -> Tensor | None:

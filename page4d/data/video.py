@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+    from torch import Tensor
 
 T = TypeVar("T")
 Select = Callable[[list[float]], list[int]]  # all timestamps -> ascending indices of the frames to keep
@@ -125,3 +126,18 @@ def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise InputError(f"{str(path)!r} is empty (0 bytes): copy or download it again") from error
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {str(path)!r} as a video ({reason}): the file is damaged or of another kind") from error
+
+
+def write_video(path: str | Path, images: Tensor, fps: int) -> Path:
+    """Write images (S, 3, H, W) in [0, 1] as H.264 where FFmpeg has an encoder for it, else as MPEG-4; odd sides lose a row or column."""
+    codec, options = ("libx264", {"crf": "20", "preset": "slow"}) if "libx264" in av.codecs_available else ("mpeg4", {"qscale": "4"})
+    height, width = (side // 2 * 2 for side in images.shape[-2:])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        assert isinstance(stream, av.VideoStream)  # for type checkers: the codec settles it
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for image in images:
+            pixels = (image[:, :height, :width].permute(1, 2, 0) * 255).round().clamp(0, 255).byte().cpu().numpy()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return Path(path)

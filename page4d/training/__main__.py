@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..errors import UserError
+from ..command_line import guarded, open_device, say
 from .config import load_config
 from .trainer import Trainer
 
@@ -18,15 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on where the run in its folder stopped")
     parser.add_argument("--device", help="cuda or cpu (default: the best there is)")
     args = parser.parse_args(argv)
-    try:
-        trainer = Trainer(load_config(args.config, args.overrides), resume=args.resume, device=args.device)
-        print(f"{trainer.trained:,} parameters are trained, on {trainer.device}; results go to {trainer.out}")
-        values = trainer.train()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"step {trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    return 0
+    return guarded(lambda: run(args), save_memory="set a smaller data.images or data.size, or checkpoint_activations=true")
+
+
+def run(args: argparse.Namespace) -> str:
+    trainer = Trainer(load_config(args.config, args.overrides), resume=args.resume, device=open_device(args.device))
+    say(f"{trainer.trained:,} parameters are trained, on {trainer.device}; results go to {trainer.out}")
+    values = trainer.train()
+    return f"step {trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -121,7 +122,7 @@ class Trainer:
         batches = Batches(config.data, self.step * config.accumulation, self.rank, self.ranks, TRACKS if config.loss.track else 0)
         stream = loader(batches, config.data.workers)
         values: dict[str, float] = {}
-        bar = tqdm(total=end, initial=self.step, desc="training", unit="step", disable=self.rank > 0)
+        bar = tqdm(total=end, initial=self.step, desc="training", unit="step", disable=True if self.rank > 0 else None)
         started, images = time.perf_counter(), 0
         while self.step < end:
             values, count = self._iterate(stream)
@@ -171,6 +172,8 @@ class Trainer:
         path = self.out / LOG
         path.parent.mkdir(parents=True, exist_ok=True)
         row = {"step": self.step, **{name: f"{value:.6g}" for name, value in values.items()}}
+        if not sys.stderr.isatty():  # no bar there
+            print(", ".join(f"{name} {value}" for name, value in row.items()), file=sys.stderr)
         new = not path.exists()
         with open(path, "a", newline="") as file:
             writer = csv.DictWriter(file, list(row))

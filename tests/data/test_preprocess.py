@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from page4d.data import InputError, load_frames
-from page4d.data.clip import render_clip
 from page4d.data.frames import Frames, sample
 from page4d.data.preprocess import preprocess, stack
+from page4d.data.synthetic.__main__ import main as preview
 
 sides = st.integers(60, 700)
 multiples = st.integers(1, 20).map(lambda k: 14 * k)
@@ -218,5 +218,5 @@ def test_no_progress_bar_in_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[
     """The captured stderr is no terminal."""
     gradient(40, 30).save(tmp_path / "a.png")
     load_frames([tmp_path], size=28, progress=True)
-    render_clip(frames=1, height=14, width=14, supersample=1, progress=True)
+    preview(["--preview", "--sequences", "1", "--frames", "1", "--size", "14x14", "--out", str(tmp_path / "out")])
     assert capsys.readouterr().err == ""

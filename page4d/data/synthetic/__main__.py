@@ -8,18 +8,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from ...cli import parse_size
-from ...errors import InputError, UserError
+from ...command_line import guarded, parse_size
+from ...errors import InputError
 from ...export._color import colormap, distinct, to_uint8
 from ...files import AtomicFiles, check_writable
 from ..sample import Sample
+from ..video import write_video
 from .dataset import SyntheticScenes
 from .scene import KINDS
 
@@ -43,28 +43,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        if isinstance(args.size, int):
-            raise InputError(f"--size {args.size}: give HEIGHTxWIDTH, such as 112x154")
-        if args.sequences < 1:
-            raise InputError(f"--sequences {args.sequences}: ask for at least one")
-        check_writable(args.out)
-        scenes = SyntheticScenes(
-            args.kind, frames=args.frames, size=args.size, seed=args.seed, length=args.sequences, tracks=64,
-            photographs=args.photographs, motion_blur=args.motion_blur, noise=args.noise,
-        )  # fmt: skip
-        start = time.perf_counter()
-        samples = [scenes[i] for i in tqdm(range(args.sequences), desc="rendering", unit="sequence")]
-        seconds = time.perf_counter() - start
-        with AtomicFiles() as files:
-            Image.fromarray(contact_sheet(samples)).save(files.add(args.out / "preview.png"), format="PNG")
-            write_video(files.add(args.out / "preview.mp4"), samples)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return guarded(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> str:
+    if isinstance(args.size, int):
+        raise InputError(f"--size {args.size}: give HEIGHTxWIDTH, such as 112x154")
+    if args.sequences < 1:
+        raise InputError(f"--sequences {args.sequences}: ask for at least one")
+    check_writable(args.out)
+    scenes = SyntheticScenes(
+        args.kind, frames=args.frames, size=args.size, seed=args.seed, length=args.sequences, tracks=64,
+        photographs=args.photographs, motion_blur=args.motion_blur, noise=args.noise,
+    )  # fmt: skip
+    start = time.perf_counter()
+    samples = [scenes[i] for i in tqdm(range(args.sequences), desc="rendering", unit="sequence", disable=None)]
+    seconds = time.perf_counter() - start
+    with AtomicFiles() as files:
+        Image.fromarray(contact_sheet(samples)).save(files.add(args.out / "preview.png"), format="PNG")
+        write_video(files.add(args.out / "preview.mp4"), torch.cat([_beside(sample) for sample in samples]), FPS)
     frames = args.sequences * args.frames
-    print(f"{frames} frames in {seconds:.1f} s ({frames / seconds:.0f} frames/s); {args.out}/preview.png, {args.out}/preview.mp4")
-    return 0
+    return f"{frames} frames in {seconds:.1f} s ({frames / seconds:.0f} frames/s); {args.out}/preview.png, {args.out}/preview.mp4"
 
 
 def contact_sheet(samples: list[Sample]) -> NDArray[np.uint8]:
@@ -84,18 +83,10 @@ def contact_sheet(samples: list[Sample]) -> NDArray[np.uint8]:
     return np.concatenate(rows)
 
 
-def write_video(path: Path, samples: list[Sample]) -> None:
-    """Frames beside inverse depth, sequence after sequence."""
-    height, width = samples[0].images.shape[-2:]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=FPS)
-        stream.width, stream.height, stream.pix_fmt = 2 * width, height // 2 * 2, "yuv420p"  # even sides, as the codec wants
-        stream.bit_rate = 4_000_000
-        for sample in samples:
-            for image, near in zip(sample.images, _nearness(sample), strict=True):
-                frame = np.concatenate([_pixels(image), near], 1)[: stream.height]
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode(None))
+def _beside(sample: Sample) -> torch.Tensor:
+    """Frames and inverse depth side by side, (S, 3, H, 2 W) in [0, 1]."""
+    near = torch.from_numpy(_nearness(sample)).permute(0, 3, 1, 2) / 255
+    return torch.cat([sample.images, near], -1)
 
 
 def _nearness(sample: Sample) -> NDArray[np.uint8]:

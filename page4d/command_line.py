@@ -1,0 +1,96 @@
+"""What the command lines share: options' types, devices, weights, and mistakes as one line with an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Callable
+
+import torch
+
+from page4d_kernels import BackendError
+from page4d_kernels.env import VariableError
+
+from .checkpoint import HUB, local_file
+from .config import preset
+from .errors import InputError, UserError
+from .model import Page4D, default_device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RANDOM = "random"
+WEIGHTS_HELP = "page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET] (default: random:small)"
+
+
+def say(text: str) -> None:
+    """What happens on the way; the report alone goes to standard output."""
+    print(text, file=sys.stderr)
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        return sides[0] if len(sides) == 1 else (sides[0], sides[1]) if len(sides) == 2 else int("")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give a width such as 518, or HEIGHTxWIDTH such as 336x518") from None
+
+
+def parse_names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def guarded(run: Callable[[], str], save_memory: str = "use fewer --frames or a smaller --size") -> int:
+    """Print what `run` returns; the exit code. A user's mistake is one line, never a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        report = run()
+    except (UserError, BackendError, VariableError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        detail = (str(error).splitlines() or [""])[0]
+        print(f"error: out of memory: {save_memory} ({detail})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    with contextlib.suppress(BrokenPipeError):  # nobody is reading any more; the files are written
+        print(report, flush=True)
+    return 0
+
+
+def open_device(name: str | None) -> torch.device:
+    """The device of that name, tried out; the best there is without one."""
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def check_weights(weights: str) -> None:
+    """InputError or CheckpointError if `weights` names a file that is not there; nothing is read yet."""
+    if weights not in HUB and not weights.startswith(RANDOM):
+        local_file(weights)
+
+
+def open_model(weights: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Page4D:
+    """A model with the weights that an option names, "random:PRESET" included, in eval mode."""
+    kind, _, name = weights.partition(":")
+    if kind != RANDOM:
+        return Page4D.from_pretrained(weights, device=device, dtype=dtype)
+    config = preset(name or "small")
+    say(
+        f"RANDOM WEIGHTS ({name or 'small'} preset, {device.type}): the outputs are noise and only show that everything runs; "
+        "for real results use --weights page4d, page4d-mask, vggt or a file"
+    )
+    torch.manual_seed(seed)
+    return Page4D(config).set_compute_dtype(dtype).to(device).eval()

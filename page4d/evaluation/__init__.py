@@ -1,0 +1,7 @@
+"""How good a model is on sequences with ground truth: `evaluate`, and `python -m page4d.evaluation` around it."""
+
+from .evaluate import TASKS, evaluate
+from .protocol import Protocol
+from .readers import DataSet, Rules, open_dataset
+
+__all__ = ["TASKS", "DataSet", "Protocol", "Rules", "evaluate", "open_dataset"]

@@ -1,0 +1,91 @@
+"""`python -m page4d.evaluation`: read sequences with ground truth, run a model on them, print a table, write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..command_line import DTYPES, RANDOM, WEIGHTS_HELP, check_weights, guarded, open_device, open_model, parse_names, parse_size
+from ..data.preprocess import DEFAULT_SIZE
+from ..errors import InputError
+from ..files import check_writable
+from ..model import default_dtype
+from .depth import ALIGNMENTS
+from .evaluate import TASKS, evaluate
+from .protocol import Protocol
+from .readers import open_dataset
+from .report import table, write_json
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m page4d.evaluation",
+        description="Metrics of cameras, depth, points, tracks and the motion mask against ground truth.",
+    )
+    parser.add_argument(
+        "data", nargs="+", help="synthetic:static, synthetic:dynamic, sintel:FOLDER, tum:FOLDER, bonn:FOLDER; several are averaged apart"
+    )
+    parser.add_argument(
+        "--weights",
+        default=RANDOM,
+        help=WEIGHTS_HELP,
+    )
+    parser.add_argument("--tasks", type=parse_names, help=f"comma-separated, of {','.join(TASKS)} (default: all that apply, but mono)")
+    parser.add_argument("--frames", type=int, help="at most so many per sequence (default: what the data set's protocol says)")
+    parser.add_argument("--sequences", type=int, help="only so many of each data set")
+    parser.add_argument(
+        "--size", type=parse_size, default=DEFAULT_SIZE, help="network input: the longer side, or HEIGHTxWIDTH to fit in (default: 518)"
+    )
+    parser.add_argument("--align", type=parse_names, default=["scale"], help=f"of video depth, of {','.join(ALIGNMENTS)} (default: scale)")
+    parser.add_argument("--seed", type=int, default=0, help="of the synthetic scenes, the compared points and random weights")
+    parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: what the weights come with)")
+    parser.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the trunk's matrix products (default: half precision on cuda, else fp32)")
+    parser.add_argument("--official-protocol", action="store_true", help="with the defects of the official scripts, for published numbers")
+    parser.add_argument("--out", type=Path, help="a .json file for all metrics and how they came about")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return guarded(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> str:
+    """The table. What can be checked before the work is checked before it."""
+    if args.out is not None:
+        check_writable(args.out.parent)
+    check_weights(args.weights)
+    protocol = Protocol(args.size, args.official_protocol, tuple(args.align), args.mask_strength, seed=args.seed)
+    unknown = sorted(set(args.tasks or ()) - set(TASKS))
+    if unknown:
+        raise InputError(f"unknown task {', '.join(unknown)}: choose from {', '.join(TASKS)}")
+    tasks = set(args.tasks) if args.tasks else None
+    options = {"tasks": tasks, "frames": args.frames, "size": args.size, "seed": args.seed, "sequences": args.sequences}
+    sets = [open_dataset(spec, **options) for spec in args.data]
+    device = open_device(args.device)
+    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
+    model = open_model(args.weights, device, dtype, args.seed)
+    results = {
+        spec: evaluate(model, data, tasks, protocol=protocol, rules=data.rules, progress=data.name)
+        for spec, data in zip(args.data, sets, strict=True)
+    }
+    if args.out is not None:
+        provenance = {
+            "weights": args.weights,
+            "protocol": dataclasses.asdict(protocol),
+            "data": {spec: {"sequences": len(data), "frames": args.frames} for spec, data in zip(args.data, sets, strict=True)},
+            "tasks": sorted(tasks) if tasks else None,
+            "seed": args.seed,
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "versions": {"page4d": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        write_json(args.out, {"provenance": provenance, "results": results})
+    return table(results)

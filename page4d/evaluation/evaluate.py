@@ -1,0 +1,230 @@
+"""A model on sequences with ground truth: which tasks are possible, their metrics per sequence, and the means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.sample import Sample
+from ..errors import InputError
+from ..geometry import unproject
+from ..model import Page4D
+from ..prediction import Prediction
+from .depth import ALIGNMENTS, METRICS, OFFICIAL_ALIGNMENTS, align_median, depth_metrics
+from .mask import mask_metrics, moving_patches
+from .points import point_metrics
+from .pose import pose_metrics
+from .protocol import Protocol, predict, predict_frames, rescale_pixels, resize_depth, resize_points, video_depth
+from .readers import Rules
+from .tracks import track_metrics
+
+Metrics = dict[str, dict[str, float]]  # group, such as "pose" or "depth:scale", then metric
+
+# task: the ground truth it needs, and the alternatives of what the model has to be able to do for it
+TASKS: dict[str, tuple[set[str], tuple[set[str], ...]]] = {
+    "pose": (set(), ({"camera"},)),
+    "depth": ({"depth"}, ({"depth"},)),
+    "mono": ({"depth"}, ({"depth"},)),
+    "points": ({"depth"}, ({"depth", "camera"}, {"points"})),
+    "tracks": ({"tracks", "track_visible"}, ({"track"},)),
+    "mask": ({"dynamic"}, ({"mask"},)),
+}
+DEFAULT_TASKS = frozenset(TASKS) - {"mono"}  # a forward pass per frame, so only if asked for
+
+
+def evaluate(
+    model: Page4D,
+    samples: Iterable[Sample],
+    tasks: Collection[str] | None = None,
+    *,
+    protocol: Protocol | None = None,
+    rules: Rules | None = None,
+    progress: str | None = None,
+) -> dict:
+    """Run `model` on every sample and compare with its ground truth.
+
+    Args:
+        model: put into eval mode for the time being.
+        tasks: of "pose", "depth", "mono", "points", "tracks", "mask". None = all but mono that model and sample have what it takes for.
+        protocol: how to run and compare; `Protocol()` if there is none.
+        rules: what counts in this data set.
+        progress: the title of a progress bar.
+
+    Returns:
+        {"sequences": [{"name", "frames", "metrics": {group: {metric: value}}}], "mean": {group: {metric: value}}}. A group is a task, with
+        what it was aligned by or made from behind a colon. Means are over sequences, of depth weighted by their valid pixels ("pixels").
+
+    Raises:
+        InputError: a task is unknown, or named although the model or the data has nothing for it.
+    """
+    protocol, rules = protocol or Protocol(), rules or Rules()
+    unknown = sorted(set(tasks or ()) - set(TASKS))
+    if unknown or (tasks is not None and not tasks):
+        raise InputError(f"unknown task {', '.join(unknown) or 'of no name'}: choose from {', '.join(TASKS)}")
+    sequences = []
+    with eval_mode(model):
+        for sample in tqdm(samples, desc=progress, unit="sequence", disable=True if progress is None else None):
+            chosen = _possible(model, sample, tasks, protocol.official)
+            chosen = [task for task in chosen if rules.counts(task, sample.name, protocol.official)]
+            metrics = sequence_metrics(model, sample, chosen, protocol, rules)
+            sequences.append({"name": sample.name, "frames": len(sample.images), "metrics": metrics})
+    return {"sequences": sequences, "mean": mean_metrics([sequence["metrics"] for sequence in sequences])}
+
+
+@contextmanager
+def eval_mode(model: Page4D) -> Iterator[None]:
+    """Every module in eval mode; afterwards as before, each by itself, as training may keep some parts in eval mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _needed(task: str, official: bool) -> tuple[set[str], ...]:
+    if task == "depth" and official:
+        return ({"depth", "camera"},)
+    return TASKS[task][1]
+
+
+def _possible(model: Page4D, sample: Sample, tasks: Collection[str] | None, official: bool) -> list[str]:
+    """The tasks to do, in the order of `TASKS`."""
+    chosen = []
+    for task, (truth, _) in TASKS.items():
+        if task not in (DEFAULT_TASKS if tasks is None else tasks):
+            continue
+        missing = [name for name in sorted(truth) if not _has(sample, name)]
+        able = any(need <= model.available for need in _needed(task, official))
+        if tasks is not None and missing:
+            raise InputError(f"the task {task} needs {', '.join(missing)} as ground truth, which {sample.name!r} has not: leave it out")
+        if tasks is not None and not able:
+            raise InputError(f"this model cannot do the task {task}: its weights have no head for it, so leave it out")
+        if able and not missing:
+            chosen.append(task)
+    return chosen
+
+
+def _has(sample: Sample, name: str) -> bool:
+    """A track is of use if its point is visible in the first frame, where it is asked for."""
+    value = getattr(sample, name)
+    return value is not None and (name != "track_visible" or bool(value[0].any()))
+
+
+def sequence_metrics(model: Page4D, sample: Sample, tasks: Collection[str], protocol: Protocol, rules: Rules) -> Metrics:
+    """All metrics of one sequence: one forward pass, and for mono one per frame."""
+    sample = sample.to("cpu")
+    available = model.available & {"camera", "depth", "points", "mask"}
+    joint = [task for task in tasks if task != "mono"]
+    outputs = {name for task in joint for need in _needed(task, protocol.official) if need <= model.available for name in need} & available
+    found: Metrics = {}
+    if joint:
+        queries = None
+        if "tracks" in tasks and sample.tracks is not None and sample.track_visible is not None:
+            queried = sample.track_visible[0]
+            queries = sample.tracks[0, queried]
+            sample = replace(sample, tracks=sample.tracks[:, queried], track_visible=sample.track_visible[:, queried])
+        prediction = predict(model, sample, outputs, protocol, queries)
+        if "pose" in tasks:
+            found["pose"] = pose_metrics(prediction.cameras.extrinsics[0], sample.extrinsics)
+        if "depth" in tasks:
+            found |= _video_depth(prediction, sample, protocol, rules)
+        if "points" in tasks:
+            found |= _points(prediction, sample, protocol, rules)
+        if "tracks" in tasks:
+            found["tracks"] = _tracks(prediction, sample)
+        if "mask" in tasks:
+            found["mask"] = _mask(prediction, sample)
+    if "mono" in tasks:
+        found["mono:median"] = _mono(model, sample, protocol, rules)
+    return found
+
+
+def _valid(sample: Sample, rules: Rules) -> tuple[Tensor, Tensor]:
+    """True depth (S, H, W), and where it counts."""
+    assert sample.depth is not None
+    counts = (sample.depth > 0) & (sample.depth < rules.max_depth)
+    return sample.depth, counts if sample.valid is None else counts & sample.valid
+
+
+def _compare_depth(predicted: Tensor, true: Tensor, line: tuple[float, float], protocol: Protocol, rules: Rules) -> dict[str, float]:
+    aligned = predicted.double() * line[0] + line[1]
+    if protocol.official:
+        aligned = aligned.clamp_max(rules.official_clip)
+    return {**depth_metrics(aligned, true), "pixels": float(len(true))}
+
+
+def _video_depth(prediction: Prediction, sample: Sample, protocol: Protocol, rules: Rules) -> Metrics:
+    true, valid = _valid(sample, rules)
+    mode = "bicubic" if protocol.official else "bilinear"
+    predicted = resize_depth(video_depth(prediction, protocol), (true.shape[1], true.shape[2]), mode)[valid]
+    true = true[valid]
+    found = {}
+    for name in protocol.alignments:
+        align = (OFFICIAL_ALIGNMENTS if protocol.official else ALIGNMENTS)[name]
+        line = align(predicted, true) if len(true) else (1.0, 0.0)
+        found[f"depth:{name}"] = _compare_depth(predicted, true, line, protocol, rules)
+    return found
+
+
+def _mono(model: Page4D, sample: Sample, protocol: Protocol, rules: Rules) -> dict[str, float]:
+    """Each frame aligned by its median; means weighted by the frames' valid pixels."""
+    true, valid = _valid(sample, rules)
+    predicted = resize_depth(predict_frames(model, sample, protocol), (true.shape[1], true.shape[2]), "bicubic")
+    frames = []
+    for p, g in ((p[v], g[v]) for p, g, v in zip(predicted, true, valid, strict=True) if v.any()):
+        frames.append(_compare_depth(p, g, align_median(p, g), protocol, rules))
+    if not frames:
+        return {**dict.fromkeys(METRICS, math.nan), "pixels": 0.0}
+    return _weighted_mean(frames)
+
+
+def _points(prediction: Prediction, sample: Sample, protocol: Protocol, rules: Rules) -> Metrics:
+    true, valid = _valid(sample, rules)
+    points = sample.world_points
+    if points is None:
+        points = unproject(true.double(), sample.extrinsics, sample.intrinsics)
+    found = {}
+    sources = {"depth": prediction.depth is not None and prediction.pose_enc is not None, "head": prediction.world_points is not None}
+    for source in (name for name, there in sources.items() if there):
+        predicted = resize_points(prediction.points(source)[0][0], (true.shape[1], true.shape[2]))
+        metrics = point_metrics(predicted[valid], points[valid], max_points=protocol.max_points, seed=protocol.seed)
+        found[f"points:{source}"] = metrics
+    return found
+
+
+def _tracks(prediction: Prediction, sample: Sample) -> dict[str, float]:
+    assert prediction.track is not None and prediction.vis is not None and sample.tracks is not None and sample.track_visible is not None
+    size = (sample.images.shape[-2], sample.images.shape[-1])
+    predicted = rescale_pixels(prediction.track[0], (prediction.images.shape[-2], prediction.images.shape[-1]), size)
+    return track_metrics(predicted, prediction.vis[0] > 0.5, sample.tracks, sample.track_visible, size)
+
+
+def _mask(prediction: Prediction, sample: Sample) -> dict[str, float]:
+    assert sample.dynamic is not None
+    motion = prediction.motion[0]
+    return mask_metrics(motion, moving_patches(sample.dynamic, (motion.shape[1], motion.shape[2])))
+
+
+def mean_metrics(sequences: list[Metrics]) -> Metrics:
+    """Over the sequences that have the group: depth weighted by pixels, the rest plain; without NaN, which stands for "not defined"."""
+    groups = dict.fromkeys(group for sequence in sequences for group in sequence)
+    return {group: _weighted_mean([sequence[group] for sequence in sequences if group in sequence]) for group in groups}
+
+
+def _weighted_mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of each metric, weighted by "pixels" where there are some, which are summed; NaN if no row has a value."""
+    found = {}
+    for metric in rows[0]:
+        pairs = [(row.get("pixels", 1.0), row[metric]) for row in rows if not math.isnan(row[metric])]
+        total = sum(weight for weight, _ in pairs)
+        found[metric] = sum(weight * value for weight, value in pairs) / total if total else math.nan
+    if "pixels" in found:
+        found["pixels"] = sum(row["pixels"] for row in rows)
+    return found

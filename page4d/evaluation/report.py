@@ -1,0 +1,50 @@
+"""Results as a Markdown table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..files import AtomicFiles
+
+HEADLINES = {  # what the table shows of each task; the JSON has all
+    "pose": {"ate": "ATE", "ate_constant": "ATE still", "rpe_trans": "RPE t", "rpe_rot": "RPE r °"},
+    "depth": {"abs_rel": "AbsRel", "delta1": "δ<1.25"},
+    "mono": {"abs_rel": "AbsRel", "delta1": "δ<1.25"},
+    "points": {"accuracy": "acc", "completeness": "comp"},
+    "tracks": {"delta_avg": "δ avg", "occlusion_accuracy": "OA", "average_jaccard": "AJ"},
+    "mask": {"auc": "AUC", "iou": "IoU", "best_iou": "IoU best"},
+}
+
+
+def table(results: dict[str, dict]) -> str:
+    """One row per sequence and one per data set's mean, of results by the data set's name."""
+    groups = dict.fromkeys(group for result in results.values() for group in result["mean"])
+    columns = [(group, metric, title) for group in groups for metric, title in HEADLINES[group.partition(":")[0]].items()]
+    lines = ["| sequence | " + " | ".join(f"{group} {title}" for group, _, title in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, result in results.items():
+        rows = [(sequence["name"], sequence["metrics"]) for sequence in result["sequences"]]
+        for row, metrics in [*rows, (f"**mean of {name}**", result["mean"])]:
+            cells = [_number(metrics.get(group, {}).get(metric, math.nan)) for group, metric, _ in columns]
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """The file appears whole or not at all. What is not defined is null."""
+    with AtomicFiles() as files:
+        files.add(path).write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
