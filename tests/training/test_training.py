@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from page4d.checkpoint import load_pretrained
+from page4d.checkpoint import load_pretrained, save_official, save_pretrained
 from page4d.config import PRESETS, preset
 from page4d.errors import ConfigError, InputError
 from page4d.model import Page4D
@@ -115,6 +115,25 @@ def test_middle_leaves_the_rest_alone(tmp_path):
         inside = parts[1] == "spatial_mask_head" or (parts[1] in ("frame_blocks", "global_blocks") and first <= int(parts[2]) < end)
         assert torch.equal(p, before[name]) != inside or (p - before[name]).abs().max() == 0, name
         assert p.requires_grad == inside, name
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_fine_tuning_starts_from_a_file_and_leaves_it_alone(tmp_path, suffix):
+    torch.manual_seed(5)
+    model, path = Page4D(preset("nano")), tmp_path / f"start{suffix}"
+    (save_pretrained if suffix == ".safetensors" else save_official)(model, path)
+    content = path.read_bytes()
+    trainer = run(tmp_path, f"weights={path}", "trainable=middle", "steps=2")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    trainer.train()
+    first = model.config.masked_blocks[0]
+    assert not torch.equal(
+        trainer.model.aggregator.frame_blocks[first].attn.proj.weight, model.aggregator.frame_blocks[first].attn.proj.weight
+    )
+    assert path.read_bytes() == content
+    with pytest.raises(ValueError, match="does not fit the model"):
+        run(tmp_path, f"weights={path}", "model=tiny", "loss.points=1", name="other")
 
 
 def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
