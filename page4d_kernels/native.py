@@ -117,8 +117,13 @@ def busy(dtype: torch.dtype, exponentials: bool = False) -> float:
 
 
 def common(x: Tensor) -> tuple[int, int, int]:
-    """The arguments that every kernel ends with: dtype, threads, level."""
+    """The arguments that every CPU kernel ends with: dtype, threads, level."""
     return DTYPES[x.dtype], torch.get_num_threads(), level()
+
+
+def stream(x: Tensor) -> tuple[int, int, int]:
+    """The arguments that every CUDA kernel ends with: dtype, device, the current stream."""
+    return DTYPES[x.dtype], x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
 
 
 def fp32(x: Tensor) -> Tensor:

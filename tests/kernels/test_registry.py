@@ -161,3 +161,28 @@ def test_package_adapters_compile(adapter):
 
     out = torch.compile(attend, fullgraph=True)(*inputs.tensors())
     assert torch.allclose(out, attend(*inputs.tensors()), atol=1e-5)
+
+
+def test_the_cuda_backend_says_why_not(monkeypatch):
+    from types import SimpleNamespace
+
+    from page4d_kernels import native
+    from page4d_kernels.backends.qk_norm_rope import BACKENDS, cuda
+    from page4d_kernels.backends.qk_norm_rope.problem import QkNormRopeProblem
+
+    without = SimpleNamespace(interface=native.INTERFACE)
+    monkeypatch.setattr(native, "_load", lambda: (without, ""))
+    monkeypatch.setattr(native, "build_record", lambda: {"built": True, "left_out": ["cuda: PAGE4D_BUILD_CUDA=0"]})
+    assert BACKENDS.get("cuda").missing() == ["the compiled library: it was built without CUDA: PAGE4D_BUILD_CUDA=0"]
+    without.qk_norm_rope_cuda = None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert BACKENDS.get("cuda").missing() == ["there is no CUDA device"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert BACKENDS.get("cuda").missing() == []
+    problem = QkNormRopeProblem("cpu", torch.float64, 1, 17, 2, 48, (3, 4), 5)
+    assert cuda.BACKEND.why_not(problem) == [
+        "it runs on cuda, the tensors are on cpu",
+        "it takes float32, float16 and bfloat16, not float64",
+        "it takes head dims 32, 64, 128, not 48",
+    ]
+    assert "cuda" not in BACKENDS.order  # until it has run on a GPU

@@ -1,0 +1,34 @@
+"""What the compiled backends share: outputs, fp32 parameters and the call with addresses, sizes and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import native
+
+
+def forward(function: str, where: Callable[[Tensor], tuple[int, ...]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of a backend: `function` of the library; `where(qkv)` are its last arguments (dtype, threads or device, ...)."""
+    return partial(_forward, function, where)
+
+
+def _forward(
+    function: str,
+    where: Callable[[Tensor], tuple[int, ...]],
+    qkv: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    *parameters, grid, special, eps = rest
+    batch, tokens, _, heads, head_dim = qkv.shape
+    q, k = (torch.empty(batch, heads, tokens, head_dim, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
+    vectors = [native.fp32(x) for x in parameters]  # weights and biases of q and k, cos, sin
+    sizes = (batch, tokens, heads, head_dim, special + grid[0] * grid[1], special, grid[1])
+    stride = (qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3))
+    addresses = [x.data_ptr() for x in vectors]
+    getattr(native.library(), function)(qkv.data_ptr(), addresses, q.data_ptr(), k.data_ptr(), sizes, stride, eps, *where(qkv))
+    return q, k
