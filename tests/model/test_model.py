@@ -266,7 +266,7 @@ def test_configurations_that_contradict_themselves(changes, words):
 
 
 def test_presets():
-    with pytest.raises(ConfigError, match=r"unknown preset 'huge': choose one of page4d, page4d-mask, vggt, small, tiny"):
+    with pytest.raises(ConfigError, match=r"unknown preset 'huge': choose one of page4d, page4d-mask, vggt, nano, small, tiny"):
         preset("huge")
     for config in PRESETS.values():
         assert Page4DConfig.from_json(config.to_json()) == config
