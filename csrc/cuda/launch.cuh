@@ -7,19 +7,22 @@
 
 namespace page4d::cuda {
 
-// This library links the CUDA runtime statically, so it has a current device of its own; the driver's context is shared with the caller.
+// This library links the CUDA runtime statically: what that takes for the current device need not be what the caller's runtime does, so
+// the device is set in any case. It is set back only if it was another one, as `before_` may be a default that nobody chose.
 class OnDevice {
   public:
-    explicit OnDevice(int device) : status_(cudaGetDevice(&before_)) {
-        if (status_ == cudaSuccess && device != before_) status_ = cudaSetDevice(device);
+    explicit OnDevice(int device) : device_(device), before_(device), status_(cudaGetDevice(&before_)) {
+        if (status_ == cudaSuccess) status_ = cudaSetDevice(device);
     }
-    ~OnDevice() { cudaSetDevice(before_); }
+    ~OnDevice() {
+        if (before_ != device_) cudaSetDevice(before_);
+    }
     OnDevice(const OnDevice&) = delete;
     OnDevice& operator=(const OnDevice&) = delete;
     cudaError_t status() const { return status_; }
 
   private:
-    int before_ = 0;
+    int device_, before_;
     cudaError_t status_;
 };
 

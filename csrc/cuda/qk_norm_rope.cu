@@ -12,6 +12,7 @@ template <class T, int D>
 Status launch(const QkNormRope& p, int device, cudaStream_t stream) {
     const int64_t tiles = (p.tokens + Group<T, D>::rows - 1) / Group<T, D>::rows, blocks = tiles * p.batch * p.heads;
     if (p.tokens > INT32_MAX || blocks > INT32_MAX) return Status::bad_sizes;
+    if ((reinterpret_cast<uintptr_t>(p.q) | reinterpret_cast<uintptr_t>(p.k)) % 16 != 0) return Status::misaligned;
     const OnDevice guard(device);
     if (guard.status() != cudaSuccess) return to_status(guard.status());
     forward<T, D><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(p, static_cast<int>(tiles), aligned<T>(p));

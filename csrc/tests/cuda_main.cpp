@@ -17,14 +17,16 @@ std::mt19937 generator(0);
 float random_float() { return std::normal_distribution<float>()(generator); }
 
 template <class T>
-void rope_case(DType dtype, int64_t batch, int64_t frames, int64_t heads, int64_t special, int64_t height, int64_t width, int64_t slack, int64_t offset) {
+void rope_case(DType dtype, int64_t batch, int64_t frames, int64_t heads, int64_t special, int64_t height, int64_t width, int64_t slack, int64_t offset,
+               bool heads_first = false, float scale = 3) {
     constexpr int64_t head_dims[] = {32, 64, 128};
     const int64_t head_dim = head_dims[generator() % 3], per_frame = special + height * width, tokens = frames * per_frame;
-    const int64_t row = 3 * heads * head_dim + slack, count = batch * tokens * row + offset, positions = std::max(height, width) + 1;
+    const int64_t row = (heads_first ? head_dim : 3 * heads * head_dim) + slack;
+    const int64_t rows = heads_first ? tokens * 3 * heads : tokens, count = batch * rows * row + offset, positions = std::max(height, width) + 1;
     std::vector<float> exact(static_cast<size_t>(count)), parameters(static_cast<size_t>(4 * head_dim + 2 * positions * head_dim / 4));
     std::vector<T> given(exact.size());
     for (size_t i = 0; i < exact.size(); ++i) {
-        cuda::assign(given[i], 3 * random_float() + 1);
+        cuda::assign(given[i], scale * random_float() + scale / 3);
         exact[i] = cuda::value(given[i]);
     }
     for (float& x : parameters) x = random_float();
@@ -38,7 +40,8 @@ void rope_case(DType dtype, int64_t batch, int64_t frames, int64_t heads, int64_
     p.cos = p.k_bias + head_dim, p.sin = p.cos + positions * head_dim / 4;
     p.q = want_q.data(), p.k = want_k.data();
     p.batch = batch, p.tokens = tokens, p.heads = heads, p.head_dim = head_dim, p.per_frame = per_frame, p.special = special, p.width = width;
-    p.stride[0] = tokens * row, p.stride[1] = row, p.stride[2] = heads * head_dim, p.stride[3] = head_dim;
+    p.stride[0] = rows * row, p.stride[1] = row;
+    p.stride[2] = heads_first ? heads * tokens * row : heads * head_dim, p.stride[3] = heads_first ? tokens * row : head_dim;
     p.eps = 1e-5f, p.dtype = DType::f32, p.threads = 1, p.level = Level::scalar;
     bool good = qk_norm_rope(p) == Status::ok;
 
@@ -74,6 +77,10 @@ void rope_cases(DType dtype) {
         rope_case<T>(dtype, 1, 1, 2, 1, 5, 7, 10, 0);   // rows longer than 3 H D
         rope_case<T>(dtype, 1, 2, 1, 5, 4, 3, 0, 1);    // an odd address
         rope_case<T>(dtype, 1, 1, 3, 2, 2, 9, 16, 0);   // a longer row that keeps the alignment
+        rope_case<T>(dtype, 2, 1, 2, 1, 2, 3, 10, 0);   // and a batch
+        rope_case<T>(dtype, 2, 2, 3, 1, 3, 2, 0, 0, true);   // (B, 3, H, N, D)
+        rope_case<T>(dtype, 2, 2, 3, 1, 3, 2, 4, 0, true);   // with longer rows: aligned in fp32 only
+        rope_case<T>(dtype, 1, 1, 2, 1, 3, 2, 0, 0, false, 3e-3f);   // a variance as small as eps
     }
 }
 

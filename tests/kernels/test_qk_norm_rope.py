@@ -122,6 +122,20 @@ def test_strided_projection(backend):
         assert torch.equal(x, y)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", [name for name in NAMES if home(name) == "cuda"])
+def test_on_a_device_that_is_not_the_current_one(backend):
+    tensors, options = make((3, 4), 5, 2, 1, device="cuda:1")
+    with torch.cuda.device(0):
+        q, k, _ = qk_norm_rope(*tensors, **options, backend=backend)
+        assert torch.cuda.current_device() == 0
+        assert float(torch.ones(1, device="cuda") + 1) == 2  # the current device still works
+    on_cpu, options = make((3, 4), 5, 2, 1)
+    for found, wanted in zip((q, k), qk_norm_rope(*on_cpu, **options, backend="reference")[:2], strict=True):
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", AT_HOME)
 def test_opcheck(backend):
     tensors, _ = make((3, 4), 5, 2, 2, 32, device=home(backend))

@@ -30,5 +30,6 @@ def _forward(
     sizes = (batch, tokens, heads, head_dim, special + grid[0] * grid[1], special, grid[1])
     stride = (qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3))
     addresses = [x.data_ptr() for x in vectors]
-    getattr(native.library(), function)(qkv.data_ptr(), addresses, q.data_ptr(), k.data_ptr(), sizes, stride, eps, *where(qkv))
+    with torch.cuda.device_of(qkv):  # so that the caller's own current device is in force again afterwards, whatever the library sets
+        getattr(native.library(), function)(qkv.data_ptr(), addresses, q.data_ptr(), k.data_ptr(), sizes, stride, eps, *where(qkv))
     return q, k
