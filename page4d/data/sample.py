@@ -24,7 +24,8 @@ class Sample:
     valid: Tensor | None = None  # (S, H, W) bool
     dynamic: Tensor | None = None  # (S, H, W) bool: belongs to something that moves in the world
     object_id: Tensor | None = None  # (S, H, W) int64, 0 = background
-    flow: Tensor | None = None  # (S - 1, H, W, 2): where the surface of a pixel goes in the next frame, x and y in pixels
+    # (S - 1, H, W, 2): where the surface of a pixel goes in the next frame, x and y in pixels; 0 where not valid or behind that camera
+    flow: Tensor | None = None
     tracks: Tensor | None = None  # (S, N, 2), x and y in pixels
     track_points: Tensor | None = None  # (S, N, 3), in the world
     track_visible: Tensor | None = None  # (S, N) bool

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..command_line import guarded, open_device, say
 from .config import load_config
-from .trainer import Trainer
+from .trainer import WEIGHTS, Trainer, own_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,14 +17,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as steps=2000 data.seed=3")
     parser.add_argument("--resume", action="store_true", help="go on where the run in its folder stopped")
     parser.add_argument("--device", help="cuda or cpu (default: the best there is)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may follow options
     return guarded(lambda: run(args), save_memory="set a smaller data.images or data.size, or checkpoint_activations=true")
 
 
 def run(args: argparse.Namespace) -> str:
-    trainer = Trainer(load_config(args.config, args.overrides), resume=args.resume, device=open_device(args.device))
+    config = load_config(args.config, args.overrides)
+    trainer = Trainer(config, resume=args.resume, device=open_device(own_device(args.device)))
+    if trainer.step >= config.steps:
+        trainer.close()
+        return f"the run is finished: all of its {config.steps} steps are done, see {trainer.out / WEIGHTS}"
     say(f"{trainer.trained:,} parameters are trained, on {trainer.device}; results go to {trainer.out}")
     values = trainer.train()
+    trainer.close()
     return f"step {trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.sample import Sample
-from ..data.synthetic import SyntheticScenes
+from ..data.synthetic import SyntheticScenes, photographs_in, seeded
 from .config import DataConfig
 from .targets import collate, normalise
 
@@ -23,6 +23,7 @@ class Batches(IterableDataset[Sample]):
 
     def __init__(self, config: DataConfig, first: int, rank: int = 0, ranks: int = 1, tracks: int = 0):
         self.config, self.first, self.rank, self.ranks, self.tracks = config, first, rank, ranks, tracks
+        self.photographs = photographs_in(config.photographs) if config.photographs else None
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -34,22 +35,23 @@ class Batches(IterableDataset[Sample]):
 
     def batch(self, index: int) -> Sample:
         config = self.config
-        generator = torch.Generator().manual_seed((config.seed << 32) + index)
         least, most = config.frames
-        frames = int(torch.randint(least, most + 1, (), generator=generator))  # the same on every rank: equal work
+        frames = int(
+            torch.randint(least, most + 1, (), generator=seeded("frames", config.seed, index))
+        )  # the same on every rank: equal work
         count = min(config.images // frames, MOST_SEQUENCES)
         scenes = SyntheticScenes(
             config.kind, frames=frames, size=config.size, seed=config.seed, supersample=config.supersample, tracks=self.tracks,
-            photographs=config.photographs,
+            photographs=self.photographs,
         )  # fmt: skip
         start = (index * self.ranks + self.rank) * MOST_SEQUENCES
         samples = []
         for number in range(start, start + count):
             sample = scenes[number]
-            own = torch.Generator().manual_seed((config.seed << 40) + number)
-            images = jitter(sample.images, config.jitter, own)
+            images = jitter(sample.images, config.jitter, seeded("jitter", config.seed, number))
             if config.noise:
-                images = (images + config.noise * torch.randn(images.shape, generator=own)).clamp(0, 1)
+                noise = torch.randn(images.shape, generator=seeded("noise", config.seed, number))
+                images = (images + config.noise * noise).clamp(0, 1)
             samples.append(replace(sample, images=images))
         return normalise(collate(samples))
 

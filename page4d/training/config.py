@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from ..data.preprocess import PATCH
+from ..data.synthetic import KINDS
 from ..errors import ConfigError
 
 
@@ -35,7 +38,7 @@ class LossConfig:
 
     camera: float = 5.0
     depth: float = 1.0
-    points: float = 1.0
+    points: float = 0.0
     track: float = 0.0
     mask: float = 0.0  # supervision by true motion
 
@@ -88,19 +91,39 @@ class RunConfig:
 
         expect(self.trainable in ("all", "middle"), f"trainable: {self.trainable!r} is neither all nor middle")
         expect(self.precision in ("fp32", "bf16"), f"precision: {self.precision!r} is neither fp32 nor bf16")
-        for name in ("steps", "accumulation", "log_every", "save_every"):
-            expect(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} has to be at least 1")
+        values = flatten(self.to_dict())
+        for name in ("steps", "accumulation", "log_every", "save_every", "data.supersample"):
+            expect(values[name] >= 1, f"{name}: {values[name]} has to be at least 1")
+        for name in ("seed", "data.seed"):
+            expect(0 <= values[name] < 1 << 32, f"{name}: {values[name]} has to be at least 0 and less than 2^32")
+        for name in ("data.noise", "data.jitter", "optimizer.warmup", "optimizer.mask_warmup"):
+            expect(0 <= values[name] <= 1, f"{name}: {values[name]} has to lie between 0 and 1")
+        expect(self.data.kind in KINDS, f"data.kind: {self.data.kind!r} is none of {', '.join(KINDS)}")
+        expect(self.data.workers >= 0, f"data.workers: {self.data.workers} has to be at least 0")
+        fits = all(side >= PATCH and side % PATCH == 0 for side in self.data.size)
+        expect(fits, f"data.size: {self.data.size} has to be [height, width] in multiples of {PATCH}")
         least, most = self.data.frames
         expect(1 <= least <= most, f"data.frames: {self.data.frames} has to be [least, most] with 1 <= least <= most")
         expect(self.data.images >= most, f"data.images: {self.data.images} does not hold one sequence of {most} frames")
-        for group, names in (("loss", vars(self.loss)), ("optimizer", vars(self.optimizer)), ("mask", vars(self.mask))):
-            for name, value in names.items():
-                expect(value >= 0, f"{group}.{name}: {value} has to be at least 0")
+        for name, value in values.items():
+            if name.startswith(("loss.", "optimizer.", "mask.")):
+                expect(0 <= value < math.inf, f"{name}: {value} has to be at least 0, and finite")
+        expect(self.optimizer.clip > 0, "optimizer.clip: 0 would stop all learning")
+        for name in ("lr", "mask_lr"):
+            expect(values[f"optimizer.{name}"] >= self.optimizer.floor, f"optimizer.{name} has to be at least optimizer.floor")
         expect(self.mask.hold_start <= self.mask.hold_end, "mask.hold_start has to be at most mask.hold_end")
         expect(any(vars(self.loss).values()), "loss: every weight is 0, so there is nothing to learn")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Groups as dotted keys, such as "optimizer.lr"."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -112,10 +135,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
+            values = yaml.safe_load(Path(path).read_bytes()) or {}
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # the latter: a day such as 2020-02-31
             raise ConfigError(f"{path} is not YAML: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path} has to hold keys and values, see configs/ for examples")
@@ -131,7 +154,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
                 raise ConfigError(f"{key}: {group} is a value, not a group")
         try:
             place[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise ConfigError(f"{override!r}: the value is not YAML") from None
     return _build(RunConfig, values, "")
 

@@ -17,6 +17,7 @@ from .config import LossConfig
 LARGEST = 100.0
 KEPT_SHARE = 0.98  # of the errors of a batch; the largest are left out
 FEW = 1000  # no filter for fewer
+FLAT = 1e-8  # a cross product so small has no direction
 MANY = 100_000_000  # the threshold comes from a subset beyond
 
 
@@ -109,7 +110,10 @@ def _normal_error(predicted: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
 
 
 def _normals(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit normals (4, B, S, H, W, 3) and where all three pixels are valid (4, B, S, H, W); outside the image is not valid."""
+    """Unit normals (4, B, S, H, W, 3) and where all three pixels are valid (4, B, S, H, W); outside the image is not valid.
+
+    Where points (nearly) coincide the normal is 0, and so is its gradient, which would be as large as one likes.
+    """
     around = F.pad(points, (0, 0, 1, 1, 1, 1))
     inside = F.pad(valid, (1, 1, 1, 1))
     centre = points
@@ -119,19 +123,20 @@ def _normals(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     m_left, m_right = inside[..., 1:-1, :-2], inside[..., 1:-1, 2:]
     pairs = [(up, left, m_up, m_left), (left, down, m_left, m_down), (down, right, m_down, m_right), (right, up, m_right, m_up)]
     normals = torch.stack([torch.linalg.cross(a, b) for a, b, _, _ in pairs])
+    normals = torch.where(normals.detach().norm(dim=-1, keepdim=True) > FLAT, normals, 0.0)
     return F.normalize(normals, dim=-1), torch.stack([ma & mb & valid for _, _, ma, mb in pairs])
 
 
 def track_loss(track_list: Tensor, visibility: Tensor, target: Sample) -> Tensor:
-    """Sum over refinements, weighted 0.8^(n-1-i) / n, of the mean L1 error of visible points in units of the image's longer side, plus
-    the binary cross-entropy of visibility. track_list (n, B, S, N, 2); visibility (B, S, N) is a probability, not a logit.
+    """Sum over refinements, weighted 0.8^(n-1-i) / n, of the mean L1 error of visible points (0 if none is) in units of the image's longer
+    side, plus the binary cross-entropy of visibility. track_list (n, B, S, N, 2); visibility (B, S, N) is a probability, not a logit.
     """
     assert target.tracks is not None and target.track_visible is not None
     seen, count = target.track_visible, len(track_list)
     total = F.binary_cross_entropy(visibility.float().clamp(1e-6, 1 - 1e-6), seen.float())
     for i, track in enumerate(track_list):
         error = (track - target.tracks)[seen].abs() / max(target.images.shape[-2:])
-        total = total + 0.8 ** (count - 1 - i) * fix(error).mean() / count
+        total = total + 0.8 ** (count - 1 - i) * fix(error).sum() / max(error.numel(), 1) / count
     return total
 
 

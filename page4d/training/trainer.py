@@ -25,16 +25,24 @@ from ..files import AtomicFiles, check_writable
 from ..mask_head import mask_schedule
 from ..model import Page4D
 from .batches import Batches, loader
-from .config import LossConfig, RunConfig
+from .config import LossConfig, RunConfig, flatten
 from .losses import total_loss
 from .parameters import choose_trainable, make_optimizer, set_learning_rates
 
 TRACKS = 64  # points followed, if tracks are trained
 STATE, WEIGHTS, LOG = "state.pt", "model.safetensors", "log.csv"
+HARMLESS = ("out", "log_every", "save_every", "checkpoint_activations", "data.workers")  # a resumed run may change them
 
 
 class TrainingError(UserError):
     """A run that cannot go on."""
+
+
+def own_device(name: str | None) -> str | None:
+    """The device to ask for: under `torchrun` this process' own GPU where any would do, so that nothing is allocated on the first."""
+    local = os.environ.get("LOCAL_RANK")
+    any_gpu = name == "cuda" or (name is None and torch.cuda.is_available())
+    return f"cuda:{local}" if local is not None and any_gpu else name
 
 
 class Objective(nn.Module):
@@ -66,14 +74,13 @@ class Trainer:
     def __init__(self, config: RunConfig, *, resume: bool = False, device: torch.device | str | None = None):
         self.config, self.out = config, Path(config.out)
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.ranks > 1:
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-                torch.cuda.set_device(self.device)
-            if not dist.is_initialized():
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        check_writable(self.out)
+        name = own_device(None if device is None else str(device))
+        self.device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.index is not None and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.ranks > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self._check_writable()
         state_file = self.out / STATE
         if state_file.exists() and not resume:
             raise InputError(f"{self.out} holds a run already: continue it with --resume, or choose another folder with out=FOLDER")
@@ -101,14 +108,33 @@ class Trainer:
         wrapped = DistributedDataParallel(objective, find_unused_parameters=True) if self.ranks > 1 else objective
         self.objective: nn.Module = wrapped
 
+    def _check_writable(self) -> None:
+        """One process tries, all learn what came of it: they would remove each other's folders."""
+        problem: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                check_writable(self.out)
+            except InputError as error:
+                problem = [str(error)]
+        if self.ranks > 1:
+            dist.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise InputError(problem[0])
+
     def _read(self, path: Path) -> dict[str, Any]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes of it
             raise InputError(f"{path} cannot be read ({type(error).__name__}): restore it, or start again in another folder") from None
-        changed = [key for key, value in self.config.to_dict().items() if key != "out" and state["config"].get(key) != value]
+        if not isinstance(state, dict) or not {"model", "optimizer", "step", "config", "model_config"} <= set(state):
+            raise InputError(f"{path} is not the state of a run: restore it, or start again in another folder")
+        before, now = flatten(state["config"]), flatten(self.config.to_dict())
+        changed = [key for key in now if key not in HARMLESS and before.get(key) != now[key]]
         if changed:
             raise InputError(f"{path} belongs to another configuration ({', '.join(changed)} differ): resume with the same one")
+        ranks = state.get("ranks", 1)
+        if ranks != self.ranks:
+            raise InputError(f"{path} belongs to a run of {ranks} processes, and this one has {self.ranks}: resume with as many")
         return state
 
     def mask_strength(self, step: int) -> float:
@@ -118,7 +144,9 @@ class Trainer:
     def train(self, until: int | None = None) -> dict[str, float]:
         """Train to the end (or step `until`), with a progress bar; the last step's losses."""
         config = self.config
-        end = min(until or config.steps, config.steps)
+        end = config.steps if until is None else min(until, config.steps)
+        if self.rank == 0:
+            self._trim_log()
         batches = Batches(config.data, self.step * config.accumulation, self.rank, self.ranks, TRACKS if config.loss.track else 0)
         stream = loader(batches, config.data.workers)
         values: dict[str, float] = {}
@@ -166,6 +194,27 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return totals | {"gradient_norm": norm, "lr": max(g["lr"] for g in self.optimizer.param_groups), "mask_strength": strength}, images
 
+    def close(self) -> None:
+        """Leave the group of processes. Not after an error: that would wait for the others."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _trim_log(self) -> None:
+        """Leave the rows up to this step: others belong to a run that got further before it stopped, or to another one."""
+        path = self.out / LOG
+        if not path.exists():
+            return
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if (row.get("step") or "").isdecimal() and int(row["step"]) <= self.step]
+        if not rows:
+            path.unlink()
+            return
+        with AtomicFiles() as files, open(files.add(path), "w", newline="") as file:
+            writer = csv.DictWriter(file, list(reader.fieldnames or ()), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
     def _log(self, values: dict[str, float]) -> None:
         if self.rank > 0:
             return
@@ -190,6 +239,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "ranks": self.ranks,
             "config": self.config.to_dict(),
             "model_config": self.model.config.to_json(),
         }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from page4d.data.synthetic import SyntheticScenes, random_scene, render, stream
+from page4d.data.synthetic import SyntheticScenes, random_scene, render, seeded, stream
 from page4d.data.synthetic.__main__ import main
-from page4d.data.synthetic.camera import CameraPath, look_at
-from page4d.data.synthetic.render import _pixels, _rays, trace
-from page4d.data.synthetic.scene import BOX, CYLINDER, ROOM, SHEET, SPHERE, Scene
+from page4d.data.synthetic.camera import PATHS, CameraPath, look_at, random_path
+from page4d.data.synthetic.render import _normals, _pixels, _rays, trace
+from page4d.data.synthetic.scene import BOX, CLEARANCE, CYLINDER, ROOM, SHEET, SPHERE, Scene, _ground_path, _Random, _solid
 from page4d.data.synthetic.texture import make_textures
 from page4d.errors import InputError
 from page4d.geometry import unproject
@@ -80,9 +81,22 @@ def test_flow_agrees_with_depth_and_pose_where_nothing_moves():
         sample = scenes("static")[i]
         y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in SIZE), indexing="ij")
         for s in range(4):
-            pixels, _ = project(sample.world_points[s], sample.extrinsics[s + 1], sample.intrinsics[s + 1])
-            gap = (pixels - torch.stack([x, y], -1) - sample.flow[s]).norm(dim=-1)[sample.valid[s] & (sample.flow[s].norm(dim=-1) < 100)]
-            assert gap.max() < 2e-2
+            pixels, depth = project(sample.world_points[s], sample.extrinsics[s + 1], sample.intrinsics[s + 1])
+            ahead = sample.valid[s] & (depth > 1e-3)
+            assert torch.allclose(sample.flow[s][ahead], (pixels - torch.stack([x, y], -1))[ahead], atol=2e-2, rtol=1e-3)
+            assert (sample.flow[s][~ahead] == 0).all()
+
+
+def test_no_flow_to_behind_the_camera():
+    """The second camera is beyond a ball that the first one saw."""
+    first = one_shape(SPHERE, torch.eye(3), torch.zeros(3), (5.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+    there = one_shape(SPHERE, torch.eye(3), torch.zeros(3), (-5.0, 0.0, 0.0), (-9.0, 0.0, 0.0)).camera
+    camera = CameraPath(
+        *(torch.cat([getattr(x, name) for x in (first.camera, there)]) for name in ("centers", "rotation", "fov")), "static"
+    )
+    scene = replace(first, linear=first.linear.expand(2, -1, -1, -1), offset=first.offset.expand(2, -1, -1), camera=camera)
+    sample = render(scene, (20, 20))
+    assert sample.valid[0].any() and (sample.flow == 0).all()
 
 
 def test_flow_carries_objects_along():
@@ -159,6 +173,125 @@ def test_shadow_and_shading():
     assert torch.allclose(ratio, torch.full((3,), 0.4 / 1.15), atol=0.02)
 
 
+@pytest.mark.parametrize("light", [(0.0, 0.0, 3.0), (30.0, 0.0, 90.0)])
+def test_a_low_box_casts_a_shadow(light):
+    """Of a box 0.2 high and lit from (1, 0, 3), the shadow on the ground behind it is 0.2 / 3 long, however far the light."""
+    box = one_shape(BOX, 0.1 * torch.eye(3), torch.tensor([0.0, 0.0, 0.1]), (-0.4, 0.0, 2.0), (-0.1, 0.0, 0.0), light=light)
+    ground = replace(
+        box, shape=torch.tensor([BOX, SHEET]), linear=torch.stack([0.1 * torch.eye(3), 50 * torch.eye(3)])[None],
+        offset=torch.tensor([[[0.0, 0.0, 0.1], [0.0, 0.0, 0.0]]]), extent=torch.ones(2, 3), object_id=torch.tensor([1, 0]),
+        moves=torch.tensor([False, False]), texture=torch.tensor([0, 0]), tile=torch.full((2,), 1e6), ambient=0.0,
+    )  # fmt: skip
+    sample = render(ground, (80, 80))
+    x, y, z = sample.world_points[0].unbind(-1)
+    dark = sample.images[0].sum(0) < 1e-3
+    beside = (z.abs() < 1e-4) & (y.abs() < 0.08) & (x < -0.105)
+    if light[0] == 0:  # over the box
+        assert not dark[beside & (x < -0.12)].any()
+    else:
+        shadow = x > -0.1 - 0.2 / 3
+        assert dark[beside & shadow & (x > -0.16)].all() and (beside & shadow).sum() > 3
+        assert not dark[beside & (x < -0.18)].any()
+
+
+@pytest.mark.parametrize("shape", [BOX, SPHERE, CYLINDER])
+def test_normals_of_a_turned_and_stretched_shape(shape):
+    """Against the axes (box) and the gradients (ball, side of a cylinder) of the equations in the world."""
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1))).Q
+    half = torch.tensor([0.5, 1.0, 2.0])
+    scene = one_shape(shape, turn * half, torch.tensor([0.3, 0.2, 0.1]), (7.0, 1.0, 2.0), (0.0, 0.0, 0.0))
+    origin, direction = _rays(scene, 0, _pixels((40, 40), torch.device("cpu")), scene.camera.intrinsics((40, 40))[0])
+    hits = trace(scene, 0, origin, direction)
+    hit = hits.depth.isfinite()
+    found = _normals(scene, 0, hits, direction)[hit]
+    along = (origin + hits.depth[hit, None] * direction[hit] - scene.offset[0, 0]) @ turn  # in metres along the axes
+    gradient = along / half.square()
+    flat = (along.abs() / half - 1).abs() < 1e-4
+    if shape == BOX:
+        gradient = flat * along.sign()
+    elif shape == CYLINDER:
+        gradient[:, 2] = 0
+        gradient = torch.where(flat[:, 2:], along.sign() * torch.tensor([0.0, 0.0, 1.0]), gradient)
+    wanted = torch.nn.functional.normalize(gradient @ turn.T, dim=-1)
+    assert hit.sum() > 50 and (shape == SPHERE or flat.any())
+    assert torch.allclose(found, wanted, atol=1e-3)
+
+
+def test_far_surfaces_are_seen_and_have_no_truth():
+    ball = one_shape(SPHERE, torch.eye(3), torch.zeros(3), (5.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+    near = render(ball, (40, 40))
+    cut = render(replace(ball, far=4.2), (40, 40))
+    assert torch.equal(cut.valid, near.valid & (near.depth < 4.2)) and cut.valid.any() and not torch.equal(cut.valid, near.valid)
+    assert torch.equal(cut.images, near.images)
+    for name in ("depth", "world_points", "object_id", "dynamic"):
+        assert (getattr(cut, name)[~cut.valid] == 0).all()
+    assert Scene.far == 25.0
+
+
+def test_level_of_detail():
+    """A pixel of a wall 40 away, slanted by 60 degrees, covers 80 / focal metres along its longer side, and 128 texels are 2 m."""
+    levels = []
+
+    def textures(index, u, v, level):
+        levels.append(level)
+        return torch.zeros(len(index), 3)
+
+    turn = torch.tensor([[0.5, 0.0, math.sqrt(0.75)], [0.0, 1.0, 0.0], [-math.sqrt(0.75), 0.0, 0.5]])
+    wall = one_shape(SHEET, 100 * turn, torch.zeros(3), (0.0, -0.001, 40.0), (0.0, 0.0, 0.0))
+    for supersample in (1, 2):
+        sample = render(replace(wall, textures=textures, tile=torch.full((1,), 2.0)), (100, 100), supersample=supersample)
+        expected = math.log2(80 / float(sample.intrinsics[0, 0, 0]) / supersample / 2 * 128)
+        middle = levels[-1].view(100 * supersample, -1)[50 * supersample, 50 * supersample]
+        assert float(middle) == pytest.approx(expected, abs=0.05)
+
+
+def test_levels_of_a_texture_are_averages():
+    textures = make_textures(2, torch.Generator().manual_seed(0))
+
+    def level(n):
+        centres = (torch.arange(128 >> n) + 0.5) / (128 >> n)
+        v, u = torch.meshgrid(centres, centres, indexing="ij")
+        return textures(torch.ones(u.numel(), dtype=torch.long), u.flatten(), v.flatten(), torch.full((u.numel(),), float(n))).view(
+            *u.shape, 3
+        )
+
+    finest = level(0)
+    for n in (1, 3, 5):
+        side = 1 << n
+        assert torch.allclose(level(n), finest.unflatten(0, (-1, side)).unflatten(2, (-1, side)).mean((1, 3)), atol=1e-5)
+    assert finest.std() > 0.05
+
+
+def test_half_of_the_tracks_are_on_what_moves():
+    shares = []
+    for i in range(12):
+        sample = scenes("dynamic", tracks=60)[i]
+        moving = sample.dynamic[0].float().mean()
+        if 0.05 < moving < 0.3:
+            x, y = sample.tracks[0].round().long().unbind(-1)
+            shares.append(sample.dynamic[0, y, x].float().mean())
+    assert len(shares) >= 3 and torch.stack(shares).mean() == pytest.approx(0.5, abs=0.12)
+
+
+def test_camera_paths():
+    """Within limits, turned towards the middle; now and then a zoom, and cameras that do not move."""
+    zooms, kinds = 0, {}
+    for seed in range(150):
+        path = random_path(torch.Generator().manual_seed(seed), torch.linspace(0, 1, 12), radius=2.0, ceiling=1.5)
+        x, y, z = path.centers.unbind(-1)
+        assert x.abs().max() <= 2.4 and y.abs().max() <= 2.4 and z.min() >= 0.3 and z.max() <= 1.35 + 1e-6
+        kinds.setdefault(path.kind, []).append(path)
+        degrees = torch.rad2deg(path.fov)
+        assert 45 <= degrees[0] <= 85
+        change = degrees / degrees[0]
+        zooms += int(change[-1] != 1)
+        assert torch.allclose(change, torch.linspace(1, float(change[-1]), 12), atol=1e-5) and 0.75 <= change[-1] <= 1.25
+    assert 10 < zooms < 40 and set(kinds) == set(PATHS)
+    assert all((path.centers == path.centers[:1]).all() for path in kinds["static"])
+    assert all((path.centers != path.centers[:1]).any() for kind in PATHS if kind != "static" for path in kinds[kind])
+    assert max(float(path.centers[:, 2].max()) for path in kinds["hand-held"]) == pytest.approx(1.35)  # the ceiling is felt
+
+
 def test_sequences_are_what_their_number_says():
     again, other = scenes()[2], scenes()[3]
     assert torch.equal(scenes()[2].images, again.images) and torch.equal(scenes()[2].extrinsics, again.extrinsics)
@@ -178,14 +311,96 @@ def test_number_of_moving_objects(moving):
     assert (scene.linear[:, still] == scene.linear[:1, still]).all() and (scene.offset[:, still] == scene.offset[:1, still]).all()
 
 
+def test_things_go_where_they_head():
+    """The path's direction is the heading, at an even speed."""
+    path, heading = _ground_path(_Random(torch.Generator().manual_seed(0)), torch.zeros(3), torch.linspace(0, 1, 101), 9.0)
+    step, middle = path.diff(dim=0), (heading[1:] + heading[:-1]) / 2
+    assert (heading[-1] - heading[0]).abs() > 0.1
+    assert torch.allclose(step[:, :2] / step.norm(dim=-1, keepdim=True), torch.stack([middle.cos(), middle.sin()], -1), atol=1e-3)
+    assert step.norm(dim=-1).std() < 1e-4 * path[-1].norm() and (path[:, 2] == 0).all()
+
+
+def test_stretching_things_stand_on_the_floor():
+    """What stretches touches the floor all the time, unless it bounces, and never sinks in."""
+    stands = 0
+    for seed in range(40):
+        (part,) = _solid(_Random(torch.Generator().manual_seed(seed)), torch.zeros(3), torch.linspace(0, 1, 6), True, 2.0)
+        half = part.linear[:, 2, 2]
+        bottom = part.offset[:, 2] - half
+        assert bottom.min() > -1e-5
+        stands += int(half.std() > 1e-3 and bottom.max() < 1e-5)
+    assert stands > 3
+
+
+@pytest.mark.parametrize("clearance", [CLEARANCE, 2.5])  # houses are seldom near
+def test_the_camera_runs_into_nothing(monkeypatch, clearance):
+    """Points on every thing and house are not within the clearance of the camera, and the camera is not inside."""
+    monkeypatch.setattr("page4d.data.synthetic.scene.CLEARANCE", clearance)
+    side = torch.linspace(-1, 1, 5)
+    box = torch.cartesian_prod(side, side, side)
+    box = box[box.abs().amax(-1) == 1]
+    houses = things = 0
+    for seed in range(24):
+        scene = random_scene("dynamic", 4, torch.Generator().manual_seed(seed))
+        solid = (scene.shape != ROOM) & (scene.shape != SHEET)
+        houses += int((solid & (scene.object_id == 0)).sum())
+        things += int((solid & (scene.object_id > 0)).sum())
+        for s, centre in enumerate(scene.camera.centers):
+            inside = torch.linalg.solve(scene.linear[s, solid], centre - scene.offset[s, solid])
+            assert (inside.abs() > 1).any(-1).all()
+            surface = torch.einsum("kij,pj->kpi", scene.linear[s, solid], box) + scene.offset[s, solid, None]
+            assert (surface - centre).norm(dim=-1).gt(clearance).all()
+    assert houses > 10 and things > 40
+
+
+def test_seeds():
+    """All parts matter, and every bit of them."""
+    draws = {float(torch.rand((), generator=seeded(*parts))) for parts in (("a", 1), ("a", 2), ("b", 1), ("a", 1 + (1 << 32)), ("a", 1, 0))}
+    assert len(draws) == 5 and len({seeded("a", i).initial_seed() for i in range(1000)}) == 1000
+    assert torch.equal(torch.rand(3, generator=seeded("a", 1)), torch.rand(3, generator=seeded("a", 1)))
+
+
+def test_options_leave_the_scene_alone(tmp_path):
+    from PIL import Image
+
+    Image.effect_noise((60, 60), 80).save(tmp_path / "noise.png")
+    plain, noisy = scenes()[1], scenes(noise=0.1)[1]
+    assert torch.equal(plain.images, scenes(tracks=9)[1].images)
+    assert torch.equal(noisy.images, scenes(noise=0.1, tracks=9)[1].images)
+    assert torch.equal(scenes(tracks=9)[1].tracks, scenes(noise=0.1, photographs=tmp_path, tracks=9)[1].tracks)
+    other = scenes(photographs=tmp_path)[1]
+    assert torch.equal(plain.depth, other.depth) and torch.equal(plain.object_id, other.object_id)
+    assert not torch.equal(plain.images, other.images)
+    assert torch.equal(other.images, scenes(photographs=[tmp_path / "noise.png"])[1].images)
+    a, b = (random_scene("dynamic", 2, torch.Generator().manual_seed(0), photographs=p) for p in (None, [tmp_path / "noise.png"]))
+    assert torch.equal(a.light, b.light) and torch.equal(a.tile, b.tile) and a.ambient == b.ambient
+    blurred = scenes(motion_blur=3)[1]
+    assert torch.allclose(plain.extrinsics, blurred.extrinsics, atol=1e-5)
+    assert torch.isclose(plain.depth, blurred.depth, atol=1e-4).float().mean() > 0.999
+
+
+def test_the_shutter_is_open_for_half_of_the_time():
+    """Two moments for each of two frames: times 0, 1/4, 1 and 5/4; the first three are among those of five frames."""
+    blurred = random_scene("dynamic", 2, torch.Generator().manual_seed(1), moving=3, instants=2)
+    plain = random_scene("dynamic", 5, torch.Generator().manual_seed(1), moving=3)
+    assert len(blurred.offset) == 4
+    for name in ("offset", "linear"):
+        assert torch.allclose(getattr(blurred, name)[:3], getattr(plain, name)[[0, 1, 4]], atol=1e-5)
+    assert torch.allclose(blurred.camera.centers[:3], plain.camera.centers[[0, 1, 4]], atol=1e-5)
+    assert (plain.offset[1] - plain.offset[0]).abs().max() > 0.01
+
+
 def test_blur_noise_and_supersampling_leave_the_truth_alone():
     plain = scenes()[1]
     for options in ({"noise": 0.05}, {"supersample": 2}):
         other = scenes(**options)[1]
         assert torch.equal(plain.depth, other.depth) and not torch.equal(plain.images, other.images)
         assert (plain.images - other.images).abs().mean() < 0.1
+    assert (scenes(noise=0.05)[1].images - plain.images).std() == pytest.approx(0.05, rel=0.2)
     blurred = scenes(motion_blur=3)[1]
-    assert blurred.images.shape == plain.images.shape and torch.isfinite(blurred.images).all()
+    moments = random_scene("dynamic", 5, seeded("scene", "dynamic", 3, 1), instants=3)
+    mean = sum(render(moments.frames(slice(m, None, 3)), SIZE).images for m in range(3)) / 3
+    assert torch.allclose(blurred.images, mean, atol=1e-5) and not torch.allclose(blurred.images, plain.images, atol=0.05)
 
 
 def test_photographs(tmp_path):
@@ -206,8 +421,14 @@ def test_errors(tmp_path):
         SyntheticScenes("moving", frames=1, size=SIZE, seed=0)
     with pytest.raises(InputError, match="no photographs in"):
         SyntheticScenes("static", frames=1, size=SIZE, seed=0, photographs=tmp_path)
-    with pytest.raises(InputError, match="frames, size, length"):
-        SyntheticScenes("static", frames=0, size=SIZE, seed=0)
+    options = {"frames": 1, "size": SIZE, "seed": 0}
+    for wrong, message in (
+        ({"frames": 0}, "frames, length"), ({"supersample": 0}, "supersample"), ({"tracks": -1}, "tracks at least 0"),
+        ({"size": (1, 1)}, "1 x 1 pixels show nothing"), ({"noise": -0.1}, "noise"), ({"noise": math.nan}, "noise of nan"),
+        ({"moving": -1}, "moving objects"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            SyntheticScenes("static", **(options | wrong))
 
 
 def test_preview(tmp_path, capsys):
@@ -221,6 +442,8 @@ def test_preview(tmp_path, capsys):
         assert sum(1 for _ in container.decode(video=0)) == 6
     assert main(["--preview", "--size", "112", "--out", str(tmp_path)]) == 2
     assert "give HEIGHTxWIDTH" in capsys.readouterr().err
+    assert main(["--preview", "--size", "1x1", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: images of 1 x 1 pixels show nothing")
 
 
 def test_look_at():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,16 @@ def test_normalise_bad_data():
     both = normalise(collate([broken, nothing]))
     assert all(torch.isfinite(x).all() for x in (both.extrinsics, both.world_points, both.depth))
     assert not both.valid[1].any() and both.valid[0].any()
+
+
+@pytest.mark.parametrize("size, scale", [(1e-9, 1e-6), (1e9, 1e6)])
+def test_normalise_tiny_and_huge_scenes(size, scale):
+    """Lengths are divided by no less than 1e-6 and by no more than 1e6."""
+    x = sequence(0)
+    changed = replace(x, depth=size * x.depth, world_points=size * x.world_points,
+                      extrinsics=torch.cat([x.extrinsics[..., :3], size * x.extrinsics[..., 3:]], -1))  # fmt: skip
+    found = normalise(collate([changed]))
+    assert torch.allclose(found.depth[found.valid], size * x.depth[None][found.valid] / scale, rtol=1e-4)
 
 
 def test_fix_and_filter():
@@ -170,6 +181,51 @@ def test_track_loss(batch):
     for i in range(3):
         expected += 0.8 ** (2 - i) * float((tracks[i] - batch.tracks)[seen].abs().mean()) / W / 3
     assert abs(float(track_loss(tracks, visibility, batch)) - expected) < 1e-5
+
+
+def test_no_visible_track(batch):
+    """Only the visibility is learnt then, and gradients are finite."""
+    tracks = torch.zeros(3, B, S, 5, 2, requires_grad=True)
+    visibility, nothing = torch.full((B, S, 5), 0.25), replace(batch, track_visible=torch.zeros(B, S, 5, dtype=torch.bool))
+    loss = track_loss(tracks, visibility, nothing)
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.log(0.75)) and (tracks.grad == 0).all()
+
+
+def test_one_wild_prediction_is_worth_at_most_100(batch):
+    """A single value of 10^6 changes a mean of errors by 100 / n, as each is clamped."""
+    wanted = encode_pose(batch.extrinsics, batch.intrinsics, (H, W))
+    for index, n, weight in ((0, B * S * 3, 1.0), (8, B * S * 2, 0.5)):
+        wild = wanted[None].clone()
+        wild[0, 0, 0, index] += 1e6
+        clamped = 100 / n if index == 0 else 100  # rotations and fields of view: the mean is clamped
+        assert float(camera_loss(wild, batch)) == pytest.approx(weight * clamped, rel=1e-4)
+    n = int(batch.valid.sum())
+    y, x = batch.valid[0, 0].nonzero()[0].tolist()
+    depth, confidence = batch.depth[..., None].clone(), torch.ones(B, S, H, W)
+    depth[0, 0, y, x] += 1e6
+    confidence[0, 0, y, x] = 10
+    neighbours = 0.0
+    for stride in (1, 2, 4, 8):
+        if y % stride == 0 and x % stride == 0:
+            m = batch.valid[0, 0]
+            around = [(y + dy, x + dx) for dy, dx in ((0, stride), (stride, 0), (0, -stride), (-stride, 0))]
+            count = sum(bool(m[p]) for p in around if 0 <= p[0] < H and 0 <= p[1] < W)
+            neighbours += 100 * count / int(batch.valid[..., ::stride, ::stride].sum()) / 4
+    assert float(depth_loss(depth, confidence, batch)) == pytest.approx((100 + 100) / n + neighbours, rel=1e-4)
+    tracks = batch.tracks[None].clone()
+    first = batch.track_visible.nonzero()[0].tolist()
+    tracks[0, first[0], first[1], first[2], 0] += 1e6
+    certain = batch.track_visible.float()
+    assert float(track_loss(tracks, certain, batch)) == pytest.approx(100 / (2 * int(batch.track_visible.sum())), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [0, 1e-7, 1e-6, 1e-5])
+def test_gradients_of_points_that_coincide(batch, size):
+    """Nothing to learn from the normals of points that (nearly) coincide: their gradients would outweigh all others."""
+    points = (0.5 + size * torch.randn(B, S, H, W, 3, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    point_loss(points, torch.ones(B, S, H, W), batch).backward()
+    assert points.grad.abs().max() < 10
 
 
 def test_mask_loss(batch):

@@ -7,12 +7,15 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 
 from page4d.checkpoint import load_pretrained, save_official, save_pretrained
 from page4d.config import PRESETS, preset
+from page4d.data.synthetic import SyntheticScenes
 from page4d.errors import ConfigError, InputError
 from page4d.model import Page4D
 from page4d.training import Trainer, load_config
@@ -20,16 +23,31 @@ from page4d.training.__main__ import main
 from page4d.training.batches import Batches, jitter, loader
 from page4d.training.config import DataConfig, OptimizerConfig
 from page4d.training.parameters import choose_trainable, learning_rate, make_optimizer
+from page4d.training.trainer import TrainingError, own_device
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 QUICK = [
-    "data.size=[28, 42]", "data.frames=[2, 3]", "data.images=4", "data.kind=dynamic", "loss.points=0", "steps=8", "log_every=1",
+    "data.size=[28, 42]", "data.frames=[2, 3]", "data.images=4", "data.kind=dynamic", "steps=8", "log_every=1",
     "optimizer.lr=1e-3", "optimizer.mask_lr=1e-3", "trainable=all",
 ]  # fmt: skip
 
 
 def run(tmp_path, *overrides, name="run", **options):
     return Trainer(load_config(None, [*QUICK, f"out={tmp_path / name}", *overrides]), device="cpu", **options)
+
+
+def logged(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def gradients(trainer):
+    """Gradients of every optimiser step from now on, before they are clipped if `optimizer.clip` is large."""
+    found = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: found.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
+    )
+    return found
 
 
 def test_official_size_dry_run():
@@ -61,9 +79,10 @@ def test_mask_schedule_and_learning_rates_follow_the_steps(tmp_path):
         tmp_path, "mask.hold_start=0.25", "mask.hold_end=0.75", "optimizer.warmup=0.5", "optimizer.mask_warmup=0.25", "log_every=1"
     )
     trainer.train()
-    with open(tmp_path / "run" / "log.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = logged(tmp_path / "run")
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
+    rates = [max(learning_rate(n / 8, 1e-3, warmup, 1e-8) for warmup in (0.25, 0.5)) for n in range(8)]
+    assert [float(row["lr"]) for row in rows] == pytest.approx(rates, rel=1e-4)
     wanted = [64, 64, *(32 * (1 + math.cos(math.pi * (n - 2) / 4)) for n in range(2, 6)), 0, 0]
     assert [float(row["mask_strength"]) for row in rows] == pytest.approx(wanted, abs=1e-3)
 
@@ -92,10 +111,7 @@ def test_one_step_with_clipped_gradients(tmp_path):
     """The optimiser steps once per iteration, with gradients of the stated norm at most, averaged over micro-batches."""
     trainer = run(tmp_path, "optimizer.clip=0.01", "accumulation=2", "optimizer.warmup=0.0", "optimizer.mask_warmup=0.0", "steps=1")
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    seen = []
-    trainer.optimizer.register_step_pre_hook(
-        lambda optimizer, *_: seen.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
-    )
+    seen = gradients(trainer)
     trainer.train()
     assert len(seen) == 1
     norm = torch.stack([g.norm() for g in seen[0]]).norm()
@@ -103,6 +119,30 @@ def test_one_step_with_clipped_gradients(tmp_path):
     moved = [name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])]
     assert "aggregator.camera_token" in moved and "depth_head.norm.weight" in moved
     assert "aggregator.spatial_mask_head.head0.0.weight" in moved  # the mask learns through attention alone
+
+
+def test_micro_batches_are_averaged(tmp_path):
+    """Gradients and logged losses of a step are the means over its micro-batches."""
+    trainer = run(tmp_path, "optimizer.clip=1e9", "accumulation=2", "steps=1")
+    batches = [Batches(trainer.config.data, 0).batch(i) for i in (0, 1)]
+    losses = [trainer.objective(batch, 64.0)["loss"] for batch in batches]
+    mean = sum(losses) / 2
+    parameters = [p for g in trainer.optimizer.param_groups for p in g["params"]]
+    wanted = [g for g in torch.autograd.grad(mean, parameters, allow_unused=True) if g is not None]
+    seen = gradients(trainer)
+    assert trainer.train()["loss"] == pytest.approx(mean.item(), rel=1e-5)
+    for a, b in zip(seen[0], wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_each_step_has_its_micro_batches(tmp_path, monkeypatch):
+    """Steps 0, 1, 2 of two micro-batches take batches 0 to 5, whether or not the run was resumed in between."""
+    seen, real = [], Batches.batch
+    monkeypatch.setattr(Batches, "batch", lambda self, index: seen.append(index) or real(self, index))
+    options = ["accumulation=2", "steps=3", "trainable=middle"]
+    run(tmp_path, *options).train(until=1)
+    run(tmp_path, *options, resume=True).train()
+    assert seen == list(range(6))
 
 
 def test_middle_leaves_the_rest_alone(tmp_path):
@@ -133,7 +173,7 @@ def test_fine_tuning_starts_from_a_file_and_leaves_it_alone(tmp_path, suffix):
     )
     assert path.read_bytes() == content
     with pytest.raises(ValueError, match="does not fit the model"):
-        run(tmp_path, f"weights={path}", "model=tiny", "loss.points=1", name="other")
+        run(tmp_path, f"weights={path}", "model=tiny", name="other")
 
 
 def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
@@ -148,16 +188,16 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
 
 
 def test_bf16(tmp_path):
-    values = run(tmp_path, "precision=bf16", "steps=3").train()
-    assert math.isfinite(values["loss"])
+    """Half precision computes about the same, and not the same."""
+    half, full = (run(tmp_path, f"precision={name}", "steps=1", name=name).train()["loss"] for name in ("bf16", "fp32"))
+    assert half != full and half == pytest.approx(full, rel=0.05)
 
 
 @pytest.mark.slow
 def test_the_loss_falls(tmp_path):
     trainer = run(tmp_path, "steps=60", "data.frames=[2, 2]", "data.images=8", "data.jitter=0", "mask.strength=0", "data.kind=static")
     trainer.train()
-    with open(tmp_path / "run" / "log.csv") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    losses = [float(row["loss"]) for row in logged(tmp_path / "run")]
     assert sum(losses[-10:]) / 10 < 0.4 * sum(losses[:5]) / 5
 
 
@@ -172,13 +212,77 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "state.pt").exists()
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = run(tmp_path)
+    trainer.model.camera_head.embed_pose.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = trainer.model.aggregator.camera_token.detach().clone()
+    with pytest.raises(TrainingError, match="the gradient's norm is nan at step 0"):
+        trainer.train()
+    assert torch.equal(trainer.model.aggregator.camera_token, before) and not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_saving(tmp_path, monkeypatch):
+    """Every `save_every` steps and after the last; `until` ends early, at 0 at once."""
+    trainer, saved = run(tmp_path, "save_every=3", "trainable=middle"), []
+    monkeypatch.setattr(trainer, "save", lambda: saved.append(trainer.step))
+    assert trainer.train(until=0) == {} and trainer.step == 0 and saved == []
+    trainer.train()
+    assert saved == [3, 6, 8]
+
+
+def test_the_log_of_a_resumed_run(tmp_path):
+    """One row per step, also if the run got further than its state; a new run starts a new log."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.csv").write_text("step,other\n1,5\n")
+    options = ["steps=4", "trainable=middle"]
+    first = run(tmp_path, *options)
+    first.train(until=2)
+    assert [row["step"] for row in logged(folder)] == ["1", "2"] and "other" not in logged(folder)[0]
+    state = (folder / "state.pt").read_bytes()
+    first.train(until=3)
+    (folder / "state.pt").write_bytes(state)
+    assert len(logged(folder)) == 3
+    before = logged(folder)[:2]
+    run(tmp_path, *options, resume=True).train()
+    assert [row["step"] for row in logged(folder)] == ["1", "2", "3", "4"] and logged(folder)[:2] == before
+
+
 def test_batches_depend_on_the_step_alone():
     config = DataConfig(size=(28, 42), frames=(2, 3), images=6)
     alone, later = Batches(config, 0).batch(5), next(loader(Batches(config, 5), 0))
     assert torch.equal(alone.images, later.images) and torch.equal(alone.extrinsics, later.extrinsics)
-    other_rank = Batches(config, 5, rank=1, ranks=2).batch(5)
-    assert other_rank.images.shape == Batches(config, 5, rank=0, ranks=2).batch(5).images.shape
-    assert not torch.equal(other_rank.images, Batches(config, 5, rank=0, ranks=2).batch(5).images)
+    config = DataConfig(size=(28, 42), frames=(2, 2), images=4)
+    found = [Batches(config, 0, rank, 2).batch(index) for index in (5, 6) for rank in (0, 1)]
+    scenes = [depth for batch in found for depth in batch.depth]
+    assert not any(torch.equal(a, b) for a, b in combinations(scenes, 2))
+    counts = [[len(Batches(DataConfig(size=(14, 14), images=8), 0, rank, 2).batch(i).images[0]) for i in range(4)] for rank in (0, 1)]
+    assert counts[0] == counts[1] and len(set(counts[0])) > 1  # equal work
+
+
+def test_batches_depend_on_the_seed():
+    """Another data.seed, however large, gives other numbers of frames, other jitter and other noise; noise shifts no other draw."""
+    images = torch.full((2, 3, 16, 24), 0.5)
+
+    def fixed(monkeypatch, **options):
+        """A batch of grey images: what is left are the draws of the batch itself."""
+        monkeypatch.setattr(SyntheticScenes, "__getitem__", lambda self, i: replace(truth, images=images))
+        return Batches(DataConfig(size=(16, 24), frames=(2, 2), images=2, **options), 0).batch(3).images
+
+    truth = SyntheticScenes("static", frames=2, size=(16, 24), seed=0)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        for option in ({"noise": 0.1, "jitter": 0.0}, {"noise": 0.0, "jitter": 1.0}):
+            found = [fixed(patch, seed=seed, **option) for seed in (1, 2, 1 << 32, (1 << 40) + 1)]
+            assert all(not torch.equal(a, b) for a, b in combinations(found, 2))
+        noise = fixed(patch, seed=1, noise=0.1, jitter=0.0) - 0.5
+        assert float(noise.std()) == pytest.approx(0.1, rel=0.1)
+        both = fixed(patch, seed=1, noise=0.01, jitter=1.0) - fixed(patch, seed=1, noise=0.0, jitter=1.0)
+        assert torch.allclose(both, 0.1 * noise, atol=1e-5)
+    counts = [
+        [len(Batches(DataConfig(size=(16, 24), frames=(1, 9), images=9, seed=seed), 0).batch(i).images[0]) for i in range(8)]
+        for seed in (1, 2)
+    ]
+    assert counts[0] != counts[1]
 
 
 @pytest.mark.slow
@@ -194,6 +298,33 @@ def test_jitter():
     assert torch.equal(jitter(images, 0.0, torch.Generator().manual_seed(1)), images)
     changed = jitter(images, 1.0, torch.Generator().manual_seed(1))
     assert changed.shape == images.shape and changed.min() >= 0 and changed.max() <= 1 and not torch.equal(changed, images)
+
+
+def test_jitter_by_formula():
+    """Each frame by the same draws: brightness, contrast about the mean grey, saturation about the grey, hue about the grey axis."""
+    grey = torch.tensor([0.299, 0.587, 0.114])
+    across = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    kinds = set()
+    for seed in range(30):
+        images = 0.2 + 0.5 * torch.rand(3, 3, 4, 5)
+        found = jitter(images, 0.8, torch.Generator().manual_seed(seed))
+        g = torch.Generator().manual_seed(seed)
+        shared = float(torch.rand((), generator=g)) < 0.7
+        draws = torch.rand(6, 1 if shared else 3, generator=g)
+        for s in range(3):
+            brightness, contrast, saturation, hue, whether, colourless = draws[:, 0 if shared else s].tolist()
+            x = images[s].flatten(1)
+            if whether < 0.8:
+                x = x * (0.5 + brightness)
+                mean = (grey @ x).mean()
+                x = mean + (x - mean) * (0.5 + contrast)
+                x = grey @ x + (x - grey @ x) * (0.5 + saturation)
+                x = (torch.matrix_exp(2 * math.pi * 0.2 * (hue - 0.5) * across) @ x).clamp(0, 1)
+            if colourless < 0.05:
+                x = (grey @ x).expand(3, -1)
+            kinds.add((shared, whether < 0.8, colourless < 0.05))
+            assert torch.allclose(found[s].flatten(1), x, atol=1e-5)
+    assert {kind[0] for kind in kinds} == {kind[1] for kind in kinds} == {kind[2] for kind in kinds} == {True, False}
 
 
 @pytest.mark.slow
@@ -243,11 +374,21 @@ def test_configuration(tmp_path):
     for text, message in {
         "stepz=5": "unknown key stepz", "data=3": "data is a group", "data.frames=[4, 2]": "data.frames",
         "steps": "is no override", "steps=many": "steps has to be of type int", "optimizer.lr=-1": "optimizer.lr",
-        "precision=fp8": "precision", "data.images=1": "does not hold one sequence",
+        "precision=fp8": "precision", "data.images=1": "does not hold one sequence", "data.kind=moving": "data.kind: 'moving'",
+        "data.workers=-1": "data.workers", "data.noise=.nan": "data.noise", "data.noise=-0.1": "data.noise",
+        "data.jitter=1.5": "data.jitter",
+        "data.size=[28, 40]": "multiples of 14", "data.size=[0, 14]": "multiples of 14", "data.supersample=0": "data.supersample",
+        "data.seed=-1": "data.seed", "seed=4294967296": "seed", "optimizer.warmup=2": "optimizer.warmup",
+        "optimizer.lr=nan": "optimizer.lr",
+        "optimizer.floor=1": "optimizer.lr has to be at least", "optimizer.clip=0": "optimizer.clip", "mask.strength=.inf": "mask.strength",
+        "steps=2020-02-31": "not YAML",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             load_config(None, [text])
     path.write_text("steps: [")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(path)
+    path.write_bytes(b"out: caf\xe9")
     with pytest.raises(ConfigError, match="is not YAML"):
         load_config(path)
     with pytest.raises(ConfigError, match="cannot read"):
@@ -267,16 +408,60 @@ def test_a_run_is_not_overwritten(tmp_path, capsys):
     run(tmp_path, "steps=1").train()
     with pytest.raises(InputError, match="holds a run already: continue it with --resume"):
         run(tmp_path)
-    with pytest.raises(InputError, match=r"belongs to another configuration \(seed"):
-        run(tmp_path, "steps=1", "seed=9", resume=True)
+    with pytest.raises(InputError, match=r"belongs to another configuration \(seed, optimizer.lr differ"):
+        run(tmp_path, "steps=1", "seed=9", "optimizer.lr=1", resume=True)
     with pytest.raises(InputError, match="nothing to resume"):
         run(tmp_path, name="other", resume=True)
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "run" / "state.pt")
+    with pytest.raises(InputError, match="is not the state of a run"):
+        run(tmp_path, "steps=1", resume=True)
     (tmp_path / "run" / "state.pt").write_bytes(b"broken")
     with pytest.raises(InputError, match="cannot be read"):
         run(tmp_path, "steps=1", resume=True)
     capsys.readouterr()
     assert main([str(tmp_path / "missing.yaml")]) == 2
     assert capsys.readouterr().err.startswith("error: cannot read")
+
+
+def test_what_a_resumed_run_may_change(tmp_path, monkeypatch, capsys):
+    """What does not affect results; not the number of processes. A finished run says so, whatever the order on the command line."""
+    run(tmp_path, "steps=1").train()
+    harmless = ["log_every=7", "save_every=9", "data.workers=1", "checkpoint_activations=true"]
+    assert run(tmp_path, "steps=1", *harmless, resume=True).step == 1
+    config = tmp_path / "run.yaml"
+    config.write_text(f"out: {tmp_path / 'run'}\n")
+    capsys.readouterr()
+    assert main([str(config), "--resume", *QUICK, "--device", "cpu", "steps=1"]) == 0
+    assert capsys.readouterr().out.startswith("the run is finished: all of its 1 steps are done")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box: None)
+    with pytest.raises(InputError, match="belongs to a run of 1 processes, and this one has 2"):
+        run(tmp_path, "steps=1", resume=True)
+
+
+def test_every_process_learns_that_the_folder_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box: sent.extend(box))
+    with pytest.raises(InputError, match="cannot write into"):
+        run(tmp_path, name="file/run")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box: box.__setitem__(0, sent[0]))
+    monkeypatch.setattr("page4d.training.trainer.check_writable", lambda folder: pytest.fail("one process is enough"))
+    with pytest.raises(InputError, match="cannot write into"):
+        run(tmp_path, name="file/run")
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own_device(None) is None and own_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [own_device(name) for name in (None, "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device(None) is None
 
 
 def test_a_loss_without_its_head(tmp_path):

@@ -6,5 +6,7 @@
 from .dataset import SyntheticScenes, stream
 from .render import render
 from .scene import KINDS, Scene, random_scene
+from .seeds import seeded
+from .texture import photographs_in
 
-__all__ = ["KINDS", "Scene", "SyntheticScenes", "random_scene", "render", "stream"]
+__all__ = ["KINDS", "Scene", "SyntheticScenes", "photographs_in", "random_scene", "render", "seeded", "stream"]

@@ -51,22 +51,21 @@ def look_at(centers: Tensor, targets: Tensor, roll: Tensor) -> Tensor:
     return torch.stack([c * right + s * down, c * down - s * right, forward], 1)
 
 
-def _wander(generator: torch.Generator, frames: int, channels: int, speed: float) -> Tensor:
+def _wander(generator: torch.Generator, time: Tensor, channels: int, speed: float) -> Tensor:
     """Smooth random functions of time (S, channels), about 1 in size: three sines each."""
-    time = torch.linspace(0, 1, frames)[:, None, None]
     rate = speed * (0.3 + torch.rand(1, channels, 3, generator=generator))
     phase = 2 * math.pi * torch.rand(1, channels, 3, generator=generator)
-    return (2 * math.pi * rate * time + phase).sin().mul(torch.tensor([1.0, 0.5, 0.25])).sum(-1) / 1.2
+    return (2 * math.pi * rate * time[:, None, None] + phase).sin().mul(torch.tensor([1.0, 0.5, 0.25])).sum(-1) / 1.2
 
 
-def random_path(generator: torch.Generator, frames: int, *, radius: float, ceiling: float) -> CameraPath:
-    """A path around the middle of the scene, within `radius` of it and below `ceiling`."""
+def random_path(generator: torch.Generator, time: Tensor, *, radius: float, ceiling: float) -> CameraPath:
+    """A path around the middle of the scene, within `radius` of it and below `ceiling`; time (S,) goes from 0 to 1."""
+    frames = len(time)
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
     kind = PATHS[int(torch.multinomial(torch.tensor([0.4, 0.3, 0.25, 0.05]), 1, generator=generator))]
-    time = torch.linspace(0, 1, frames)
     angle, distance, height = uniform(0, 2 * math.pi), radius * uniform(0.75, 1.0), uniform(0.5, 0.75 * ceiling)
     sweep = uniform(0.25, 1.0) * (1 if uniform(0, 1) < 0.5 else -1)
     around = angle + (sweep * time if kind == "orbit" else torch.zeros(frames))
@@ -78,11 +77,11 @@ def random_path(generator: torch.Generator, frames: int, *, radius: float, ceili
     target = torch.tensor([uniform(-0.6, 0.6), uniform(-0.6, 0.6), uniform(0.3, 1.0)]).expand(frames, 3)
     roll = torch.zeros(frames)
     if kind == "hand-held":
-        centers = centers + _wander(generator, frames, 3, 1.0) * torch.tensor([0.45, 0.45, 0.2])
-        target = target + _wander(generator, frames, 3, 1.0) * 0.35
-        roll = 0.05 * _wander(generator, frames, 1, 1.0)[:, 0]
+        centers = centers + _wander(generator, time, 3, 1.0) * torch.tensor([0.45, 0.45, 0.2])
+        target = target + _wander(generator, time, 3, 1.0) * 0.35
+        roll = 0.05 * _wander(generator, time, 1, 1.0)[:, 0]
     elif kind != "static":
-        target = target + _wander(generator, frames, 3, 0.5) * 0.1
+        target = target + _wander(generator, time, 3, 0.5) * 0.1
     limits = torch.tensor([radius * 1.2, radius * 1.2, 0.9 * ceiling])
     centers = torch.minimum(torch.maximum(centers, torch.tensor([-1.2 * radius, -1.2 * radius, 0.3])), limits)
     fov = torch.full((frames,), math.radians(uniform(45, 85)))

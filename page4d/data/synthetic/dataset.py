@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +13,16 @@ from ...errors import InputError
 from ..sample import Sample
 from .render import render
 from .scene import KINDS, random_scene
+from .seeds import seeded
 from .texture import photographs_in
+
+SMALLEST = 8  # side of an image, in pixels
 
 
 class SyntheticScenes(Dataset[Sample]):
-    """Sequence i depends on (kind, seed, i) only, and on the options; not on the device, but for rounding.
+    """Sequence i depends on (kind, seed, i) and the options; not on the device, but for rounding.
+
+    Tracks, noise and motion blur leave the scene as it is, photographs all but its textures.
 
     Args:
         kind: "static", "dynamic" or "mixed".
@@ -30,7 +34,7 @@ class SyntheticScenes(Dataset[Sample]):
         motion_blur: frames are averages of so many instants of the open shutter, half of the time between frames; 1 = none.
         noise: standard deviation of the sensor's noise, as a share of full scale.
         supersample: rays along each side of a pixel.
-        photographs: a folder whose images serve as textures, besides the procedural ones.
+        photographs: images that serve as textures, besides the procedural ones, or a folder of them.
         device: where to render.
     """
 
@@ -47,18 +51,22 @@ class SyntheticScenes(Dataset[Sample]):
         motion_blur: int = 1,
         noise: float = 0.0,
         supersample: int = 1,
-        photographs: str | Path | None = None,
+        photographs: str | Path | Sequence[Path] | None = None,
         device: torch.device | str = "cpu",
     ):
         if kind not in KINDS:
             raise InputError(f"unknown kind of scene {kind!r}: choose one of {', '.join(KINDS)}")
-        if frames < 1 or min(size) < 1 or length < 1 or motion_blur < 1 or supersample < 1 or noise < 0 or tracks < 0:
-            raise InputError("frames, size, length, motion_blur and supersample have to be at least 1, noise and tracks at least 0")
+        if min(frames, length, motion_blur, supersample) < 1 or tracks < 0:
+            raise InputError("frames, length, motion_blur and supersample have to be at least 1, tracks at least 0")
+        if min(size) < SMALLEST:
+            raise InputError(f"images of {size[0]} x {size[1]} pixels show nothing: ask for at least {SMALLEST} x {SMALLEST}")
+        if not 0 <= noise <= 1:
+            raise InputError(f"noise of {noise} is no share of full scale: choose 0 to 1")
         if moving is not None and moving < 0:
             raise InputError(f"the number of moving objects has to be at least 0, not {moving}")
         self.kind, self.frames, self.size, self.seed, self.length = kind, frames, size, seed, length
         self.tracks, self.moving, self.motion_blur, self.noise, self.supersample = tracks, moving, motion_blur, noise, supersample
-        self.photographs = photographs_in(photographs) if photographs else None
+        self.photographs = photographs_in(photographs) if isinstance(photographs, (str, Path)) else photographs
         self.device = torch.device(device)
 
     def __len__(self) -> int:
@@ -67,24 +75,18 @@ class SyntheticScenes(Dataset[Sample]):
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < self.length:
             raise IndexError(f"sequence {i} of {self.length}")
-        digest = hashlib.blake2b(f"{self.kind} {self.seed} {i}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        instants = self.motion_blur
-        # with blur, every frame is the first of `instants` moments that fill half of the time to the next frame
+        which, instants = (self.kind, self.seed, i), self.motion_blur
         scene = random_scene(
-            self.kind, (2 * self.frames - 1) * instants if instants > 1 else self.frames, generator, self.photographs, self.moving
-        )
-        scene = scene.to(self.device)
-        sample = render(scene.frames(slice(None, None, 2 * instants)) if instants > 1 else scene, self.size, tracks=self.tracks,
-                        supersample=self.supersample, generator=generator)  # fmt: skip
+            self.kind, self.frames, seeded("scene", *which), photographs=self.photographs, moving=self.moving, instants=instants
+        ).to(self.device)
+        moments = [scene.frames(slice(moment, None, instants)) for moment in range(instants)]
+        sample = render(moments[0], self.size, tracks=self.tracks, supersample=self.supersample, generator=seeded("tracks", *which))
         images = sample.images
-        if instants > 1:
-            for moment in range(1, instants):
-                later = scene.frames(slice(moment, None, 2 * instants))
-                images = images + render(later, self.size, supersample=self.supersample).images
-            images = images / instants
+        for later in moments[1:]:
+            images = images + render(later, self.size, supersample=self.supersample).images
+        images = images / instants
         if self.noise:
-            images = (images + self.noise * torch.randn(images.shape, generator=generator).to(self.device)).clamp(0, 1)
+            images = (images + self.noise * torch.randn(images.shape, generator=seeded("noise", *which)).to(self.device)).clamp(0, 1)
         return replace(sample, images=images, name=f"{self.kind}-{self.seed}-{i}")
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..sample import Sample
 from .scene import BOX, CYLINDER, ROOM, SHEET, SPHERE, Scene
+from .texture import SIZE
 
 NEAR = 1e-3
-SHADOW_BIAS = 2e-3  # of the way to the light
+SHADOW_START, SHADOW_END = 1e-6, 1 - 2e-3  # of the way to the light: where a shape casts a shadow
+LIFT = 1e-3  # off the surface, so that it does not shadow itself
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,24 @@ def _intervals(shape: int, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return t, torch.where(inside, t, -torch.inf)
 
 
-def _distances(scene: Scene, o: Tensor, d: Tensor) -> Tensor:
-    """Ray parameter (K, P) at which each shape is met, inf if not; o (K, 3, 1) and d (K, 3, P) in the shapes' own coordinates."""
+def _distances(scene: Scene, o: Tensor, d: Tensor, least: float) -> Tensor:
+    """Ray parameter (K, P) > `least` at which each shape is met, inf if not; o (K, 3, 1), d (K, 3, P) in the shapes' own coordinates."""
     found = []
     shapes, counts = scene.shape.unique_consecutive(return_counts=True)
     for shape, first, count in zip(shapes.tolist(), (counts.cumsum(0) - counts).tolist(), counts.tolist(), strict=True):
         part = slice(first, first + count)
         entry, leave = _intervals(shape, o[part], d[part])
         t = leave if shape == ROOM else entry
-        found.append(torch.where((leave >= entry) & (t > NEAR), t, torch.inf))
+        found.append(torch.where((leave >= entry) & (t > least), t, torch.inf))
     return torch.cat(found)
-
-
-def _into_shapes(scene: Scene, frame: int) -> tuple[Tensor, Tensor]:
-    """Inverse maps of a frame: (K, 3, 3) and the offsets (K, 3)."""
-    return torch.linalg.inv(scene.linear[frame]), scene.offset[frame]
 
 
 def trace(scene: Scene, frame: int, origin: Tensor, direction: Tensor) -> Hits:
     """First hits of rays from origin (3,) along direction (P, 3)."""
-    inverse, offset = _into_shapes(scene, frame)
-    o = (inverse @ (origin - offset)[..., None])[..., 0]  # (K, 3)
+    inverse = scene.inverse[frame]
+    o = (inverse @ (origin - scene.offset[frame])[..., None])[..., 0]  # (K, 3)
     d = inverse @ direction.T  # (K, 3, P)
-    depth, index = _distances(scene, o[..., None], d).min(0)
+    depth, index = _distances(scene, o[..., None], d, NEAR).min(0)
     finite = torch.where(depth.isinf(), 0.0, depth)
     local = o[index] + finite[:, None] * torch.einsum("pij,pj->pi", inverse[index], direction)
     return Hits(depth, index, local)
@@ -95,8 +92,7 @@ def _normals(scene: Scene, frame: int, hits: Hits, direction: Tensor) -> Tensor:
     side = torch.where(cap, up, u * (1 - up))
     local = torch.where((shape == SPHERE)[:, None], u, torch.where((shape == CYLINDER)[:, None], side, axis * u.sign()))
     local = torch.where((shape == SHEET)[:, None], up, local)
-    inverse, _ = _into_shapes(scene, frame)
-    normal = torch.nn.functional.normalize(torch.einsum("pji,pj->pi", inverse[hits.index], local), dim=-1)
+    normal = torch.nn.functional.normalize(torch.einsum("pji,pj->pi", scene.inverse[frame, hits.index], local), dim=-1)
     return torch.where((normal * direction).sum(-1, keepdim=True) > 0, -normal, normal)
 
 
@@ -118,11 +114,11 @@ def _surface_coordinates(scene: Scene, hits: Hits) -> tuple[Tensor, Tensor]:
 
 def _shadow(scene: Scene, frame: int, points: Tensor, normals: Tensor) -> Tensor:
     """1 where a point sees the light, 0 where a shape is in between (P,)."""
-    inverse, offset = _into_shapes(scene, frame)
-    start = points + 1e-3 * normals
-    o = inverse @ (start[None] - offset[:, None]).transpose(1, 2)  # (K, 3, P)
+    inverse = scene.inverse[frame]
+    start = points + LIFT * normals
+    o = inverse @ (start[None] - scene.offset[frame, :, None]).transpose(1, 2)  # (K, 3, P)
     d = inverse @ (scene.light - start).T
-    blocks = _distances(scene, o, d) < 1 - SHADOW_BIAS
+    blocks = _distances(scene, o, d, SHADOW_START) < SHADOW_END
     blocks &= ((scene.shape != ROOM) & (scene.shape != SHEET))[:, None]  # the walls are behind the light, the ground casts none
     return 1 - blocks.any(0).to(points.dtype)
 
@@ -137,7 +133,7 @@ def _shade(scene: Scene, frame: int, hits: Hits, origin: Tensor, direction: Tens
     tile = scene.tile[hits.index]
     length = direction.norm(dim=-1)
     slant = ((normals * direction).sum(-1).abs() / length).clamp_min(0.15)
-    texels = depth * length / focal / slant / tile * 128  # texels that a pixel covers, along its longer side
+    texels = depth * length / focal / slant / tile * SIZE  # texels that a pixel covers, along its longer side
     colour = scene.textures(scene.texture[hits.index], u / tile, v / tile, texels.clamp_min(1).log2())
     towards = torch.nn.functional.normalize(scene.light - points, dim=-1)
     lit = (normals * towards).sum(-1).clamp_min(0) * _shadow(scene, frame, points, normals)
@@ -203,7 +199,10 @@ def render(
     index, local = torch.stack([h.index for h in hits]), torch.stack([h.local for h in hits])
     valid = depth < scene.far
     points = torch.stack([scene.at(local[s], index[s], s) for s in range(frames)])
-    flow = [_project(scene, s + 1, scene.at(local[s], index[s], s + 1), intrinsics[s + 1])[0] - centres for s in range(frames - 1)]
+    flow = []
+    for s in range(frames - 1):
+        pixels, ahead = _project(scene, s + 1, scene.at(local[s], index[s], s + 1), intrinsics[s + 1])
+        flow.append(torch.where((valid[s] & (ahead > NEAR))[:, None], pixels - centres, 0.0))
     found: dict[str, Any] = {}
     if tracks:
         keys = ("tracks", "track_points", "track_visible")
@@ -217,7 +216,7 @@ def render(
         valid=valid.unflatten(1, size),
         dynamic=(scene.moves[index] & valid).unflatten(1, size),
         object_id=torch.where(valid, scene.object_id[index], 0).unflatten(1, size),
-        flow=torch.where(valid[:-1, :, None], torch.stack(flow), 0.0).unflatten(1, size) if flow else None,
+        flow=torch.stack(flow).unflatten(1, size) if flow else None,
         **found,
     )
 

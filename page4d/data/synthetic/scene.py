@@ -7,17 +7,21 @@ world at frame s. So a surface point keeps its u through any motion, stretching 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .camera import CameraPath, random_path
+from .seeds import seeded
 from .texture import Textures, make_textures
 
 # box: |x|, |y|, |z| <= 1. sphere: |u| <= 1. cylinder: x^2 + y^2 <= 1, |z| <= 1. sheet: z = 0, |x|, |y| <= 1. room: a box seen from inside.
 BOX, SPHERE, CYLINDER, SHEET, ROOM = range(5)
+CLEARANCE = 0.6  # metres around the camera that stay empty
 KINDS = ("static", "dynamic", "mixed")
 
 
@@ -40,6 +44,11 @@ class Scene:
     sky: Tensor | None = None  # (2, 3): colours at the horizon and above, of an open scene
     far: float = 25.0  # surfaces beyond have no ground truth
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """(S, K, 3, 3): from the world into the shapes."""
+        return torch.linalg.inv(self.linear)
+
     def at(self, u: Tensor, index: Tensor, frame: int) -> Tensor:
         """World points (P, 3) at a frame of surface points u (P, 3) of shapes `index` (P,)."""
         return torch.einsum("pij,pj->pi", self.linear[frame, index], u) + self.offset[frame, index]
@@ -49,8 +58,8 @@ class Scene:
         return replace(self, linear=self.linear[which], offset=self.offset[which], camera=self.camera.frames(which))
 
     def to(self, device: torch.device | str) -> Scene:
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved, textures=self.textures.to(device), camera=self.camera.to(device))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
 
 
 class _Random:
@@ -96,19 +105,18 @@ def _still(shape: int, half: Tensor, position: Tensor, angle: float, frames: int
     return _Part(shape, linear.expand(frames, 3, 3), position.expand(frames, 3), half, False)
 
 
-def _ground_path(random: _Random, start: Tensor, frames: int, radius: float) -> tuple[Tensor, Tensor]:
+def _ground_path(random: _Random, start: Tensor, time: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     """Positions (S, 3) and headings (S,) of a thing that goes over the floor, and stays within `radius` of the middle."""
-    time = torch.linspace(0, 1, frames)
     heading, turn, length = random.uniform(0, 2 * math.pi), random.uniform(-1.5, 1.5), random.uniform(0.8, 2.5)
-    angle = heading + turn * time
-    step = length / max(frames - 1, 1) * torch.stack([angle.cos(), angle.sin(), torch.zeros(frames)], -1)
-    path = start + torch.cat([torch.zeros(1, 3), step[:-1].cumsum(0)])
+    half = turn * time / 2  # a circle's arc from its chord
+    chord = length * time * torch.sinc(half / math.pi)
+    path = start + torch.stack([chord * (heading + half).cos(), chord * (heading + half).sin(), torch.zeros_like(time)], -1)
     distance = path[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-6)
     path[:, :2] *= (radius / distance).clamp_max(1)
-    return path, angle
+    return path, heading + turn * time
 
 
-def _solid(random: _Random, position: Tensor, frames: int, moving: bool, radius: float) -> list[_Part]:
+def _solid(random: _Random, position: Tensor, time: Tensor, moving: bool, radius: float) -> list[_Part]:
     """A box, ball, cylinder or stretching blob, standing on the floor, or going about: over the floor, spinning, bouncing."""
     shape = (BOX, SPHERE, CYLINDER)[random.integer(0, 2)]
     half = torch.tensor([random.uniform(0.15, 0.6) for _ in range(3)])
@@ -116,29 +124,28 @@ def _solid(random: _Random, position: Tensor, frames: int, moving: bool, radius:
         half[1] = half[0]
     if shape == SPHERE and random.chance(0.5):
         half[2] = half[0]
-    position = position + torch.tensor([0.0, 0.0, float(half[2])])
     angle = random.uniform(0, 2 * math.pi)
     if not moving:
-        return [_still(shape, half, position, angle, frames)]
-    path, _ = _ground_path(random, position, frames, radius)
-    time = torch.linspace(0, 1, frames)
+        return [_still(shape, half, position + half * torch.tensor([0.0, 0.0, 1.0]), angle, len(time))]
+    path, _ = _ground_path(random, position, time, radius)
     if random.chance(0.4):  # bounces, or floats
         path[:, 2] += random.uniform(0.2, 1.0) * (math.pi * (random.uniform(0.5, 2) * time + random.uniform(0, 1))).sin().abs()
     spin = random.uniform(-2, 2) if random.chance(0.6) else 0.0
-    stretch = torch.ones(frames)
+    stretch = torch.ones_like(time)
     if random.chance(0.3):
         stretch = 1 + random.uniform(0.15, 0.4) * (2 * math.pi * (random.uniform(0.5, 1.5) * time + random.uniform(0, 1))).sin()
+    path[:, 2] += half[2] * stretch
     scale = torch.stack([stretch.rsqrt(), stretch.rsqrt(), stretch], -1) * half  # keeps its volume
     return [_Part(shape, _about_z(angle + spin * time) * scale[:, None, :], path, half, True)]
 
 
-def _walker(random: _Random, position: Tensor, frames: int, radius: float) -> list[_Part]:
+def _walker(random: _Random, position: Tensor, time: Tensor, radius: float) -> list[_Part]:
     """Torso, head, arms and legs; limbs swing about hip and shoulder while it walks."""
-    path, heading = _ground_path(random, position, frames, radius)
-    height, time = random.uniform(1.2, 1.9), torch.linspace(0, 1, frames)
+    path, heading = _ground_path(random, position, time, radius)
+    height = random.uniform(1.2, 1.9)
     swing = random.uniform(0.3, 0.7) * (2 * math.pi * (random.uniform(1, 2.5) * time + random.uniform(0, 1))).sin()
     body = _about_z(heading)
-    upright = torch.zeros(frames)
+    upright = torch.zeros_like(time)
     parts = [  # shape, half sizes, joint, from the joint to the middle, angle about the joint; in units of the height
         (SPHERE, (0.10, 0.14, 0.22), (0, 0, 0.65), (0, 0, 0), upright),
         (SPHERE, (0.07, 0.07, 0.09), (0, 0, 0.92), (0, 0, 0), upright),
@@ -157,61 +164,77 @@ def _walker(random: _Random, position: Tensor, frames: int, radius: float) -> li
     return found
 
 
-def random_scene(kind: str, frames: int, generator: torch.Generator, photographs=None, moving: int | None = None) -> Scene:
+def random_scene(
+    kind: str,
+    frames: int,
+    generator: torch.Generator,
+    photographs: Sequence[Path] | None = None,
+    moving: int | None = None,
+    instants: int = 1,
+) -> Scene:
     """A scene of a kind: "static" (only the camera moves), "dynamic" (one to four things move as well), "mixed" (either).
 
-    `moving` fixes the number of independently moving objects instead.
+    `moving` fixes the number of independently moving objects instead. The scene has `instants` moments for every frame: the frame's own,
+    and others in the half of the time to the next.
     """
     random = _Random(generator)
+    textures = seeded("textures", random.integer(0, 2**31 - 1))  # of their own: photographs change nothing else
+    time = (torch.arange(frames)[:, None] + torch.arange(instants) / (2 * instants)).flatten() / max(frames - 1, 1)
     if moving is None:
         dynamic = kind == "dynamic" or (kind == "mixed" and random.chance(0.5))
         moving = random.integer(1, 4) if dynamic else 0
     indoors = random.chance(0.6)
     size = torch.tensor([random.uniform(3.5, 5.5), random.uniform(3.5, 5.5), random.uniform(1.4, 2.0)])
-    if indoors:  # the floor is z = 0
-        objects = [[_still(ROOM, size, torch.tensor([0.0, 0.0, float(size[2])]), 0.0, frames)]]
-    else:
-        ground = torch.tensor([60.0, 60.0, 1.0])
-        objects = [[_still(SHEET, ground, torch.zeros(3), random.uniform(0, 2), frames)]]
-        for _ in range(random.integer(1, 4)):  # houses and walls around
-            angle, distance = random.uniform(0, 2 * math.pi), random.uniform(7, 14)
-            half = torch.tensor([random.uniform(0.5, 3), random.uniform(0.5, 3), random.uniform(0.8, 3)])
-            where = torch.tensor([distance * math.cos(angle), distance * math.sin(angle), float(half[2])])
-            objects.append([_still(BOX, half, where, random.uniform(0, 3), frames)])
-    background = len(objects)
-    camera = random_path(random.generator, frames, radius=0.75 * float(size[:2].min()), ceiling=2 * float(size[2]))
+    camera = random_path(random.generator, time, radius=0.75 * float(size[:2].min()), ceiling=2 * float(size[2]))
     reach = 0.45 * float(size[:2].min())
+    objects: list[list[_Part]] = []
 
-    def somewhere() -> Tensor:
-        angle, distance = random.uniform(0, 2 * math.pi), reach * math.sqrt(random.uniform(0, 1))
-        return torch.tensor([distance * math.cos(angle), distance * math.sin(angle), 0.0])
-
-    for i in range(random.integer(3, 7) + moving):
-        for _ in range(20):  # a thing that the camera would run into is drawn again
-            parts = (
-                _walker(random, somewhere(), frames, reach)
-                if i < moving and random.chance(0.4)
-                else _solid(random, somewhere(), frames, i < moving, reach)
-            )
-            if _clearance(parts, camera) > 0.35:
+    def place(draw: Callable[..., list[_Part]], *args: bool) -> None:
+        """What the camera would run into is drawn again."""
+        for _ in range(20):
+            parts = draw(*args)
+            if _clearance(parts, camera, instants) > CLEARANCE:
                 objects.append(parts)
                 break
-    return _assemble(random, objects, background, camera, indoors, size, photographs)
+
+    def house() -> list[_Part]:
+        angle, distance = random.uniform(0, 2 * math.pi), random.uniform(7, 14)
+        half = torch.tensor([random.uniform(0.5, 3), random.uniform(0.5, 3), random.uniform(0.8, 3)])
+        where = torch.tensor([distance * math.cos(angle), distance * math.sin(angle), float(half[2])])
+        return [_still(BOX, half, where, random.uniform(0, 3), len(time))]
+
+    def thing(moves: bool) -> list[_Part]:
+        walks = moves and random.chance(0.4)
+        angle, distance = random.uniform(0, 2 * math.pi), reach * math.sqrt(random.uniform(0, 1))
+        where = torch.tensor([distance * math.cos(angle), distance * math.sin(angle), 0.0])
+        return _walker(random, where, time, reach) if walks else _solid(random, where, time, moves, reach)
+
+    if indoors:  # the floor is z = 0
+        objects.append([_still(ROOM, size, torch.tensor([0.0, 0.0, float(size[2])]), 0.0, len(time))])
+    else:
+        objects.append([_still(SHEET, torch.tensor([60.0, 60.0, 1.0]), torch.zeros(3), random.uniform(0, 2), len(time))])
+        for _ in range(random.integer(1, 4)):  # houses and walls around
+            place(house)
+    background = len(objects)
+    for i in range(random.integer(3, 7) + moving):
+        place(thing, i < moving)
+    return _assemble(random, objects, background, camera, indoors, size, make_textures(len(objects), textures, photographs))
 
 
-def _clearance(parts: list[_Part], camera: CameraPath) -> float:
-    """Smallest distance of the camera from the balls around the parts."""
+def _clearance(parts: list[_Part], camera: CameraPath, instants: int) -> float:
+    """Smallest distance of the camera from the boxes around the parts, over the frames."""
     nearest = math.inf
     for part in parts:
-        gap = (part.offset - camera.centers).norm(dim=-1) - part.linear.norm(dim=(-2, -1))
-        nearest = min(nearest, float(gap.min()))
+        half = part.linear.norm(dim=-2)  # the axes are perpendicular
+        away = torch.einsum("sji,sj->si", part.linear / half[:, None, :], camera.centers - part.offset)
+        gap = (away.abs() - half).clamp_min(0).norm(dim=-1)
+        nearest = min(nearest, float(gap[::instants].min()))
     return nearest
 
 
 def _assemble(
-    random: _Random, objects: list[list[_Part]], background: int, camera: CameraPath, indoors: bool, size: Tensor, photographs
+    random: _Random, objects: list[list[_Part]], background: int, camera: CameraPath, indoors: bool, size: Tensor, textures: Textures
 ) -> Scene:
-    textures = make_textures(len(objects), random.generator, photographs)
     numbered = [(part, i) for i, parts in enumerate(objects) for part in parts]
     numbered.sort(key=lambda pair: pair[0].shape)
     parts = [part for part, _ in numbered]

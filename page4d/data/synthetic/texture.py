@@ -5,6 +5,7 @@ A set of textures is a pyramid: level l holds every texture at 1/2^l of the size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Textures:
         return Textures(self.texels.to(device), self.count)
 
 
-def make_textures(count: int, generator: torch.Generator, photographs: list[Path] | None = None) -> Textures:
+def make_textures(count: int, generator: torch.Generator, photographs: Sequence[Path] | None = None) -> Textures:
     """`count` textures; with photographs, half of them are random crops of those."""
     finest = []
     for i in range(count):
