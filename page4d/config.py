@@ -170,19 +170,23 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
 
 
 def _nano() -> Page4DConfig:
-    """Small enough to be trained on a CPU and to travel with the source. No point head: depth and cameras give points."""
+    """Small enough to be trained on a CPU and to travel with the source, for small images, hence small patches.
+
+    No point head: depth and cameras give points.
+    """
     return Page4DConfig(
-        embed_dim=192,
-        num_heads=3,
+        patch_size=7,
+        embed_dim=128,
+        num_heads=2,
         depth=6,
         layer_scale=1.0,
         masked_blocks=(2, 5),
         mask_after=2,
         mask_hidden=64,
         kept_layers=(1, 2, 4, 5),
-        encoder=EncoderConfig(depth=4, num_heads=3, position_grid=16),
-        camera=CameraHeadConfig(depth=1, num_heads=6),
-        depth_head=DenseHeadConfig(features=48, out_channels=(48, 96, 128, 128)),
+        encoder=EncoderConfig(depth=2, num_heads=2, position_grid=16),
+        camera=CameraHeadConfig(depth=1, num_heads=4),
+        depth_head=DenseHeadConfig(features=32, out_channels=(32, 64, 96, 96)),
         point_head=None,
         track=None,
     )

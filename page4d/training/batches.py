@@ -36,9 +36,8 @@ class Batches(IterableDataset[Sample]):
     def batch(self, index: int) -> Sample:
         config = self.config
         least, most = config.frames
-        frames = int(
-            torch.randint(least, most + 1, (), generator=seeded("frames", config.seed, index))
-        )  # the same on every rank: equal work
+        drawn = torch.randint(least, most + 1, (), generator=seeded("frames", config.seed, index))  # the same on every rank: equal work
+        frames = int(drawn)
         count = min(config.images // frames, MOST_SEQUENCES)
         scenes = SyntheticScenes(
             config.kind, frames=frames, size=config.size, seed=config.seed, supersample=config.supersample, tracks=self.tracks,

@@ -15,6 +15,8 @@ from ..data.preprocess import PATCH
 from ..data.synthetic import KINDS
 from ..errors import ConfigError
 
+HEADS = ("camera", "depth", "points", "track", "mask")  # whose losses there are
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -41,6 +43,7 @@ class LossConfig:
     points: float = 0.0
     track: float = 0.0
     mask: float = 0.0  # supervision by true motion
+    match: float = 0.0  # of attention and tokens by true correspondences, for training from nothing
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class RunConfig:
         for name in ("lr", "mask_lr"):
             expect(values[f"optimizer.{name}"] >= self.optimizer.floor, f"optimizer.{name} has to be at least optimizer.floor")
         expect(self.mask.hold_start <= self.mask.hold_end, "mask.hold_start has to be at most mask.hold_end")
-        expect(any(vars(self.loss).values()), "loss: every weight is 0, so there is nothing to learn")
+        expect(any(values[f"loss.{name}"] for name in HEADS), f"loss: the weights of {', '.join(HEADS)} are all 0: no head would learn")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -33,10 +34,10 @@ def choose_trainable(model: Page4D, which: str) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def make_optimizer(model: Page4D, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Groups: mask head, and the rest; vectors (biases, norms, layer scales) are not decayed."""
+def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Of the parameters that take gradients. Groups: mask head, and the rest; vectors (biases, norms, layer scales) are not decayed."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if parameter.requires_grad:
             mask_head = name.startswith("aggregator.spatial_mask_head.")
             groups.setdefault((mask_head, parameter.dim() > 1), []).append(parameter)

@@ -27,9 +27,11 @@ from ..model import Page4D
 from .batches import Batches, loader
 from .config import LossConfig, RunConfig, flatten
 from .losses import total_loss
+from .matching import Matching
 from .parameters import choose_trainable, make_optimizer, set_learning_rates
+from .scratch import start_from_scratch
 
-TRACKS = 64  # points followed, if tracks are trained
+TRACKS = 64  # points followed, if tracks or matches are trained
 STATE, WEIGHTS, LOG = "state.pt", "model.safetensors", "log.csv"
 HARMLESS = ("out", "log_every", "save_every", "checkpoint_activations", "data.workers")  # a resumed run may change them
 
@@ -56,13 +58,18 @@ class Objective(nn.Module):
         for name, head in heads.items():
             if getattr(weights, name) and head is None:
                 raise TrainingError(f"loss.{name} is {getattr(weights, name)}, but the model has no {name} head: set it to 0")
+        self.matching = Matching(model) if weights.match else None
 
     def forward(self, batch: Sample, mask_strength: float) -> dict[str, Tensor]:
         outputs = [name for name in ("camera", "depth", "points", "mask") if getattr(self.weights, name)]
         queries = batch.tracks[:, 0] if self.weights.track and batch.tracks is not None else None
         prediction = self.model(batch.images, queries, outputs=outputs, mask_strength=mask_strength)
         with torch.autocast(batch.images.device.type, enabled=False):
-            return total_loss(prediction, batch, self.weights)
+            losses = total_loss(prediction, batch, self.weights)
+            if self.matching is not None:
+                match = self.matching(batch)
+                losses |= {"loss": losses["loss"] + self.weights.match * match, "match": match}
+            return losses
 
 
 class Trainer:
@@ -95,16 +102,20 @@ class Trainer:
             self.model = load_pretrained(config.weights, preset(config.model))
         else:
             self.model = Page4D(preset(config.model))
-        self.model.to(self.device)
+            start_from_scratch(self.model)
+        objective = Objective(self.model, config.loss).to(self.device)
         self.trained = choose_trainable(self.model, config.trainable)
         self.model.aggregator.checkpoint_activations = config.checkpoint_activations
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        extra = objective.matching.named_parameters() if objective.matching is not None else ()
+        self.optimizer = make_optimizer([*self.model.named_parameters(), *extra], config.optimizer)
         self.step = 0
         if state is not None:
             self.model.load_state_dict(state["model"])
+            if objective.matching is not None:
+                objective.matching.load_state_dict(state["matching"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
-        objective = Objective(self.model, config.loss)
+        self.matching = objective.matching
         wrapped = DistributedDataParallel(objective, find_unused_parameters=True) if self.ranks > 1 else objective
         self.objective: nn.Module = wrapped
 
@@ -126,13 +137,13 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes of it
             raise InputError(f"{path} cannot be read ({type(error).__name__}): restore it, or start again in another folder") from None
-        if not isinstance(state, dict) or not {"model", "optimizer", "step", "config", "model_config"} <= set(state):
+        if not isinstance(state, dict) or not {"model", "matching", "optimizer", "step", "config", "model_config", "ranks"} <= set(state):
             raise InputError(f"{path} is not the state of a run: restore it, or start again in another folder")
         before, now = flatten(state["config"]), flatten(self.config.to_dict())
         changed = [key for key in now if key not in HARMLESS and before.get(key) != now[key]]
         if changed:
             raise InputError(f"{path} belongs to another configuration ({', '.join(changed)} differ): resume with the same one")
-        ranks = state.get("ranks", 1)
+        ranks = state["ranks"]
         if ranks != self.ranks:
             raise InputError(f"{path} belongs to a run of {ranks} processes, and this one has {self.ranks}: resume with as many")
         return state
@@ -147,7 +158,8 @@ class Trainer:
         end = config.steps if until is None else min(until, config.steps)
         if self.rank == 0:
             self._trim_log()
-        batches = Batches(config.data, self.step * config.accumulation, self.rank, self.ranks, TRACKS if config.loss.track else 0)
+        tracks = TRACKS if config.loss.track or config.loss.match else 0
+        batches = Batches(config.data, self.step * config.accumulation, self.rank, self.ranks, tracks)
         stream = loader(batches, config.data.workers)
         values: dict[str, float] = {}
         bar = tqdm(total=end, initial=self.step, desc="training", unit="step", disable=True if self.rank > 0 else None)
@@ -186,7 +198,7 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / config.accumulation
         if not math.isfinite(totals["loss"]):
             raise TrainingError(f"the loss at step {self.step} is not finite ({totals}): lower the learning rate, or look at the data")
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(nn.utils.clip_grad_norm_(trained, config.optimizer.clip))
         if not math.isfinite(norm):
             raise TrainingError(f"the gradient's norm is {norm} at step {self.step}: lower the learning rate, or look at the data")
@@ -237,6 +249,7 @@ class Trainer:
         self.model.config = self.model.config.replace(mask_strength=self.mask_strength(max(self.step - 1, 0)))
         state = {
             "model": self.model.state_dict(),
+            "matching": self.matching.state_dict() if self.matching is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "ranks": self.ranks,

@@ -55,7 +55,7 @@ def test_official_size_dry_run():
     with torch.device("meta"):
         model = Page4D(PRESETS["page4d-mask"].replace(track=None))
     assert choose_trainable(model, "middle") == 252_243_457
-    groups = make_optimizer(model, OptimizerConfig()).param_groups
+    groups = make_optimizer(model.named_parameters(), OptimizerConfig()).param_groups
     assert sum(p.numel() for g in groups for p in g["params"]) == 252_243_457
     assert {(g["peak"], g["weight_decay"]) for g in groups} == {(2e-5, 0.02), (2e-5, 0.0), (1e-5, 0.01), (1e-5, 0.0)}
     aggregator = model.aggregator
