@@ -16,6 +16,7 @@ from .config import Page4DConfig
 from .encoder import Encoder
 from .layers import Block, Modulation
 from .layers.attention import rope
+from .lean import Lean, Plain
 from .mask_head import MaskHead
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the encoder was trained with
@@ -23,7 +24,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the 
 
 @dataclass(frozen=True)
 class Features:
-    """What the heads read: outputs (B, S, P, 2C) of the kept layers, frame and global block side by side; and the mask."""
+    """What the heads read: outputs (B, S, P, 2, C) of the frame and the global block of the kept layers; and the mask."""
 
     layers: list[Tensor]
     key_bias: Tensor | None  # (B, S*P)
@@ -66,43 +67,60 @@ class Aggregator(nn.Module):
         """(1, 2, n, C) -> (B, S, n, C): the first variant for frame 0, the second for the rest."""
         return torch.cat([token[:, :1], token[:, 1:].expand(-1, frames - 1, -1, -1)], 1).expand(batch, -1, -1, -1)
 
-    def forward(self, images: Tensor, *, mask_strength: float, layers: tuple[int, ...], want_mask: bool) -> Features:
-        """Images (B, S, 3, H, W) in [0, 1]; `layers` are the rounds to keep, `mask_strength` the gate of the special tokens."""
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the blocks' products run in."""
+        device = self.camera_token.device.type
+        block = self.global_blocks[0]
+        assert isinstance(block, Block)
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else block.attn.qkv.weight.dtype
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def forward(
+        self, images: Tensor, *, mask_strength: float, layers: tuple[int, ...], want_mask: bool, run: Lean | None = None
+    ) -> Features:
+        """Images (B, S, 3, H, W) in [0, 1]; `layers` are the rounds to keep, `mask_strength` the gate of the special tokens.
+
+        `run`: how the blocks are run if there are no gradients; whole tensors without it.
+        """
         config = self.config
         batch, frames, _, height, width = images.shape
         grid = (height // config.patch_size, width // config.patch_size)
         special = config.special_tokens
+        how = run or Plain(self._run)
         with stage("encoder"):
-            patches = self.patch_embed(((images - self.mean) / self.std).flatten(0, 1))
-        tokens = [self._per_frame(token, batch, frames) for token in (self.camera_token, self.register_token)]
-        x = torch.cat([*tokens, patches.unflatten(0, (batch, frames)).to(self.camera_token.dtype)], 2)
+            tokens = [self._per_frame(token, batch, frames) for token in (self.camera_token, self.register_token)]
+            x = how.embed(self.patch_embed, self._normalise, images, torch.cat(tokens, 2))
         per_frame = x.shape[2]
         table = rope(grid, special, config.embed_dim // config.num_heads, config.rope_base, x.device, accumulation_dtype(x.dtype))
         layout = TokenLayout(frames, per_frame, special)
         use_mask = mask_strength > 0 and config.masked_blocks[0] < config.masked_blocks[1]
 
-        key_bias, modulation, kept = None, None, []
+        key_bias, modulation = None, None
         last = max(layers, default=config.mask_after)
-        for index in range(config.depth):
+        for index, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
+            assert isinstance(frame_block, Block) and isinstance(global_block, Block)
             with stage(f"frame {index}"):
-                x = self._run(self.frame_blocks[index], x.view(batch * frames, per_frame, -1), table)
-                framewise = x.view(batch, frames, per_frame, -1)
+                x = how.frame(frame_block, x, table)
             if index == config.mask_after and self.spatial_mask_head is not None and (use_mask or want_mask):
                 with stage("mask head"):
-                    key_bias = self.spatial_mask_head(framewise, grid, special)
+                    key_bias = self.spatial_mask_head(x, grid, special)
                 if use_mask:
                     modulation = Modulation(self._gate(layout, batch, mask_strength, x), key_bias, layout)
             if not layers and index == last:
                 break  # only the mask was asked for
+            if index in layers:
+                how.keep_frame(x)
             with stage(f"global {index}"):
                 masked = config.masked_blocks[0] <= index < config.masked_blocks[1]
-                x = x.view(batch, frames * per_frame, -1)
-                x = self._run(self.global_blocks[index], x, table, modulation if masked else None)
+                x = how.across(global_block, x, table, modulation if masked else None)
             if index in layers:
-                kept.append(torch.cat([framewise, x.view_as(framewise)], -1))
+                how.keep(x)
             if index == last:
                 break
-        return Features(kept, key_bias, special)
+        return Features(how.layers(), key_bias, special)
 
     def _run(self, block: nn.Module, *inputs) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():

@@ -23,6 +23,7 @@ from .errors import CheckpointError, ConfigError
 from .files import AtomicFiles
 from .model import Page4D
 
+ALIGNMENT = 64  # bytes, as of memory that torch allocates
 CONFIG_KEY = "page4d_config"
 TRACK_HEAD = "track_head."
 MASK_HEAD = "aggregator.spatial_mask_head."
@@ -90,7 +91,11 @@ def load_pretrained(name_or_path: str | Path, config: Page4DConfig | None = None
         raise CheckpointError(f"{path.name} does not fit the model: {report}")
     model.load_state_dict(state, assign=True)
     model.aggregator.reset_buffers()
-    return model.float()
+    model.float()
+    for parameter in model.parameters():
+        if parameter.data_ptr() % ALIGNMENT:  # a file may have put it anywhere; kernels, and with them the last bit, depend on it
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def local_file(path: str | Path) -> Path:

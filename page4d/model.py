@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +15,11 @@ from .aggregator import Aggregator
 from .config import Page4DConfig
 from .errors import InputError
 from .heads import CameraHead, DenseHead, TrackHead
+from .heads.dense import Allocate
 from .heads.track import UpdateFormer
 from .layers import Conv2d, Linear
+from .lean import Lean
+from .memory import HEAD_FRAMES, Plan, Workload, budget_of, make_plan
 from .prediction import Prediction
 
 OUTPUTS = ("camera", "depth", "points", "mask")  # tracks come with query points
@@ -99,6 +102,8 @@ class Page4D(nn.Module):
         *,
         outputs: Collection[str] | None = None,
         mask_strength: float | None = None,
+        memory_budget: int | None = None,
+        allocate: Allocate | None = None,
     ) -> Prediction:
         """Run the trunk once and the heads that are asked for.
 
@@ -108,6 +113,9 @@ class Page4D(nn.Module):
                 not finite has no finite track.
             outputs: any of "camera", "depth", "points", "mask"; all that the model has by default.
             mask_strength: gate of the special tokens, overrides the configuration's; 0 switches the modulation off.
+            memory_budget: bytes that a pass without gradients may take beyond the weights; 0.9 of what is free by default. `plan` tells
+                what comes of it. Images may then lie on another device than the model, and go over a few frames at a time.
+            allocate: makes the tensors that depth and points are written to, such as in the host's memory (without gradients only).
 
         Raises:
             InputError (a ValueError): images or query points do not fit, or an output is asked for that the model has no head for.
@@ -124,14 +132,32 @@ class Page4D(nn.Module):
         kept = self.config.kept_layers
         layers = kept if wanted & {"depth", "points", "track"} else kept[-1:] if "camera" in wanted else ()
         images = images.to(self.aggregator.camera_token.dtype)
-        features = self.aggregator(images, mask_strength=strength, layers=layers, want_mask="mask" in wanted)
-        with torch.autocast(images.device.type, enabled=False):
-            found = self._heads(wanted, features.layers, images, query_points)
+        aggregator, run = self.aggregator, None
+        device = aggregator.camera_token.device
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            work = self._workload(images.shape, wanted, apart=allocate is not None and images.device != device)
+            plan = make_plan(work, budget_of(device) if memory_budget is None else memory_budget, device.type == "cuda")
+            run = Lean(plan, work, device, aggregator.compute_dtype)
+        features = aggregator(images, mask_strength=strength, layers=layers, want_mask="mask" in wanted, run=run)
+        frames = HEAD_FRAMES if run is None else run.plan.head_frames
+        with torch.autocast(device.type, enabled=False):
+            found = self._heads(wanted, features.layers, images, query_points, frames, allocate)
         if "mask" in wanted and features.key_bias is not None:
             frames = images.shape[1]
             grid = (images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size)
             found["mask"] = features.key_bias.unflatten(1, (frames, -1))[:, :, features.special_tokens :].unflatten(2, grid)
         return Prediction(images=images, **found)
+
+    def plan(self, shape: Sequence[int], outputs: Collection[str] | None = None, memory_budget: int | None = None) -> Plan:
+        """How a pass without gradients over images of a shape (B, S, 3, H, W) goes about its memory, see `forward`."""
+        work = self._workload(shape, self._wanted(outputs, None), apart=False)
+        device = self.aggregator.camera_token.device
+        return make_plan(work, budget_of(device) if memory_budget is None else memory_budget, device.type == "cuda")
+
+    def _workload(self, shape: Sequence[int], outputs: Collection[str], apart: bool) -> Workload:
+        batch, frames, _, height, width = shape
+        itemsize = self.aggregator.compute_dtype.itemsize
+        return Workload(self.config, batch, frames, (height, width), itemsize, frozenset(outputs), apart)
 
     @property
     def available(self) -> set[str]:
@@ -197,26 +223,34 @@ class Page4D(nn.Module):
         if (strength > 0 or wanted) and images.shape[-2:] == (self.config.patch_size, self.config.patch_size):
             raise InputError("the dynamics mask needs at least two patches, and the image is a single one: use a larger size")
 
-    def _heads(self, wanted: set[str], layers: list[Tensor], images: Tensor, query_points: Tensor | None) -> dict[str, Tensor]:
-        """Run the heads; the kept layers are cast to what the heads compute in."""
-        size = (images.shape[-2], images.shape[-1])
+    def _heads(
+        self,
+        wanted: set[str],
+        layers: list[Tensor],
+        images: Tensor,
+        query_points: Tensor | None,
+        frames: int,
+        allocate: Allocate | None,
+    ) -> dict[str, Tensor]:
+        """Run the heads, the dense ones so many frames at a time; the kept layers are cast to what the heads compute in."""
+        size, device = (images.shape[-2], images.shape[-1]), self.aggregator.camera_token.device
         special = self.config.special_tokens
         found: dict[str, Tensor] = {}
         if "camera" in wanted and self.camera_head is not None:
             with stage("camera head"):
-                found["pose_enc_list"] = self.camera_head(layers[-1])
+                found["pose_enc_list"] = self.camera_head(layers[-1][:, :, 0].to(device).flatten(-2))
                 found["pose_enc"] = found["pose_enc_list"][-1]
         if "depth" in wanted and self.depth_head is not None:
             with stage("depth head"):
-                found["depth"], found["depth_conf"] = self.depth_head(layers, special, size)
+                found["depth"], found["depth_conf"] = self.depth_head(layers, special, size, frames, allocate)
         if "points" in wanted and self.point_head is not None:
             with stage("point head"):
-                found["world_points"], found["world_points_conf"] = self.point_head(layers, special, size)
+                found["world_points"], found["world_points_conf"] = self.point_head(layers, special, size, frames, allocate)
         if "track" in wanted and self.track_head is not None and query_points is not None:
             with stage("track head"):
-                queries = query_points.to(images)
+                queries = query_points.to(device, images.dtype)
                 found["query_points"] = queries
-                found["track_list"], found["vis"], found["conf"] = self.track_head(layers, special, size, queries)
+                found["track_list"], found["vis"], found["conf"] = self.track_head(layers, special, size, queries, frames)
                 found["track"] = found["track_list"][-1]
         return found
 

@@ -27,8 +27,8 @@ class CameraHead(nn.Module):
         self.pose_branch = Mlp(dim, dim // 2, POSE_SIZE)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Last layer's tokens (B, S, P, 2C) -> pose encodings of all iterations (iterations, B, S, 9)."""
-        k = self.token_norm(tokens[:, :, 0])
+        """Last layer's camera tokens (B, S, 2C) -> pose encodings of all iterations (iterations, B, S, 9)."""
+        k = self.token_norm(tokens)
         normal = F.layer_norm(k, k.shape[-1:], eps=1e-6)
         pose: Tensor | None = None  # the raw sum, without activation
         outputs = []

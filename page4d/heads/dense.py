@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Conv2d, LayerNorm, cache_tensors
+from ..memory import HEAD_FRAMES
 
-CHUNK_FRAMES = 8  # frames in flight
-CHUNK_PIXELS = 2**23  # pixels in flight: bounds the full-resolution maps of very large images
+Allocate = Callable[[str, tuple[int, ...]], Tensor]  # an uninitialised fp32 tensor for an output, by name and shape
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -29,7 +30,7 @@ def _sincos(channels: int, length: int, extent: float, device: torch.device) -> 
 
 
 def add_positions(x: Tensor, aspect: float) -> Tensor:
-    """x (N, C, h, w) plus a tenth of the sincos embedding: the first half of the channels encodes the column, the second the row.
+    """Add a tenth of the sincos embedding to x (N, C, h, w), in place: half of the channels encode the column, the rest the row.
 
     `aspect` is W / H of the image; the image spans a diagonal of 2.
     """
@@ -37,7 +38,9 @@ def add_positions(x: Tensor, aspect: float) -> Tensor:
     diagonal = math.sqrt(aspect * aspect + 1)
     columns = 0.1 * _sincos(channels, width, aspect / diagonal, x.device)
     rows = 0.1 * _sincos(channels, height, 1 / diagonal, x.device)
-    return torch.cat([x[:, :channels] + columns[:, None, :], x[:, channels:] + rows[:, :, None]], 1)
+    x[:, :channels] += columns[:, None, :]
+    x[:, channels:] += rows[:, :, None]
+    return x
 
 
 class ResidualConvUnit(nn.Module):
@@ -91,7 +94,7 @@ class Scratch(nn.Module):
 
 
 class DensePredictor(nn.Module):
-    """Four levels of tokens (B, S, P, 2C) -> a feature map. Base of the dense heads and the tracker's feature extractor."""
+    """Four levels of tokens (B, S, P, 2, C) -> a feature map. Base of the dense heads and the tracker's feature extractor."""
 
     def __init__(
         self, dim: int, patch_size: int, out_channels: tuple[int, int, int, int], features: int, output_features: int, positions: bool
@@ -123,10 +126,10 @@ class DensePredictor(nn.Module):
         x = upsample(self.scratch(levels), out_size)
         return add_positions(x, width / height) if self.positions else x
 
-    def chunks(self, layers: list[Tensor], image_size: tuple[int, int]) -> list[list[Tensor]]:
-        """The layers as (n, P, 2C) pieces of a few frames each."""
-        frames = max(1, min(CHUNK_FRAMES, CHUNK_PIXELS // (image_size[0] * image_size[1])))
-        return [list(piece) for piece in zip(*(layer.flatten(0, 1).split(frames) for layer in layers), strict=True)]
+    def pieces(self, layers: list[Tensor], frames: int) -> Iterator[list[Tensor]]:
+        """The layers (B, S, P, 2, C), wherever they are, as (n, P, 2C) pieces of so many frames on the head's device."""
+        for piece in zip(*(layer.flatten(0, 1).split(frames) for layer in layers), strict=True):
+            yield [tokens.to(self.norm.weight.device, non_blocking=True).flatten(-2) for tokens in piece]
 
 
 class DenseHead(DensePredictor):
@@ -139,13 +142,41 @@ class DenseHead(DensePredictor):
         predict = nn.Sequential(Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), Conv2d(32, channels, 1))
         self.scratch.add_module("output_conv2", predict)
 
-    def forward(self, layers: list[Tensor], special_tokens: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Tokens of the four kept layers (B, S, P, 2C) -> map (B, S, H, W, 1 or 3), confidence (B, S, H, W)."""
-        batch, frames = layers[0].shape[:2]
-        maps, confidences = [], []
-        for piece in self.chunks(layers, image_size):
-            x = self.scratch.get_submodule("output_conv2")(self.features(piece, special_tokens, image_size, image_size)).permute(0, 2, 3, 1)
-            value, confidence = x[..., :-1], x[..., -1]
-            maps.append(value.exp() if self.kind == "depth" else value.sign() * value.abs().expm1())
-            confidences.append(1 + confidence.exp())
-        return torch.cat(maps).unflatten(0, (batch, frames)), torch.cat(confidences).unflatten(0, (batch, frames))
+    def forward(
+        self,
+        layers: list[Tensor],
+        special_tokens: int,
+        image_size: tuple[int, int],
+        frames: int = HEAD_FRAMES,
+        allocate: Allocate | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of the four kept layers (B, S, P, 2, C) -> map (B, S, H, W, 1 or 3), confidence (B, S, H, W).
+
+        `frames` are done at a time; without gradients each piece goes straight to its place in what `allocate` made.
+        """
+        shape = layers[0].shape[:2]
+        pieces = (self._predict(self.features(x, special_tokens, image_size, image_size)) for x in self.pieces(layers, frames))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            found = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+        else:
+            found = self._gather(pieces, shape.numel(), allocate)
+        return found[0].unflatten(0, shape), found[1].unflatten(0, shape)
+
+    def _predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (n, c, H, W) -> map (n, H, W, 1 or 3), confidence (n, H, W)."""
+        x = self.scratch.get_submodule("output_conv2")(features).permute(0, 2, 3, 1)
+        value, confidence = x[..., :-1], x[..., -1]
+        return value.exp() if self.kind == "depth" else value.sign() * value.abs().expm1(), 1 + confidence.exp()
+
+    def _gather(self, pieces: Iterator[tuple[Tensor, Tensor]], total: int, allocate: Allocate | None) -> list[Tensor]:
+        names = ("depth", "depth_conf") if self.kind == "depth" else ("world_points", "world_points_conf")
+        found: list[Tensor] = []
+        done = 0
+        for parts in pieces:
+            for i, (name, part) in enumerate(zip(names, parts, strict=True)):
+                if not done:
+                    shape = (total, *part.shape[1:])
+                    found.append(allocate(name, shape) if allocate else part.new_empty(shape))
+                found[i][done : done + len(part)] = part
+            done += len(parts[0])
+        return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import TrackHeadConfig
 from ..layers import LayerNorm, Linear, Mlp, cache_tensors
+from ..memory import HEAD_FRAMES
 from .dense import DensePredictor
 
 STRIDE = 2  # image pixels per feature-map pixel
@@ -221,11 +222,10 @@ class TrackHead(nn.Module):
         self.smallest_image = -(-coarsest // patch_size) * patch_size
 
     def forward(
-        self, layers: list[Tensor], special_tokens: int, image_size: tuple[int, int], query_points: Tensor
+        self, layers: list[Tensor], special_tokens: int, image_size: tuple[int, int], query_points: Tensor, frames: int = HEAD_FRAMES
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Tracker.forward`; layers as for the dense heads, images of at least `smallest_image` pixels a side."""
-        batch, frames = layers[0].shape[:2]
         size = (image_size[0] // STRIDE, image_size[1] // STRIDE)
         extract = self.feature_extractor
-        maps = torch.cat([extract.features(piece, special_tokens, image_size, size) for piece in extract.chunks(layers, image_size)])
-        return self.tracker(maps.unflatten(0, (batch, frames)), query_points)
+        maps = torch.cat([extract.features(piece, special_tokens, image_size, size) for piece in extract.pieces(layers, frames)])
+        return self.tracker(maps.unflatten(0, layers[0].shape[:2]), query_points)

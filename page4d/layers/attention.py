@@ -54,9 +54,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
+        return self.merge(self.attend(*self.project(x, rope), modulation))
+
+    def project(self, x: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (B, H, N, D) of tokens (B, N, C), or of some frames of them."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         if self.q_norm is not None and self.k_norm is not None and rope is not None:
-            q, k, v = qk_norm_rope(
+            return qk_norm_rope(
                 qkv,
                 self.q_norm.weight,
                 self.q_norm.bias,
@@ -68,12 +72,19 @@ class Attention(nn.Module):
                 special_tokens=rope.special_tokens,
                 eps=self.q_norm.eps,
             )
-        else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """(B, H, N, D)"""
         if modulation is None:
             out = mask_attention(q, k, v, backend=self.backend)
         else:
             gate, bias = (vector.to(accumulation_dtype(q.dtype)) for vector in (modulation.query_gate, modulation.key_bias))
             out = mask_attention(q, k, v, gate, bias, layout=modulation.layout, backend=self.backend)
         assert isinstance(out, Tensor)  # no log-sum-exp was asked for
+        return out
+
+    def merge(self, out: Tensor) -> Tensor:
+        """The heads' outputs (B, H, n, D) -> (B, n, C)."""
         return self.proj(out.transpose(1, 2).flatten(2))

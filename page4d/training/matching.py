@@ -55,7 +55,7 @@ class Matching(nn.Module):
             return self.displacement.bias.sum() * 0
         answer = token[:, :1].expand(-1, frames - 1, -1)[seen]
         losses = [F.cross_entropy(self._scores(i, grid, frames, token)[seen], answer) for i in range(len(self.attention))]
-        way = self.displacement(self.norm(_at(self._seen["last"][:, 1:].float(), token[:, 1:])))
+        way = self.displacement(self.norm(_at(self._seen["last"][:, 1:].flatten(-2).float(), token[:, 1:])))
         wanted = (target.tracks[:, :1] - target.tracks[:, 1:]) / patch
         return torch.stack(losses).mean() + (way - wanted)[seen].abs().mean()
 

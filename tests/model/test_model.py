@@ -93,12 +93,13 @@ def test_bf16_trunk_keeps_the_residual_stream_and_the_heads_in_fp32(golden_weigh
         assert low.aggregator.global_blocks[3].attn.qkv.weight.dtype == torch.bfloat16
         assert low.aggregator.global_blocks[3].norm1.weight.dtype == low.depth_head.norm.weight.dtype == torch.float32
     dtypes = {}
-    low.aggregator.global_blocks[12].register_forward_hook(lambda module, args, out: dtypes.update(residual=out.dtype))
+    low.aggregator.global_blocks[12].norm2.register_forward_pre_hook(lambda module, args: dtypes.update(residual=args[0].dtype))
+    low.aggregator.register_forward_hook(lambda module, args, out: dtypes.update(kept=out.layers[0].dtype))
     low.aggregator.global_blocks[12].attn.qkv.register_forward_hook(lambda module, args, out: dtypes.update(qkv=out.dtype))
     low.depth_head.projects[0].register_forward_hook(lambda module, args, out: dtypes.update(head=out.dtype))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         p = low(IMAGES)
-    assert dtypes == {"residual": torch.float32, "qkv": torch.bfloat16, "head": torch.float32}
+    assert dtypes == {"residual": torch.float32, "qkv": torch.bfloat16, "kept": torch.bfloat16, "head": torch.float32}
     with torch.no_grad():
         exact = model(IMAGES)
     assert (p.depth.log() - exact.depth.log()).abs().mean() < 0.05

@@ -41,7 +41,7 @@ def test_loss_against_loops(model, batch):
     seen = {}
     for index in (1, 2):
         model.aggregator.global_blocks[index].norm1.register_forward_hook(lambda m, i, o, index=index: seen.__setitem__(index, o))
-    model.aggregator.register_forward_hook(lambda m, i, o: seen.__setitem__("last", o.layers[-1]))
+    model.aggregator.register_forward_hook(lambda m, i, o: seen.__setitem__("last", o.layers[-1].flatten(-2)))
     model(batch.images, outputs=["camera"], mask_strength=0.0)
     found = matching(batch)
 

@@ -1,0 +1,170 @@
+"""The trunk without gradients: the arithmetic of its blocks, in place and piece by piece, so that only what must be whole is whole.
+
+For all frames at once there are the residual stream, q, k, v and the output of one layer's attention, and the layers that the heads read.
+Everything else (projections, MLPs, frame blocks, the encoder) is alive for a few frames only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Block, Modulation, Rope
+from .memory import Plan, Workload, halved
+
+log = logging.getLogger(__name__)
+
+
+class Lean:
+    """Runs an aggregator's parts by a plan. Tokens x are (B, S, P, C), contiguous, and change in place.
+
+    A piece that runs out of memory is tried again with half as many frames; attention, with the kept layers moved to the host.
+    """
+
+    def __init__(self, plan: Plan, work: Workload, device: torch.device, dtype: torch.dtype):
+        self.plan, self.work, self.device, self.dtype = plan, work, device, dtype
+        self.kept: list[Tensor] = []
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # from the device to the host, beside the products
+
+    def embed(self, encoder: nn.Module, normalise: Callable[[Tensor], Tensor], images: Tensor, special: Tensor) -> Tensor:
+        """Special tokens (B, S, n, C) and the encoder's patches of images (B, S, 3, H, W), which may lie on another device."""
+        batch, frames, first = special.shape[:3]
+        x = special.new_empty(batch * frames, self.work.per_frame, special.shape[-1])
+        x[:, :first] = special.flatten(0, 1)
+        pictures = images.flatten(0, 1)
+
+        def work(piece: slice) -> None:
+            x[piece, first:] = encoder(normalise(pictures[piece].to(self.device, non_blocking=True)))
+
+        self._by_pieces(batch * frames, work)
+        return x.unflatten(0, (batch, frames))
+
+    def frame(self, block: Block, x: Tensor, rope: Rope) -> Tensor:
+        every = x.flatten(0, 1)
+
+        def work(piece: slice) -> None:
+            every[piece] = block(every[piece], rope)
+
+        self._by_pieces(len(every), work)
+        return x
+
+    def across(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None) -> Tensor:
+        """A global block: attention over all frames, the rest by pieces of frames."""
+        attention, frames, per_frame = block.attn, x.shape[1], x.shape[2]
+
+        def attend() -> Tensor:
+            q, k, v = self._project(block, x, rope)
+            return attention.attend(q, k, v, modulation)
+
+        out = self._with_room(attend)
+
+        def work(piece: slice) -> None:
+            rows = slice(piece.start * per_frame, piece.stop * per_frame)
+            y = x[:, piece].flatten(1, 2)
+            y = y + block.ls1(attention.merge(out[:, :, rows]))
+            y = y + block.ls2(block.mlp(block.norm2(y)))
+            x[:, piece] = y.unflatten(1, (-1, per_frame))
+
+        self._by_pieces(frames, work)
+        return x
+
+    def _project(self, block: Block, x: Tensor, rope: Rope) -> list[Tensor]:
+        """q, k, v (B, H, S*P, D) of the normalised tokens."""
+        batch, frames, per_frame = x.shape[:3]
+        attention = block.attn
+        whole: list[Tensor] = []
+
+        def work(piece: slice) -> None:
+            parts = attention.project(block.norm1(x[:, piece].flatten(1, 2)), rope)
+            if not whole:
+                shape = (batch, attention.num_heads, frames * per_frame, parts[0].shape[-1])
+                whole.extend([parts[0].new_empty(shape) for _ in parts])
+            for full, part in zip(whole, parts, strict=True):
+                full[:, :, piece.start * per_frame : piece.stop * per_frame] = part
+
+        self._by_pieces(frames, work)
+        return whole
+
+    def keep_frame(self, x: Tensor) -> None:
+        """Remember x as the frame half of a layer that the heads read."""
+        where = {"device": "cpu", "pin_memory": self.copies is not None} if self.plan.offload else {"device": self.device}
+        self.kept.append(torch.empty(2, *x.shape, dtype=self.dtype, **where))
+        self._store(self.kept[-1][0], x)
+
+    def keep(self, x: Tensor) -> None:
+        """Remember x as the global half."""
+        self._store(self.kept[-1][1], x)
+
+    def layers(self) -> list[Tensor]:
+        """The kept layers (B, S, P, 2, C)."""
+        if self.copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.copies)
+        return [layer.movedim(0, -2) for layer in self.kept]
+
+    def _store(self, half: Tensor, x: Tensor) -> None:
+        if half.device == x.device or self.copies is None:
+            half.copy_(x)
+            return
+        staged = x.to(self.dtype, copy=True)  # x changes before the copy is through
+        self.copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.copies):
+            half.copy_(staged, non_blocking=True)
+        staged.record_stream(self.copies)
+
+    def _by_pieces(self, count: int, work: Callable[[slice], None]) -> None:
+        """`work` on slices of frames. It has to leave everything as it was if it raises, as it is then called again for fewer frames."""
+        first = 0
+        while first < count:
+            piece = slice(first, min(first + self.plan.trunk_frames, count))
+            try:
+                work(piece)
+            except torch.OutOfMemoryError:
+                if self.plan.trunk_frames == 1:
+                    raise
+                self.plan = halved(self.plan, self.work)
+                log.warning("out of memory in spite of the plan: going on with %s", self.plan)
+                continue
+            first = piece.stop
+
+    def _with_room(self, work: Callable[[], Tensor]) -> Tensor:
+        """`work`, once more with the kept layers moved to the host if it runs out of memory."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if self.device.type == "cpu" or self.plan.offload:
+                raise
+            self.plan = halved(self.plan, self.work, offload=True)
+            log.warning("out of memory in spite of the plan: going on with %s", self.plan)
+            self.kept = [layer.cpu() for layer in self.kept]
+        return work()
+
+
+class Plain:
+    """Runs an aggregator's parts with gradients, and for compilers: whole tensors, nothing in place."""
+
+    def __init__(self, run: Callable[..., Tensor]):
+        self.run = run  # run(block, *inputs) -> its output; may recompute it for the backward
+        self.kept: list[Tensor] = []
+        self.half: Tensor
+
+    def embed(self, encoder: nn.Module, normalise: Callable[[Tensor], Tensor], images: Tensor, special: Tensor) -> Tensor:
+        patches = encoder(normalise(images.to(special.device)).flatten(0, 1))
+        return torch.cat([special, patches.unflatten(0, special.shape[:2]).to(special.dtype)], 2)
+
+    def frame(self, block: Block, x: Tensor, rope: Rope) -> Tensor:
+        return self.run(block, x.flatten(0, 1), rope).view_as(x)
+
+    def across(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None) -> Tensor:
+        return self.run(block, x.flatten(1, 2), rope, modulation).view_as(x)
+
+    def keep_frame(self, x: Tensor) -> None:
+        self.half = x
+
+    def keep(self, x: Tensor) -> None:
+        self.kept.append(torch.stack([self.half, x], -2))
+
+    def layers(self) -> list[Tensor]:
+        return self.kept

@@ -1,0 +1,151 @@
+"""How many bytes a forward pass without gradients takes beyond the weights, and the pieces it is cut into to stay within a budget.
+
+The trunk goes over frames in pieces, layer by layer; what is there for all frames at once is counted exactly, what a piece needs is
+counted by the tensors that are alive at its worst moment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from .config import DenseHeadConfig, Page4DConfig
+
+PIECE_TOKENS = 8192  # enough rows for a GPU's matrix unit, and no more than a CPU's last cache or two
+HEAD_FRAMES = 8
+SPARE = 0.9  # of the free memory: allocators round up
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of a model: sizes and what is computed."""
+
+    config: Page4DConfig
+    batch: int
+    frames: int
+    size: tuple[int, int]
+    itemsize: int  # bytes of what the trunk's products run in
+    outputs: frozenset[str]
+    outputs_apart: bool = False  # outputs and images lie elsewhere, such as in the memory of the host
+
+    @property
+    def per_frame(self) -> int:
+        patch = self.config.patch_size
+        return self.config.special_tokens + (self.size[0] // patch) * (self.size[1] // patch)
+
+    @property
+    def all_frames(self) -> int:
+        return self.batch * self.frames
+
+    @property
+    def kept(self) -> int:
+        return 4 if self.outputs & {"depth", "points", "track"} else 1 if "camera" in self.outputs else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Frames of a piece in the trunk and in the dense heads, where kept layers lie, and the bytes it should take."""
+
+    trunk_frames: int
+    head_frames: int
+    offload: bool = False
+    bytes: int = 0
+
+    def __str__(self) -> str:
+        where = ", kept layers in the host's memory" if self.offload else ""
+        return (
+            f"{self.bytes / 2**30:.2f} GiB beyond the weights, {self.trunk_frames} frames at a time, {self.head_frames} in the heads{where}"
+        )
+
+
+def make_plan(work: Workload, budget: int | None, can_offload: bool = False) -> Plan:
+    """The fastest plan whose bytes fit the budget; the leanest if none does. Without a budget, the fastest."""
+    plan = Plan(0, 0)
+    for plan in _plans(work, can_offload):
+        plan = replace(plan, bytes=predicted_bytes(work, plan))
+        if budget is None or plan.bytes <= budget:
+            break
+    return plan
+
+
+def _plans(work: Workload, can_offload: bool) -> Iterator[Plan]:
+    """From fast to lean."""
+    trunk = min(max(1, PIECE_TOKENS // work.per_frame), work.frames)
+    heads = min(HEAD_FRAMES, work.all_frames)
+    while True:
+        yield Plan(trunk, heads)
+        if trunk == heads == 1:
+            break
+        heads = max(1, heads // 2)
+        if heads == 1:
+            trunk = max(1, trunk // 2)
+    if can_offload:
+        yield Plan(1, 1, offload=True)
+
+
+def halved(plan: Plan, work: Workload, offload: bool = False) -> Plan:
+    """The plan with pieces of half as many frames, and with the kept layers in the host's memory if that is asked for."""
+    frames = {"trunk_frames": max(1, plan.trunk_frames // 2), "head_frames": max(1, plan.head_frames // 2)}
+    smaller = replace(plan, **frames, offload=plan.offload or offload)
+    return replace(smaller, bytes=predicted_bytes(work, smaller))
+
+
+def predicted_bytes(work: Workload, plan: Plan) -> int:
+    """The most that is allocated at once, beyond the weights."""
+    config, item = work.config, work.itemsize
+    tokens = work.all_frames * work.per_frame
+    row = tokens * config.embed_dim  # elements of one tensor (B, S, P, C)
+    piece = plan.trunk_frames * work.batch * work.per_frame * config.embed_dim
+    height, width = work.size
+    pixels = height * width
+    images = 0 if work.outputs_apart else work.all_frames * 3 * pixels * 4
+    stream = 4 * row
+    kept = 0 if plan.offload else work.kept * 2 * item * row
+
+    low = 0 if item == 4 else item  # a copy in low precision of what goes into a product
+    mlp = 4 + low + 4 + config.mlp_ratio * item * 2  # normalised, cast, the residual, hidden before and after GELU
+    attention = 3 * item + 4 + item
+    block = piece * max(mlp, attention + 4 * item)
+    trunk = kept + stream + max(4 * item * row, 3 * item * row + piece * (4 + low + 5 * item), item * row + block)
+    encoder = stream + plan.trunk_frames * 3 * pixels * 4 * 2 + block
+    peak = max(trunk, encoder)
+
+    results = 0
+    for name, head, channels in (("depth", config.depth_head, 2), ("points", config.point_head, 4)):
+        if name in work.outputs and head is not None:
+            results += 0 if work.outputs_apart else work.all_frames * pixels * channels * 4
+            peak = max(peak, kept + results + plan.head_frames * head_bytes(work, head))
+    return images + peak
+
+
+def head_bytes(work: Workload, head: DenseHeadConfig) -> int:
+    """Of one frame in a dense head: its tokens, and the worst of three moments."""
+    pixels = work.size[0] * work.size[1]
+    patches = work.per_frame - work.config.special_tokens
+    tokens = 4 * work.per_frame * 2 * work.config.embed_dim * work.itemsize
+    first, second, third, fourth = head.out_channels
+    levels = 4 * patches * (16 * first + 4 * second + third + fourth // 4)
+    finest = 4 * 64 * patches  # bytes of a channel at twice the finest level
+    narrow = head.features // 2
+    fusing = levels + finest * head.features + finest * narrow + 4 * patches * 21 * head.features
+    growing = levels + finest * narrow + 4 * pixels * narrow  # to the image's size
+    predicting = 4 * pixels * (narrow + 32 + 32)
+    return tokens + max(fusing, growing, predicting)
+
+
+def budget_of(device: torch.device) -> int | None:
+    """Bytes to plan for: most of what is free on a GPU, or of the memory that the system says is available. None if nobody knows."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(SPARE * (free + reusable))
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        return int(SPARE * 1024 * int(available.split()[1]))
+    except (OSError, StopIteration):
+        pages = getattr(os, "sysconf", lambda _: 0)("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+        return int(SPARE * pages * os.sysconf("SC_PAGE_SIZE") / 2) if pages else None
