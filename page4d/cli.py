@@ -15,11 +15,24 @@ from tqdm import tqdm
 from page4d_kernels import env, mask_attention, registries, use_backend
 from page4d_kernels.nvtx import Recording, peak_bytes, record, stage
 
-from .command_line import DTYPES, RANDOM, WEIGHTS_HELP, check_weights, guarded, open_device, open_model, parse_names, parse_size, say
+from .command_line import (
+    DTYPES,
+    RANDOM,
+    WEIGHTS_HELP,
+    check_weights,
+    guarded,
+    open_device,
+    open_model,
+    parse_bytes,
+    parse_names,
+    parse_size,
+    say,
+)
 from .data import Frames, bundled_clip, load_frames
 from .errors import InputError
 from .export import EXPORTERS, NEEDED, export
-from .files import AtomicFiles, check_writable
+from .files import AtomicFiles, check_writable, on_disk
+from .memory import budget_of
 from .model import OUTPUTS, Page4D, default_dtype
 
 DEFAULT_FRAMES = 32
@@ -43,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fit", choices=("crop", "pad"), default="crop", help="cut what does not fit the size, or pad with white")
     parser.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the trunk's matrix products (default: half precision on cuda, else fp32)")
+    parser.add_argument(
+        "--memory-budget", type=parse_bytes, metavar="SIZE", help="beyond the weights, such as 6G or 800M (default: 0.9 of what is free)"
+    )
     parser.add_argument("--attn", help="attention backend, see `python -m page4d_kernels.info` (default: PAGE4D_ATTN, else auto)")
     parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: what the weights come with)")
     parser.add_argument("--export", type=_formats, help=f"comma-separated, of {','.join(EXPORTERS)} (default: all that apply)")
@@ -84,13 +100,23 @@ def run(args: argparse.Namespace) -> str:
         mask_attention(*torch.zeros(3, 1, 1, 1, 8), backend="chunked")  # the first operator call imports torch's compiler
         calls.clear()
 
+        budget = budget_of(device) if args.memory_budget is None else args.memory_budget
+        plan = model.plan((1, *frames.images.shape), outputs, budget, images_here=device.type == "cpu", results_here=False)
+        say(f"memory: {plan}")
+        if budget is not None and plan.bytes > budget:
+            say(f"memory: that is more than the {budget / 2**30:.2f} GiB of the budget, and as little as it gets")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        weights = peak_bytes(device)
+
         total = 2 + 2 * model.config.depth + len(outputs)
         with _StageBar(total=total, desc="model", unit="stage", disable=None) as bar:
             recording.on_stage = bar.advance
             with _profile(args.out if args.profile else None, device), torch.inference_mode():
                 start = time.perf_counter()
-                points = None if queries is None else queries.to(device)
-                prediction = model(frames.images.to(device), points, outputs=outputs, mask_strength=strength).to("cpu")
+                prediction = model(
+                    frames.images[None], queries, outputs=outputs, mask_strength=strength, memory_budget=budget, allocate=on_disk(args.out)
+                ).to("cpu")
                 seconds = time.perf_counter() - start
             recording.on_stage = None
             bar.total = bar.n
@@ -99,6 +125,8 @@ def run(args: argparse.Namespace) -> str:
     if args.profile:
         files.append(args.out / "trace.json")
     served = ", ".join(f"{name} ({count} calls)" for name, count in calls.most_common())
+    if device.type == "cuda":
+        say(f"memory: {(peak_bytes(device) - weights) / 2**30:.2f} GiB beyond the weights were taken")
     facts = [f"attention by {served}", f"mask strength {strength:g}" + (" (off)" if strength == 0 else "")]
     return summary(frames, recording, seconds, device, facts, files)
 

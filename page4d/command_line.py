@@ -36,6 +36,17 @@ def parse_size(text: str) -> int | tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: give a width such as 518, or HEIGHTxWIDTH such as 336x518") from None
 
 
+def parse_bytes(text: str) -> int:
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        size = int(float(number) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory: give bytes, or a number with K, M or G such as 6G")
+    return size
+
+
 def parse_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+import tempfile
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+import torch
+from torch import Tensor
 
 from .errors import InputError
 
@@ -67,6 +73,29 @@ class AtomicFiles:
             for temporary, final in self._pending:
                 if str(error.filename) == str(temporary):
                     error.filename = str(final)
+
+
+def on_disk(folder: Path) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """Makes fp32 tensors in memory that files without a name in `folder` back, so that results larger than the memory can be had.
+
+    They are gone with their last reference. Where files cannot be set up so, the tensors are ordinary ones.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+    def allocate(name: str, shape: tuple[int, ...]) -> Tensor:
+        count = math.prod(shape)
+        if not hasattr(os, "posix_fallocate"):
+            return torch.empty(shape)
+        with tempfile.NamedTemporaryFile(dir=existing) as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, 4 * count)  # a disk that is full says so now, not by a signal later
+            except OSError as error:
+                raise InputError(
+                    f"{existing} has no room for {name}, {4 * count / 1e9:.1f} GB ({error.strerror}): choose another --out"
+                ) from None
+            return torch.from_file(file.name, shared=True, size=count).view(shape)
+
+    return allocate
 
 
 def check_writable(out_dir: Path) -> None:

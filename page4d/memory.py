@@ -29,7 +29,8 @@ class Workload:
     size: tuple[int, int]
     itemsize: int  # bytes of what the trunk's products run in
     outputs: frozenset[str]
-    outputs_apart: bool = False  # outputs and images lie elsewhere, such as in the memory of the host
+    images_here: bool = True  # in the memory that is counted, and not only a few frames at a time
+    results_here: bool = True
 
     @property
     def per_frame(self) -> int:
@@ -101,7 +102,7 @@ def predicted_bytes(work: Workload, plan: Plan) -> int:
     piece = plan.trunk_frames * work.batch * work.per_frame * config.embed_dim
     height, width = work.size
     pixels = height * width
-    images = 0 if work.outputs_apart else work.all_frames * 3 * pixels * 4
+    images = work.all_frames * 3 * pixels * 4 if work.images_here else 0
     stream = 4 * row
     kept = 0 if plan.offload else work.kept * 2 * item * row
 
@@ -116,7 +117,7 @@ def predicted_bytes(work: Workload, plan: Plan) -> int:
     results = 0
     for name, head, channels in (("depth", config.depth_head, 2), ("points", config.point_head, 4)):
         if name in work.outputs and head is not None:
-            results += 0 if work.outputs_apart else work.all_frames * pixels * channels * 4
+            results += work.all_frames * pixels * channels * 4 if work.results_here else 0
             peak = max(peak, kept + results + plan.head_frames * head_bytes(work, head))
     return images + peak
 

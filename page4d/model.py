@@ -135,7 +135,7 @@ class Page4D(nn.Module):
         aggregator, run = self.aggregator, None
         device = aggregator.camera_token.device
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            work = self._workload(images.shape, wanted, apart=allocate is not None and images.device != device)
+            work = self._workload(images.shape, wanted, images.device == device, allocate is None)
             plan = make_plan(work, budget_of(device) if memory_budget is None else memory_budget, device.type == "cuda")
             run = Lean(plan, work, device, aggregator.compute_dtype)
         features = aggregator(images, mask_strength=strength, layers=layers, want_mask="mask" in wanted, run=run)
@@ -148,16 +148,27 @@ class Page4D(nn.Module):
             found["mask"] = features.key_bias.unflatten(1, (frames, -1))[:, :, features.special_tokens :].unflatten(2, grid)
         return Prediction(images=images, **found)
 
-    def plan(self, shape: Sequence[int], outputs: Collection[str] | None = None, memory_budget: int | None = None) -> Plan:
-        """How a pass without gradients over images of a shape (B, S, 3, H, W) goes about its memory, see `forward`."""
-        work = self._workload(shape, self._wanted(outputs, None), apart=False)
+    def plan(
+        self,
+        shape: Sequence[int],
+        outputs: Collection[str] | None = None,
+        memory_budget: int | None = None,
+        *,
+        images_here: bool = True,
+        results_here: bool = True,
+    ) -> Plan:
+        """How a pass without gradients over images of a shape (B, S, 3, H, W) goes about its memory, see `forward`.
+
+        `images_here`, `results_here`: whether they lie on the model's device; dense results do not if they are allocated elsewhere.
+        """
+        work = self._workload(shape, self._wanted(outputs, None), images_here, results_here)
         device = self.aggregator.camera_token.device
         return make_plan(work, budget_of(device) if memory_budget is None else memory_budget, device.type == "cuda")
 
-    def _workload(self, shape: Sequence[int], outputs: Collection[str], apart: bool) -> Workload:
+    def _workload(self, shape: Sequence[int], outputs: Collection[str], images_here: bool, results_here: bool) -> Workload:
         batch, frames, _, height, width = shape
         itemsize = self.aggregator.compute_dtype.itemsize
-        return Workload(self.config, batch, frames, (height, width), itemsize, frozenset(outputs), apart)
+        return Workload(self.config, batch, frames, (height, width), itemsize, frozenset(outputs), images_here, results_here)
 
     @property
     def available(self) -> set[str]:

@@ -66,6 +66,10 @@ BAD_OPTIONS = [
     (["--weights", "random:huge"], "unknown preset 'huge'"),
     (["--weights", "nowhere.pt"], "does not exist"),
     (["--mask-strength", "-1"], "at least 0"),
+    (["--memory-budget", "lots"], "'lots' is no amount of memory: give bytes, or a number with K, M or G such as 6G"),
+    (["--memory-budget", "0"], "no amount of memory"),
+    (["--memory-budget", "-1G"], "expected one argument"),
+    (["--memory-budget", "infG"], "no amount of memory"),
     (["--no-such-option"], "unrecognized arguments"),
 ]
 

@@ -15,6 +15,7 @@ import trimesh
 from PIL import Image
 
 from page4d.cli import main
+from page4d.command_line import parse_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -194,6 +195,26 @@ def test_weights_from_a_file_and_mask_strength(tmp_path, capsys):
         poses.append(np.load(out / "predictions.npz")["pose_enc"])
     assert "RANDOM" not in capsys.readouterr().out
     assert np.abs(poses[0] - poses[1]).max() > 0
+
+
+@pytest.mark.parametrize(("given", "amount"), [("123", 123), ("2k", 2048), ("1.5M", 3 << 19), ("6G", 6 << 30)])
+def test_amounts_of_memory(given, amount):
+    assert parse_bytes(given) == amount
+
+
+def test_memory_budget(tmp_path, capsys):
+    """As little as it gets gives the same results, and says so."""
+    folder = folder_of_images(tmp_path / "images", 3)
+    depths = []
+    for name, budget in (("much", "64G"), ("little", "1K")):
+        arguments = [str(folder), "--weights", "random:tiny", "--size", "56", "--out", str(tmp_path / name), "--export", "npz"]
+        assert main([*arguments, "--memory-budget", budget]) == 0
+        depths.append(np.load(tmp_path / name / "predictions.npz")["depth"])
+        said = capsys.readouterr().err
+        assert f"beyond the weights, {3 if name == 'much' else 1} frames at a time" in said
+        assert ("more than the 0.00 GiB of the budget, and as little as it gets" in said) == (name == "little")
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["predictions.npz"]  # nothing is left of where results were kept
+    assert np.allclose(*depths, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from page4d.export.overview import _top_view, write_overview
 from page4d.export.ply import write_ply
 from page4d.export.tracks import write_tracks
 from page4d.export.trajectory import write_trajectory
-from page4d.files import AtomicFiles, check_writable
+from page4d.files import AtomicFiles, check_writable, on_disk
 from page4d.geometry import encode_pose, quaternion_to_matrix
 from page4d.prediction import Prediction
 
@@ -445,6 +445,26 @@ def test_writing_is_refused(prediction: Prediction, frames: Frames, tmp_path: Pa
     monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(InputError, match=r"cannot write '.*/trajectory\.tum' \(Permission denied\)"):
         export(prediction, frames, tmp_path, ["trajectory"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_on_disk(tmp_path: Path) -> None:
+    """Tensors as others, zeroed or not, that leave nothing behind; in a folder that does not exist, beside it."""
+    allocate = on_disk(tmp_path / "not" / "yet")
+    tensor = allocate("depth", (5, 7))
+    tensor[:] = torch.arange(35.0).view(5, 7)
+    assert tensor.dtype == torch.float32 and tensor.sum() == 595 and not list(tmp_path.iterdir())
+    copy = (tensor * 2).sum()
+    assert copy == 1190
+
+
+def test_no_room_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=r"has no room for depth, 0.2 GB \(No space left on device\): choose another --out"):
+        on_disk(tmp_path)("depth", (50, 10**6))
     assert not list(tmp_path.iterdir())
 
 

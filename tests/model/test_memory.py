@@ -78,3 +78,135 @@ def test_the_plan_is_what_is_allocated(model, case, dtype, budget, monkeypatch):
     measured = live.peak
     print(f"{case} {dtype} {plan}: measured {measured / 2**20:.1f} MiB, planned {plan.bytes / 2**20:.1f}: {plan.bytes / measured:.3f}")
     assert 0.9 <= plan.bytes / measured <= 1.1
+
+
+def work(model, frames=12, size=(112, 154), outputs=("camera", "depth", "points"), **options):
+    return Workload(model.config, 1, frames, size, 2, frozenset(outputs), **options)
+
+
+def test_plans_get_leaner_until_they_fit(model, monkeypatch):
+    monkeypatch.setattr("page4d.memory.PIECE_TOKENS", 1000)
+    fast, lean, away = make_plan(work(model), None), make_plan(work(model), 1), make_plan(work(model), 1, can_offload=True)
+    assert (fast.trunk_frames, fast.head_frames, fast.offload) == (10, 8, False)
+    assert (lean.trunk_frames, lean.head_frames, lean.offload) == (1, 1, False)
+    assert (away.trunk_frames, away.head_frames, away.offload) == (1, 1, True)
+    assert away.bytes < lean.bytes < fast.bytes
+    for budget in range(away.bytes, fast.bytes, (fast.bytes - away.bytes) // 50):
+        assert make_plan(work(model), budget, can_offload=True).bytes <= budget
+    assert make_plan(work(model), fast.bytes) == fast
+    assert make_plan(work(model), fast.bytes - 1) != fast
+
+
+def test_what_lies_elsewhere_is_not_counted(model):
+    pixels = 12 * 112 * 154 * 4
+    here = predicted_bytes(work(model), Plan(1, 1))
+    assert here - predicted_bytes(work(model, images_here=False), Plan(1, 1)) == 3 * pixels
+    assert here - predicted_bytes(work(model, images_here=False, results_here=False), Plan(1, 1)) > 3 * pixels
+
+
+def test_memory_grows_linearly_with_frames():
+    """Beyond the weights, at the official size in bf16: what 336 x 518 pixels cost per frame in the trunk."""
+    config = preset("page4d")
+
+    def trunk(frames, **options):
+        plan = Plan(9, 8, **options)
+        outputs = frozenset({"camera", "depth"})
+        return predicted_bytes(Workload(config, 1, frames, (336, 518), 2, outputs, images_here=False, results_here=False), plan)
+
+    per_frame, away = ((trunk(1000, **o) - trunk(500, **o)) / 500 for o in ({}, {"offload": True}))
+    print(f"{per_frame / 1e6:.1f} MB per frame, {away / 1e6:.1f} with kept layers on the host")
+    assert per_frame <= 40e6 and away <= 20e6
+    assert trunk(1000) - trunk(999) == pytest.approx(per_frame)
+
+
+def test_the_budget_is_what_is_free():
+    assert 1 << 28 < budget_of(torch.device("cpu")) < 1 << 50
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_out_of_memory_in_spite_of_the_plan(model, frames, monkeypatch, caplog):
+    """What does not fit is done again in smaller pieces, with the same result; nothing is done twice."""
+    images = torch.rand(7, 3, 56, 84)
+    model.set_compute_dtype(torch.float32)
+    block, most = model.aggregator.global_blocks[3].mlp, frames * 29
+    real = block.forward
+
+    def forward(x):
+        if x.shape[1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(x)
+
+    with torch.no_grad():
+        whole = model(images)
+        monkeypatch.setattr(block, "forward", forward)
+        with caplog.at_level(logging.WARNING):
+            pieces = model(images)
+    for name, value in whole.tensors().items():
+        torch.testing.assert_close(pieces.tensors()[name], value, rtol=1e-5, atol=1e-5)
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == {1: 2, 2: 2, 3: 1}[frames]  # 7, 3, 1 frames at a time
+    assert all(line.startswith("out of memory in spite of the plan: going on with 0.") for line in warnings)
+    assert f"beyond the weights, {7 >> len(warnings)} frames at a time" in warnings[-1]
+
+
+def test_giving_up(model, monkeypatch):
+    def forward(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.aggregator.global_blocks[3].mlp, "forward", forward)
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        model(torch.rand(3, 3, 56, 84))
+
+
+def test_attention_without_room_is_tried_again_with_kept_layers_on_the_host(model):
+    run = Lean(Plan(2, 2), work(model), torch.device("cpu"), torch.float32)
+    run.device = torch.device("meta")  # anything that has a host
+    run.kept, tries = [torch.ones(2)], []
+
+    def attend():
+        tries.append(run.plan.offload)
+        if not run.plan.offload:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(1)
+
+    run._with_room(attend)
+    assert tries == [False, True] and run.plan.trunk_frames == 1
+
+
+def test_results_go_where_they_are_allocated(model):
+    asked, images = {}, torch.rand(1, 3, 3, 56, 84)
+
+    def allocate(name, shape):
+        asked[name] = torch.full(shape, torch.nan)
+        return asked[name]
+
+    with torch.no_grad():
+        found = model(images, outputs=["depth", "points"], allocate=allocate)
+    assert set(asked) == {"depth", "depth_conf", "world_points", "world_points_conf"}
+    for name, value in asked.items():
+        assert getattr(found, name).data_ptr() == value.data_ptr() and value.isfinite().all(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [None, 1])
+def test_the_plan_is_what_a_gpu_allocates(budget):
+    config = preset("page4d").replace(depth=4, masked_blocks=(1, 3), mask_after=1, kept_layers=(0, 1, 2, 3), point_head=None, track=None)
+    model = Page4D(config).to("cuda").eval().set_compute_dtype(torch.bfloat16)
+    images = torch.rand(1, 40, 3, 336, 518)
+    wanted = {"camera", "depth"}
+    found = []
+    for device in ("cpu", "cuda"):  # where the images are
+        given = images.to(device)
+        plan = model.plan(given.shape, wanted, budget, images_here=device == "cuda")
+        with torch.inference_mode():
+            model(given[:, :2], outputs=wanted, memory_budget=budget)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated() - (given.nbytes if device == "cuda" else 0)
+            torch.cuda.reset_peak_memory_stats()
+            found.append(model(given, outputs=wanted, memory_budget=budget).depth)
+            torch.cuda.synchronize()
+        measured = torch.cuda.max_memory_allocated() - before
+        print(f"{plan}: measured {measured / 2**20:.0f} MiB, planned {plan.bytes / 2**20:.0f}")
+        assert 0.9 <= plan.bytes / measured <= 1.1
+        assert plan.offload == (budget == 1)
+    torch.testing.assert_close(found[0], found[1])
