@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from page4d.config import Page4DConfig
+
 
 def attention_flops(batch: int, heads: int, queries: int, keys: int, head_dim: int, direction: str) -> float:
     """q k^T and P v are two products, 2 flops a term; the backward has five. The bias is not counted."""
@@ -17,3 +19,21 @@ def mask_head_bytes(tokens: int, channels: int, itemsize: int) -> float:
 def qk_norm_rope_bytes(tokens: int, heads: int, head_dim: int, itemsize: int) -> float:
     """q and k, read once and written once; v stays where it is."""
     return 4.0 * tokens * heads * head_dim * itemsize
+
+
+def trunk_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dict[str, float]:
+    """Of encoder, frame and global blocks over one sequence: products with weights, attention within frames, attention across them.
+
+    A block's weights are 2 (4 + 2 mlp_ratio) C^2 flops per token; a query-key pair is 4 C.
+    """
+    patches = (size[0] // config.patch_size) * (size[1] // config.patch_size)
+    in_encoder = 1 + config.register_tokens + patches  # its own class and register tokens
+    tokens = config.special_tokens + patches
+    width, depth = config.embed_dim, config.depth
+    weights = 2.0 * (4 + 2 * config.mlp_ratio) * width**2
+    embedding = 2.0 * patches * 3 * config.patch_size**2 * width
+    return {
+        "weights": frames * (embedding + weights * (config.encoder.depth * in_encoder + 2 * depth * tokens)),
+        "within frames": frames * 4.0 * width * (config.encoder.depth * in_encoder**2 + depth * tokens**2),
+        "across frames": 4.0 * width * depth * (frames * tokens) ** 2,
+    }

@@ -8,9 +8,14 @@ import torch
 
 pytest.importorskip("benchmarks", reason="the benchmarks belong to the repository, not to the package")
 
+from torch.utils.flop_counter import FlopCounterMode
+
 from benchmarks import __main__ as command
 from benchmarks import cases as data
 from benchmarks import formulas
+from page4d.config import preset
+from page4d.model import Page4D
+from page4d_kernels import use_backend
 
 SMALL = [data.Case(op, way, 1, torch.float32, heads=2) for op in ("mask_head", "qk_norm_rope") for way in ("forward", "backward")]
 LIMITS = {"matrix_flops_bfloat16": 1e12, "matrix_flops_float32": 1e11, "copy_bytes": 1e10, "exp2": 1e9}
@@ -88,3 +93,26 @@ def test_mistakes_get_one_line(capsys):
 def test_no_gpu(capsys):
     assert command.main(["run", "--device", "cuda", "--quick"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("frames", "size"), [(1, (336, 518)), (3, (112, 154))])
+def test_flops_of_the_trunk(frames, size):
+    """Against torch's counter, on the meta device and at the official size."""
+    config = preset("page4d")
+    with torch.device("meta"):
+        model = Page4D(config.replace(point_head=None, depth_head=None, track=None))
+        images = torch.rand(1, frames, 3, *size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("reference"):
+        model.aggregator(images, mask_strength=0.0, layers=(23,), want_mask=False)
+    counted = {"weights": 0, "attention": 0}
+    for operator, flops in counter.get_flop_counts()["Global"].items():
+        counted["attention" if "bmm" in str(operator) else "weights"] += flops
+    found = formulas.trunk_flops(config, frames, size)
+    assert counted["weights"] == found["weights"]
+    assert counted["attention"] in (0, found["within frames"] + found["across frames"])  # our operator is opaque to the counter
+    assert found["within frames"] == 24 * formulas.attention_flops(frames, 16, *[found_tokens(size)] * 2, 64, "forward") * 2
+    assert found["across frames"] == 24 * formulas.attention_flops(1, 16, *[frames * found_tokens(size)] * 2, 64, "forward")
+
+
+def found_tokens(size):
+    return 5 + size[0] // 14 * (size[1] // 14)

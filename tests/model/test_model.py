@@ -122,6 +122,20 @@ def test_no_device_synchronisation_in_a_forward(model, monkeypatch):
             model(images, points)
 
 
+@pytest.mark.gpu
+def test_no_synchronisation_on_a_gpu():
+    low = Page4D(preset("tiny").replace(track=None)).cuda().eval().set_compute_dtype(torch.bfloat16)
+    images = torch.rand(3, 3, 140, 140, device="cuda")
+    with torch.inference_mode():
+        low(images)  # makes the tables, compiles the kernels
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            low(images)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.slow
 def test_a_masked_block_compiles_without_graph_break(model):
     from page4d.layers import Modulation
