@@ -7,23 +7,35 @@ import dataclasses
 import fnmatch
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from page4d_kernels.nvtx import peak_bytes
+
+from . import report
 from .cases import QUICK, Case, cases, gate, inputs, prepare, variants
 from .measure import interleaved, limits, provenance
+from .model import OUTPUTS
+
+LONGEST = 120.0  # seconds that a call may take at the limit's rate
 
 
 def measure(case: Case, device: str, seconds: float, limits: dict[str, float]) -> list[dict[str, Any]]:
     """One row per variant: times, or why there are none."""
     rows: list[dict[str, Any]] = []
     runs = {}
+    (unit, amount), ceilings = next(iter(case.work().items())), case.ceilings(limits)
+    least = amount / ceilings[unit]
     for variant in variants(case, device):
         row: dict[str, Any] = {"case": case.name, "variant": variant.name, "biased": variant.biased}
         rows.append(row)
+        if least > LONGEST:
+            row["reason"] = f"left out: a call takes more than {least:.0f} s here"
+            continue
         try:
             row["reason"] = gate(case, variant, inputs(case, device, small=True))
             if not row["reason"]:
@@ -35,24 +47,17 @@ def measure(case: Case, device: str, seconds: float, limits: dict[str, float]) -
         if row["variant"] in timings:
             timing = timings[row["variant"]]
             row |= dataclasses.asdict(timing)
-            (unit, amount), ceilings = next(iter(case.work().items())), case.ceilings(limits)
+            if timing.peak_bytes is None and case.op in OUTPUTS:
+                row["peak_bytes"] = resident_peak(case, row["variant"])
             rate = amount / timing.median
             row |= {"unit": unit, "rate": rate, "of_limit": rate / ceilings[unit]}
     return rows
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown. The limit is what the same run measured: the product or exp2 rate for attention, the copy rate for the other ops."""
-    lines = ["| case | variant | ms (quartiles) | rate | of the limit | peak MiB |", "|---|---|---|---|---|---|"]
-    for row in results["rows"]:
-        if "median" not in row:
-            lines.append(f"| {row['case']} | {row['variant']} | {row['reason']} | | | |")
-            continue
-        shown = f"{row['rate'] / 1e12:.2f} TFLOP/s" if row["unit"] == "flops" else f"{row['rate'] / 1e9:.1f} GB/s"
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
-        times = f"{row['median'] * 1e3:.3f} ({row['lower'] * 1e3:.3f} to {row['upper'] * 1e3:.3f})"
-        lines.append(f"| {row['case']} | {row['variant']} | {times} | {shown} | {row['of_limit']:.0%} | {peak} |")
-    return "\n".join(lines)
+def resident_peak(case: Case, variant: str) -> int:
+    """The most memory that a process of its own holds which makes the inputs and weights and calls a variant once."""
+    command = [sys.executable, "-m", "benchmarks", "peak", case.name, variant]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def save(results: dict[str, Any], path: Path) -> None:
@@ -65,6 +70,7 @@ def save(results: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Speed and memory of the kernels against their baselines.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("report", help="write RESULTS.md and the plots from the results that are committed")
     commands.add_parser("list", help="the cases and, for this machine, their variants")
     run = commands.add_parser("run", help="measure")
     run.add_argument("--cases", nargs="+", default=["*"], metavar="PATTERN", help="names as in `list`, with wildcards")
@@ -72,8 +78,19 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--seconds", type=float, default=2.0, help="of timing per case (default 2)")
     run.add_argument("--quick", action="store_true", help="two small cases, for a look at the format")
     run.add_argument("--out", type=Path, help="write JSON here")
+    peak = commands.add_parser("peak", help="resident memory in bytes of a process that calls one variant of a case once, on the CPU")
+    peak.add_argument("case")
+    peak.add_argument("variant")
     options = parser.parse_args(arguments)
     every = cases()
+    if options.command == "report":
+        print(f"wrote {report.write()}")
+        return 0
+    if options.command == "peak":
+        case = next(case for case in every if case.name == options.case)
+        prepare(case, next(v for v in variants(case, "cpu") if v.name == options.variant), inputs(case, "cpu"))()
+        print(peak_bytes(torch.device("cpu")))
+        return 0
     if options.command == "list":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         print("\n".join(f"{case.name}: {', '.join(variant.name for variant in variants(case, device))}" for case in every))
@@ -93,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
             save(results, options.out)  # after every case: a run that is cut off keeps what it has
         if options.device == "cuda":
             torch.cuda.empty_cache()
-    print(table(results))
+    print(report.table(results))
     return 0
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from page4d.config import preset
 from page4d_kernels import TokenLayout, mask_attention, mask_head, qk_norm_rope, rope_tables
 from page4d_kernels.backends.mask_attention import BACKENDS as ATTENTION
 from page4d_kernels.backends.mask_head import BACKENDS as MASK_HEAD
@@ -22,9 +23,11 @@ from page4d_kernels.backends.qk_norm_rope import BACKENDS as QK_NORM_ROPE
 from page4d_kernels.testing import AttentionInputs, attention_inputs
 
 from . import formulas
+from . import model as whole
 
 GRID, SPECIAL = (24, 37), 5  # 336 x 518 pixels in patches of 14
 PER_FRAME = SPECIAL + GRID[0] * GRID[1]
+FRAMES = (1, 2, 4, 8, 10, 20, 50, 100, 200, 500, 1000)  # of the whole model
 DENSE_BYTES = 8 << 30  # a dense N x N bias larger than this is left out
 BF16_ERROR = {"forward": 2e-2, "backward": 6e-2}  # relative to the norm; the official arithmetic rounds the gate as well
 
@@ -50,11 +53,17 @@ class Case:
         """The rates that bind `work`: for attention the matrix unit or the one exp2 per logit, whichever is slower."""
         dtype = str(self.dtype).removeprefix("torch.")
         matrix = limits.get(f"products_flops_{dtype}") or limits.get(f"matrix_flops_{dtype}", limits["matrix_flops_bfloat16"])
+        if self.op in whole.OUTPUTS:
+            return {"flops": matrix}
         per_exp2 = formulas.attention_flops(1, 1, 1, 1, self.head_dim, self.direction)
         return {"flops": min(matrix, limits["exp2"] * per_exp2), "bytes": limits["copy_bytes"]}
 
     def work(self) -> dict[str, float]:
         """Flops or bytes of one call, whichever binds it."""
+        if self.op in whole.OUTPUTS:
+            config = preset("page4d-mask")
+            parts = formulas.trunk_flops(config, self.frames, whole.SIZE) | formulas.heads_flops(config, self.frames, whole.SIZE)
+            return {"flops": sum(flops for part, flops in parts.items() if self.op == "model" or part != "dense heads")}
         if self.op == "mask_attention":
             return {"flops": formulas.attention_flops(1, self.heads, self.tokens, self.tokens, self.head_dim, self.direction)}
         if self.op == "mask_head":
@@ -69,6 +78,7 @@ def cases() -> list[Case]:
     found += [Case("mask_attention", "backward", frames, fp32) for frames in (1, 4)]
     found += [Case(op, "forward", frames, dtype) for op in ("mask_head", "qk_norm_rope") for frames in (4, 40) for dtype in (fp32, bf16)]
     found += [Case(op, "backward", 40, bf16) for op in ("mask_head", "qk_norm_rope")]
+    found += [Case(op, "forward", frames, dtype) for op in ("trunk", "model") for frames in FRAMES for dtype in (fp32, bf16)]
     return found
 
 
@@ -154,6 +164,8 @@ def _rope(tensors: list[Tensor], backend: str) -> Tensor:
 
 
 def variants(case: Case, device: str) -> list[Variant]:
+    if case.op in whole.OUTPUTS:
+        return [Variant("page4d", whole.ours), Variant("official arithmetic", whole.official_arithmetic)]
     if case.op == "mask_attention":
         return attention_variants(case, device)
     registry, call = (MASK_HEAD, _head) if case.op == "mask_head" else (QK_NORM_ROPE, _rope)
@@ -162,6 +174,8 @@ def variants(case: Case, device: str) -> list[Variant]:
 
 def inputs(case: Case, device: str, small: bool = False) -> Any:
     """The case's inputs; `small`: one head or one frame of them, for the gate."""
+    if case.op in whole.OUTPUTS:
+        return whole.make_inputs(case.op, case.frames, case.dtype, device, small)
     if case.op == "mask_attention":
         return attention_case(case, device, 1 if small else case.heads)
     frames = 1 if small else case.frames
@@ -194,14 +208,16 @@ def prepare(case: Case, variant: Variant, given: Any) -> Callable[[], Any]:
 
 
 def upcast(case: Case, given: Any, dtype: torch.dtype) -> Any:
-    return given.to(dtype) if case.op == "mask_attention" else [x.detach().to(dtype) for x in given]
+    return given.to(dtype) if not isinstance(given, list) else [x.detach().to(dtype) for x in given]
 
 
 def oracle(case: Case, variant: Variant, given: Any) -> Any:
     """What the gate compares with: the chunked or plain reference in float64 (fp32 for long backwards, where float64 takes minutes)."""
     dtype = torch.float64 if case.direction == "forward" or case.tokens < 5000 else torch.float32
     exact = upcast(case, given, dtype)
-    if case.op != "mask_attention":
+    if case.op in whole.OUTPUTS:
+        call = whole.ours
+    elif case.op != "mask_attention":
         call = functools.partial(_head if case.op == "mask_head" else _rope, backend="reference")
     elif variant.biased:
         call = functools.partial(_ours, backend="chunked")

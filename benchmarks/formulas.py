@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from page4d.config import Page4DConfig
+from page4d.model import Page4D
 
 
 def attention_flops(batch: int, heads: int, queries: int, keys: int, head_dim: int, direction: str) -> float:
@@ -37,3 +41,23 @@ def trunk_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dic
         "within frames": frames * 4.0 * width * (config.encoder.depth * in_encoder**2 + depth * tokens**2),
         "across frames": 4.0 * width * depth * (frames * tokens) ** 2,
     }
+
+
+def heads_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dict[str, float]:
+    """Of the camera head and of the dense heads, as torch counts them for one frame: they grow with the frames."""
+    with torch.device("meta"):
+        model = Page4D(config.replace(track=None)).requires_grad_(False)
+        patches = (size[0] // config.patch_size) * (size[1] // config.patch_size)
+        layers = [torch.empty(1, 1, config.special_tokens + patches, 2, config.embed_dim) for _ in range(4)]
+        found = {}
+        with torch.no_grad():
+            if model.camera_head is not None:
+                with FlopCounterMode(display=False) as counter:
+                    model.camera_head(layers[-1][:, :, 0].flatten(-2))
+                found["camera head"] = float(frames * counter.get_total_flops())
+            with FlopCounterMode(display=False) as counter:
+                for head in (model.depth_head, model.point_head):
+                    if head is not None:
+                        head(layers, config.special_tokens, size)
+            found["dense heads"] = float(frames * counter.get_total_flops())
+    return found

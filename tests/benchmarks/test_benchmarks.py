@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
 from benchmarks import cases as data
-from benchmarks import formulas
+from benchmarks import formulas, report
+from benchmarks import model as whole
 from page4d.config import preset
 from page4d.model import Page4D
 from page4d_kernels import use_backend
@@ -30,7 +31,7 @@ def test_every_case_has_a_name_of_its_own_and_variants():
     names = [case.name for case in data.cases()]
     assert len(set(names)) == len(names)
     for case in data.cases():
-        assert any(variant.name in ("sdpa", "reference") for variant in data.variants(case, "cpu"))
+        assert any(variant.name in ("sdpa", "reference", "official arithmetic") for variant in data.variants(case, "cpu"))
 
 
 def test_attention_cases_come_with_the_official_arithmetic_and_the_dense_bias():
@@ -70,7 +71,7 @@ def test_nothing_is_timed_that_is_wrong(direction, monkeypatch):
     assert "median" in rows["ours"] and "is off by" not in rows["ours"]["reason"]
     for name in ("dropped", "off"):
         assert "is off by" in rows[name]["reason"] and "median" not in rows[name]
-    assert "is off by" in command.table({"rows": list(rows.values()), "limits": LIMITS})
+    assert "is off by" in report.table({"rows": list(rows.values()), "limits": LIMITS})
 
 
 def test_command(monkeypatch, tmp_path, capsys):
@@ -116,3 +117,76 @@ def test_flops_of_the_trunk(frames, size):
 
 def found_tokens(size):
     return 5 + size[0] // 14 * (size[1] // 14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["trunk", "model"])
+def test_the_whole_model_passes_its_gate(op, dtype):
+    """Ours and the official arithmetic agree with float64; without the mask nothing does."""
+    case = data.Case(op, "forward", 4, dtype)
+    for variant in data.variants(case, "cpu"):
+        assert data.gate(case, variant, data.inputs(case, "cpu", small=True)) == ""
+
+    def dropped(given):
+        model = whole.random_model(given.preset, given.dtype, torch.float32, "cpu")
+        with torch.inference_mode():
+            return whole._joined(model(given.images, outputs=given.outputs, mask_strength=0.0))
+
+    if dtype == torch.float32:
+        assert "off by" in data.gate(case, data.Variant("dropped", dropped), data.inputs(case, "cpu", small=True))
+
+
+def test_work_of_the_whole_model():
+    trunk, model = (data.Case(op, "forward", 4, torch.bfloat16).work()["flops"] for op in ("trunk", "model"))
+    assert trunk == pytest.approx(8.36e12, rel=0.01) and model - trunk == pytest.approx(4 * 0.372e12, rel=0.01)
+    assert data.Case("trunk", "forward", 4, torch.bfloat16).ceilings(LIMITS) == {"flops": 1e12}
+
+
+def test_what_would_take_minutes_is_left_out():
+    case = data.Case("model", "forward", 1000, torch.bfloat16)
+    assert all(row["reason"].startswith("left out: a call takes more than") for row in command.measure(case, "cpu", 0.0, LIMITS))
+
+
+def test_resident_peak(capsys):
+    assert 1 << 26 < command.resident_peak(data.Case("qk_norm_rope", "forward", 4, torch.float32), "reference") < 1 << 33
+
+
+def test_the_page_is_in_step_with_the_results():
+    """After new results: `python -m benchmarks report`."""
+    assert report.PAGE.read_text() == report.page()
+    for machine, files in report.machines().items():
+        for name, results in files:
+            assert all(path.exists() for path in report.plots(machine, name, results))
+
+
+def test_report(tmp_path, monkeypatch):
+    rows: list[dict] = [
+        {
+            "case": f"trunk-forward-{frames}x893-float32",
+            "variant": variant,
+            "reason": "",
+            "median": frames * factor,
+            "lower": frames * factor * 0.9,
+            "upper": frames * factor * 1.1,
+            "unit": "flops",
+            "rate": 1e12,
+            "of_limit": 0.5 / factor,
+            "peak_bytes": 3 << 20,
+        }
+        for frames in (1, 4)
+        for variant, factor in (("page4d", 1.0), ("other", 2.0))
+    ]
+    rows.append({"case": "trunk-forward-8x893-float32", "variant": "other", "reason": "out of memory"})
+    made = dict.fromkeys(("device", "torch", "triton", "python", "commit", "date", "command"), "x")
+    (tmp_path / "results" / "machine").mkdir(parents=True)
+    content = {"provenance": made, "limits": {"exp2": 1e9}, "rows": rows}
+    (tmp_path / "results" / "machine" / "some.json").write_text(json.dumps(content))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "RESULTS.md")
+    assert command.main(["report"]) == 0
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "## machine: some" in page and "![time by frames](results/machine/some-trunk-forward-float32.png)" in page
+    assert "| trunk-forward-4x893-float32 | page4d | 4000.000 (3600.000 to 4400.000) | 1.00 TFLOP/s | 50% | 3 |" in page
+    assert "| trunk-forward-8x893-float32 | other | out of memory | | | |" in page
+    assert (tmp_path / "results" / "machine" / "some-trunk-forward-float32.png").stat().st_size > 5000

@@ -1,0 +1,84 @@
+"""The whole model and its parts at the official size, against the official arithmetic.
+
+The official release is not part of this repository; its arithmetic is: weights in fp32 under autocast, bias by padded heads, QK-norm and
+RoPE one operation after the other, every tensor whole. Weights are random, of the official shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from page4d.config import preset
+from page4d.model import Page4D
+from page4d_kernels import use_backend
+
+SIZE = (336, 518)
+SMALL = (56, 84)
+OUTPUTS = {"trunk": ("camera",), "model": ("camera", "depth", "points")}
+
+
+@dataclass(frozen=True)
+class Given:
+    """Images for a preset, and the dtype of the trunk's products."""
+
+    preset: str
+    images: Tensor
+    dtype: torch.dtype
+    outputs: tuple[str, ...]
+
+    def to(self, dtype: torch.dtype) -> Given:
+        return Given(self.preset, self.images.to(dtype), dtype, self.outputs)
+
+
+def make_inputs(op: str, frames: int, dtype: torch.dtype, device: str, small: bool) -> Given:
+    """`small`: all 24 layers at width 128, one frame of 56 x 84, for the gate."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(1, 1 if small else frames, 3, *(SMALL if small else SIZE), generator=generator)
+    return Given("tiny" if small else "page4d-mask", images.to(device), dtype, OUTPUTS[op])
+
+
+@functools.lru_cache(maxsize=3)
+def random_model(name: str, products: torch.dtype, everything: torch.dtype, device: str) -> Page4D:
+    with torch.device("meta"):
+        model = Page4D(preset(name).replace(track=None))
+    model.to_empty(device=device)
+    model.aggregator.reset_buffers()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02, generator=generator)
+            else:
+                parameter.fill_(0.3 if key.endswith("gamma") else float("norm" in key and key.endswith("weight")))
+    return model.to(device, everything).eval().requires_grad_(False).set_compute_dtype(products)
+
+
+def ours(given: Given) -> Tensor:
+    everything = torch.float64 if given.dtype == torch.float64 else torch.float32
+    model = random_model(given.preset, given.dtype, everything, given.images.device.type)
+    with torch.inference_mode():
+        return _joined(model(given.images, outputs=given.outputs))
+
+
+def official_arithmetic(given: Given) -> Tensor:
+    device = given.images.device.type
+    model = random_model(given.preset, torch.float32, torch.float32, device)
+    low = given.dtype != torch.float32
+    with contextlib.ExitStack() as stack:
+        for op, backend in (("mask_attention", "sdpa_augmented"), ("mask_head", "reference"), ("qk_norm_rope", "reference")):
+            stack.enter_context(use_backend(backend, op))
+        stack.enter_context(torch.autocast(device, given.dtype if low else torch.bfloat16, enabled=low))
+        stack.enter_context(torch.enable_grad())  # whole tensors: no parameter asks for a gradient, so none is made
+        return _joined(model(given.images, outputs=given.outputs))
+
+
+def _joined(prediction: Any) -> Tensor:
+    """The outputs in one vector, each at the same weight."""
+    found = {name: value for name, value in prediction.tensors().items() if name in ("pose_enc", "depth", "world_points")}
+    return torch.cat([value.flatten() / value.norm() for value in found.values()])
