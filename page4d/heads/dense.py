@@ -128,8 +128,9 @@ class DensePredictor(nn.Module):
 
     def pieces(self, layers: list[Tensor], frames: int) -> Iterator[list[Tensor]]:
         """The layers (B, S, P, 2, C), wherever they are, as (n, P, 2C) pieces of so many frames on the head's device."""
-        for piece in zip(*(layer.flatten(0, 1).split(frames) for layer in layers), strict=True):
-            yield [tokens.to(self.norm.weight.device, non_blocking=True).flatten(-2) for tokens in piece]
+        device = self.norm.weight.device
+        for piece in zip(*(layer.flatten(0, 1).split(frames) for layer in layers), strict=True):  # a half of a piece is one run of memory
+            yield [torch.cat([half.to(device, non_blocking=True) for half in tokens.unbind(-2)], -1) for tokens in piece]
 
 
 class DenseHead(DensePredictor):
