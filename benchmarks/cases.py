@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from page4d.config import preset
-from page4d_kernels import TokenLayout, mask_attention, mask_head, qk_norm_rope, rope_tables
+from page4d_kernels import TokenLayout, mask_attention, mask_head, qk_norm_rope, residual_norm, rope_tables
 from page4d_kernels.backends.mask_attention import BACKENDS as ATTENTION
 from page4d_kernels.backends.mask_head import BACKENDS as MASK_HEAD
 from page4d_kernels.backends.qk_norm_rope import BACKENDS as QK_NORM_ROPE
+from page4d_kernels.backends.registry import Registry
+from page4d_kernels.backends.residual_norm import BACKENDS as RESIDUAL_NORM
 from page4d_kernels.testing import AttentionInputs, attention_inputs
 
 from . import formulas
@@ -66,9 +68,7 @@ class Case:
             return {"flops": sum(flops for part, flops in parts.items() if self.op == "model" or part != "dense heads")}
         if self.op == "mask_attention":
             return {"flops": formulas.attention_flops(1, self.heads, self.tokens, self.tokens, self.head_dim, self.direction)}
-        if self.op == "mask_head":
-            return {"bytes": formulas.mask_head_bytes(self.frames * GRID[0] * GRID[1], self.heads * self.head_dim, self.dtype.itemsize)}
-        return {"bytes": formulas.qk_norm_rope_bytes(self.tokens, self.heads, self.head_dim, self.dtype.itemsize)}
+        return {"bytes": OTHERS[self.op].bytes(self)}
 
 
 def cases() -> list[Case]:
@@ -76,8 +76,8 @@ def cases() -> list[Case]:
     found = [Case("mask_attention", way, frames, bf16) for frames in (10, 40, 100) for way in ("forward", "backward")]
     found += [Case("mask_attention", "forward", frames, dtype) for frames in (2, 4, 8) for dtype in (fp32, bf16)]
     found += [Case("mask_attention", "backward", frames, fp32) for frames in (1, 4)]
-    found += [Case(op, "forward", frames, dtype) for op in ("mask_head", "qk_norm_rope") for frames in (4, 40) for dtype in (fp32, bf16)]
-    found += [Case(op, "backward", 40, bf16) for op in ("mask_head", "qk_norm_rope")]
+    found += [Case(op, "forward", frames, dtype) for op in OTHERS for frames in (4, 40) for dtype in (fp32, bf16)]
+    found += [Case(op, "backward", 40, bf16) for op in OTHERS]
     found += [Case(op, "forward", frames, dtype) for op in ("trunk", "model") for frames in FRAMES for dtype in (fp32, bf16)]
     return found
 
@@ -163,13 +163,63 @@ def _rope(tensors: list[Tensor], backend: str) -> Tensor:
     return torch.stack([q, k]) if torch.is_grad_enabled() else q
 
 
+def _residual_inputs(case: Case, device: str, frames: int) -> list[Tensor]:
+    """As in the trunk: the stream and the parameters in fp32, the branch in the case's dtype."""
+    generator = torch.Generator().manual_seed(0)
+    channels = case.heads * case.head_dim
+    x, branch = (torch.randn(1, frames * PER_FRAME, channels, generator=generator) for _ in range(2))
+    vectors = [torch.randn(channels, generator=generator) for _ in range(3)]
+    return [x.to(device), branch.to(device, case.dtype), *(vector.to(device) for vector in vectors)]
+
+
+def _residual(tensors: list[Tensor], backend: str) -> Any:
+    total, normal = residual_norm(*tensors, dtype=tensors[1].dtype, backend=backend)
+    return normal if torch.is_grad_enabled() else (total, normal)
+
+
+@dataclass(frozen=True)
+class Other:
+    """An op that memory traffic binds: its inputs are a list of tensors, of which some get gradients."""
+
+    registry: Registry
+    inputs: Callable[[Case, str, int], list[Tensor]]
+    call: Callable[..., Any]
+    leaves: slice
+    bytes: Callable[[Case], float]
+
+
+OTHERS = {
+    "mask_head": Other(
+        MASK_HEAD,
+        _head_inputs,
+        _head,
+        slice(1, None),
+        lambda case: formulas.mask_head_bytes(case.frames * GRID[0] * GRID[1], case.heads * case.head_dim, case.dtype.itemsize),
+    ),
+    "qk_norm_rope": Other(
+        QK_NORM_ROPE,
+        _rope_inputs,
+        _rope,
+        slice(5),
+        lambda case: formulas.qk_norm_rope_bytes(case.tokens, case.heads, case.head_dim, case.dtype.itemsize),
+    ),
+    "residual_norm": Other(
+        RESIDUAL_NORM,
+        _residual_inputs,
+        _residual,
+        slice(None),
+        lambda case: formulas.residual_norm_bytes(case.tokens, case.heads * case.head_dim, case.dtype.itemsize, case.direction),
+    ),
+}
+
+
 def variants(case: Case, device: str) -> list[Variant]:
     if case.op in whole.OUTPUTS:
         return [Variant("page4d", whole.ours), Variant("official arithmetic", whole.official_arithmetic)]
     if case.op == "mask_attention":
         return attention_variants(case, device)
-    registry, call = (MASK_HEAD, _head) if case.op == "mask_head" else (QK_NORM_ROPE, _rope)
-    return [Variant(backend.name, functools.partial(call, backend=backend.name)) for backend in registry if not backend.missing()]
+    op = OTHERS[case.op]
+    return [Variant(backend.name, functools.partial(op.call, backend=backend.name)) for backend in op.registry if not backend.missing()]
 
 
 def inputs(case: Case, device: str, small: bool = False) -> Any:
@@ -178,8 +228,7 @@ def inputs(case: Case, device: str, small: bool = False) -> Any:
         return whole.make_inputs(case.op, case.frames, case.dtype, device, small)
     if case.op == "mask_attention":
         return attention_case(case, device, 1 if small else case.heads)
-    frames = 1 if small else case.frames
-    return _head_inputs(case, device, frames) if case.op == "mask_head" else _rope_inputs(case, device, frames)
+    return OTHERS[case.op].inputs(case, device, 1 if small else case.frames)
 
 
 # --- what is run and compared ------------------------------------------------------------------------------------------------
@@ -189,7 +238,7 @@ def leaves(case: Case, given: Any) -> list[Tensor]:
     """The tensors that get gradients."""
     if case.op == "mask_attention":
         return [x for x in given.tensors() if x is not None]
-    return given[1:] if case.op == "mask_head" else given[:5]
+    return given[OTHERS[case.op].leaves]
 
 
 def prepare(case: Case, variant: Variant, given: Any) -> Callable[[], Any]:
@@ -218,7 +267,7 @@ def oracle(case: Case, variant: Variant, given: Any) -> Any:
     if case.op in whole.OUTPUTS:
         call = whole.ours
     elif case.op != "mask_attention":
-        call = functools.partial(_head if case.op == "mask_head" else _rope, backend="reference")
+        call = functools.partial(OTHERS[case.op].call, backend="reference")
     elif variant.biased:
         call = functools.partial(_ours, backend="chunked")
     else:
@@ -233,14 +282,16 @@ def gate(case: Case, variant: Variant, given: Any) -> str:
     tolerance = BF16_ERROR[case.direction] if case.dtype != torch.float32 else 1e-3
     if variant.name == "sdpa_augmented" and case.dtype != torch.float32:
         tolerance *= 10  # it rounds gate and bias to bf16: up to 0.12 in a logit
+    names = {"forward": "output", "backward": "gradient"}
     for index, (x, y) in enumerate(pairs):
+        name = f"{names[case.direction]} {index}"
         if x is None or y is None:
             if x is not y:
-                return f"gradient {index} is missing"
+                return f"{name} is missing"
             continue
         if case.op == "mask_attention" and isinstance(found, tuple) and index == 3:  # with a layout the rest of the gate is constant
             x, y = given.layout.only_special(x), given.layout.only_special(y)
         error = float((x.double() - y.double()).norm() / y.double().norm())
         if not error <= tolerance:
-            return f"{'gradient ' + str(index) if isinstance(found, tuple) else 'output'} is off by {error:.1e} (allowed {tolerance:.0e})"
+            return f"{name} is off by {error:.1e} (allowed {tolerance:.0e})"
     return ""

@@ -25,6 +25,12 @@ def qk_norm_rope_bytes(tokens: int, heads: int, head_dim: int, itemsize: int) ->
     return 4.0 * tokens * heads * head_dim * itemsize
 
 
+def residual_norm_bytes(tokens: int, channels: int, itemsize: int, direction: str) -> float:
+    """The fp32 stream and the branch in half precision or not: read, and sum and norm written; backward, four are read and two written."""
+    whole, half = {"forward": (2, 2), "backward": (3, 3)}[direction]
+    return float(tokens * channels * (4 * whole + itemsize * half))
+
+
 def trunk_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dict[str, float]:
     """Of encoder, frame and global blocks over one sequence: products with weights, attention within frames, attention across them.
 

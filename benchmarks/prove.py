@@ -30,7 +30,7 @@ def main() -> int:
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     tests, results, tiles = (str(out / name) for name in ("tests.xml", "results.json", "tiles.json"))
-    cases = ["mask_attention-*-?0x893-bfloat16", "mask_attention-*-100x893-bfloat16", "mask_head-*-bfloat16", "qk_norm_rope-*-bfloat16"]
+    cases = ["mask_attention-*-?0x893-bfloat16", "mask_attention-*-100x893-bfloat16", "mask_head-*-bfloat16", "*_norm*-bfloat16"]
     commands = {
         "tests": ["pytest", "-m", "gpu", "--timeout=120", f"--junitxml={tests}", "tests/kernels"],
         "benchmarks": ["benchmarks", "run", "--cases", *cases, "--seconds", "2", "--out", results],

@@ -63,9 +63,7 @@ class Lean:
 
         def work(piece: slice) -> None:
             rows = slice(piece.start * per_frame, piece.stop * per_frame)
-            y = x[:, piece].flatten(1, 2)
-            y = y + block.ls1(attention.merge(out[:, :, rows]))
-            y = y + block.ls2(block.mlp(block.norm2(y)))
+            y = block.finish(x[:, piece].flatten(1, 2), attention.merge(out[:, :, rows]))
             x[:, piece] = y.unflatten(1, (-1, per_frame))
 
         self._by_pieces(frames, work)

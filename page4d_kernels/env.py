@@ -8,6 +8,7 @@ VARIABLES: dict[str, str] = {
     "PAGE4D_ATTN": "backend of mask_attention: auto (default) or a name from `python -m page4d_kernels.info`",
     "PAGE4D_MASK_HEAD": "backend of mask_head: auto (default) or a name",
     "PAGE4D_QK_NORM_ROPE": "backend of qk_norm_rope: auto (default) or a name",
+    "PAGE4D_RESIDUAL_NORM": "backend of residual_norm: auto (default) or a name",
     "PAGE4D_BUILD_EXT": "while installing: build the compiled library? auto (default: if it can be), 1 (or fail), 0",
     "PAGE4D_BUILD_CUDA": "while installing: with CUDA kernels? auto (default: if nvcc is there and compiles them), 1 (or fail), 0",
     "PAGE4D_CUDA_ARCHS": "while installing: compute capabilities of the CUDA kernels, separated by commas (default 80,90a)",

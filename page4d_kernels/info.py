@@ -13,6 +13,7 @@ from .backends.mask_attention.problem import AttentionProblem
 from .backends.mask_head.problem import MaskHeadProblem
 from .backends.qk_norm_rope.problem import QkNormRopeProblem
 from .backends.registry import registries
+from .backends.residual_norm.problem import ResidualNormProblem
 from .layout import TokenLayout
 
 PACKAGES = ("page4d", "torch", "triton", "flash-attn", "xformers", "numpy", "av")
@@ -34,6 +35,7 @@ def typical_problems(device: str) -> dict[str, Any]:
         "mask_attention": AttentionProblem(device, dtype, 1, 16, 2 * tokens, 2 * tokens, 64, biased=True, layout=layout),
         "mask_head": MaskHeadProblem(device, dtype, 1, 2, (24, 37), 5, 1024, 256),
         "qk_norm_rope": QkNormRopeProblem(device, dtype, 1, 2 * tokens, 16, 64, (24, 37), 5),
+        "residual_norm": ResidualNormProblem(device, torch.float32, 2 * tokens, 1024),
     }
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from page4d_kernels import residual_norm
+
 from .attention import Attention, Modulation, Rope
 from .linear import LayerNorm
 from .mlp import Mlp
@@ -40,5 +42,10 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, scale_init)
 
     def forward(self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x), rope, modulation))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        return self.finish(x, self.attn(self.norm1(x), rope, modulation))
+
+    def finish(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The block from the output of its attention on: tokens (B, n, C), all of them or some."""
+        norm = self.norm2
+        x, normal = residual_norm(x, branch, self.ls1.gamma, norm.weight, norm.bias, eps=norm.eps, dtype=self.mlp.fc1.weight.dtype)
+        return x + self.ls2(self.mlp(normal))

@@ -139,7 +139,7 @@ def entry_points() -> dict[str, Callable[[], None]]:
     from ..layout import TokenLayout
     from ..reference.qk_norm_rope import rope_tables
     from ..testing import attention_inputs
-    from . import mask_attention_launch, mask_head_launch, qk_norm_rope_launch
+    from . import mask_attention_launch, mask_head_launch, qk_norm_rope_launch, residual_norm_launch
 
     grid, special = (24, 37), 5
     inputs = attention_inputs(TokenLayout(10, 893, special), dtype=torch.bfloat16, packed=True)
@@ -163,6 +163,11 @@ def entry_points() -> dict[str, Callable[[], None]]:
         q, k = qk_norm_rope_launch.forward(qkv, weight, bias, weight, bias, cos, sin, grid, special, 1e-5)
         qk_norm_rope_launch.backward(q, k, qkv, weight, weight, cos, sin, grid, special, 1e-5)
 
+    def residual_norm() -> None:
+        x, branch, vector = torch.empty(1, 10 * 893, 1024), torch.empty(1, 10 * 893, 1024, dtype=torch.bfloat16), torch.empty(1024)
+        total, normal = residual_norm_launch.forward(x, branch, vector, vector, vector, 1e-5, torch.bfloat16)
+        residual_norm_launch.backward(x, normal, total, branch, vector, vector, 1e-5)
+
     return {
         "attention, layout": functools.partial(attention, True, True),
         "attention, no layout": functools.partial(attention, False, True),
@@ -170,6 +175,7 @@ def entry_points() -> dict[str, Callable[[], None]]:
         "mask head, bf16": functools.partial(mask_head, torch.bfloat16),
         "mask head, fp32": functools.partial(mask_head, torch.float32),
         "QK-norm + RoPE": qk_norm_rope,
+        "residual + norm": residual_norm,
     }
 
 

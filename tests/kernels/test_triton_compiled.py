@@ -37,7 +37,7 @@ def check_attention(capability: int, name: str, needs: Resources) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("op", ["attention, layout", "mask head, bf16", "mask head, fp32", "QK-norm + RoPE"])
+@pytest.mark.parametrize("op", ["attention, layout", "mask head, bf16", "mask head, fp32", "QK-norm + RoPE", "residual + norm"])
 def test_every_configuration(op, capability, monkeypatch):
     """Every candidate of every kernel goes through the launch path and the compiler, and none spills."""
     compiled = []
@@ -98,6 +98,7 @@ def test_grids_of_the_other_ops():
     with dry_run(90) as stand_in:
         entry_points()["mask head, bf16"]()
         entry_points()["QK-norm + RoPE"]()
+        entry_points()["residual + norm"]()
     assert [(x.kernel, x.grid) for x in stand_in.launches] == [
         ("statistics", (10, 32, 1)),
         ("forward", (28, 10, 1)),
@@ -106,6 +107,8 @@ def test_grids_of_the_other_ops():
         ("channels", (32, 16, 1)),
         ("forward", (280 * 16, 1, 1)),
         ("backward", (280 * 16, 1, 1)),
+        ("forward", (2233, 1, 1)),
+        ("backward", (447, 1, 1)),  # 5 tiles of 4 rows each
     ]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from page4d_kernels import TokenLayout, mask_attention, mask_head, qk_norm_rope, rope_tables
+from page4d_kernels import TokenLayout, mask_attention, mask_head, qk_norm_rope, residual_norm, rope_tables
 from page4d_kernels.testing import (
     AttentionInputs,
     assert_within_budget,
@@ -114,12 +114,15 @@ def test_200_repeats_are_bit_equal(dtype):
 def test_200_repeats_of_the_other_ops_are_bit_equal():
     tokens, parameters = mask_head_inputs(torch.bfloat16)
     qkv, vectors, tables = qk_inputs(torch.bfloat16)
+    residual = residual_inputs()
 
     def once():
         bias = mask_head(tokens, *parameters, grid=GRID, special_tokens=5, backend="triton")
         q, k, _ = qk_norm_rope(qkv, *vectors, *tables, grid=GRID, special_tokens=5, backend="triton")
-        gradients = torch.autograd.grad([bias.sum(), q.sum() + 2 * k.sum()], [*parameters, qkv, *vectors])
-        return [bias.detach(), q.detach(), k.detach(), *gradients]
+        total, normal = residual_norm(*residual, backend="triton")
+        roots = [bias.sum(), q.sum() + 2 * k.sum(), total.square().sum() + normal.sum()]
+        gradients = torch.autograd.grad(roots, [*parameters, qkv, *vectors, *residual])
+        return [bias.detach(), q.detach(), k.detach(), total.detach(), normal.detach(), *gradients]
 
     first = once()
     for repeat in range(200):
@@ -138,6 +141,14 @@ def qk_inputs(dtype, count=4):
     qkv = torch.randn(1, count * 893, 3, 16, 64, generator=generator).to("cuda", dtype).requires_grad_()
     vectors = [torch.randn(64, generator=generator).to("cuda", dtype).requires_grad_() for _ in range(4)]
     return qkv, vectors, rope_tables(GRID, 64, device="cuda")
+
+
+def residual_inputs(count=4):
+    """The fp32 stream, a branch in bf16, and LayerScale and LayerNorm's parameters."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, count * 893, 1024, generator=generator) for _ in range(2)]
+    tensors += [torch.randn(1024, generator=generator) for _ in range(3)]
+    return [x.to("cuda", torch.bfloat16 if i == 1 else torch.float32).requires_grad_() for i, x in enumerate(tensors)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -202,18 +213,21 @@ def test_more_than_two_to_the_31_elements_and_65535_heads():
 
 
 def test_cuda_graph():
-    """Forward and backward of all three ops in one graph: no synchronisation, no allocation that a pool cannot serve."""
+    """Forward and backward of all four ops in one graph: no synchronisation, no allocation that a pool cannot serve."""
     tokens, head = mask_head_inputs(torch.bfloat16)
     qkv, vectors, tables = qk_inputs(torch.bfloat16)
     layout = frames(4)
     gate = layout.only_special(torch.full((1, layout.tokens), 64.0, device="cuda"))
-    leaves = [*head, qkv, *vectors]
+    residual = residual_inputs()
+    leaves = [*head, qkv, *vectors, *residual]
 
     def step():
         bias = mask_head(tokens, *head, grid=GRID, special_tokens=5, backend="triton")
         q, k, v = qk_norm_rope(qkv, *vectors, *tables, grid=GRID, special_tokens=5, backend="triton")
         out = mask_attention(q, k, v, gate, bias, layout=layout, backend="triton")
-        return [out.detach(), *torch.autograd.grad(out.float().square().mean(), leaves)]
+        total, normal = residual_norm(*residual, backend="triton")
+        roots = [out.float().square().mean(), total.square().mean() + normal.mean()]
+        return [out.detach(), total.detach(), normal.detach(), *torch.autograd.grad(roots, leaves)]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

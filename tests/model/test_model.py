@@ -93,7 +93,7 @@ def test_bf16_trunk_keeps_the_residual_stream_and_the_heads_in_fp32(golden_weigh
         assert low.aggregator.global_blocks[3].attn.qkv.weight.dtype == torch.bfloat16
         assert low.aggregator.global_blocks[3].norm1.weight.dtype == low.depth_head.norm.weight.dtype == torch.float32
     dtypes = {}
-    low.aggregator.global_blocks[12].norm2.register_forward_pre_hook(lambda module, args: dtypes.update(residual=args[0].dtype))
+    low.aggregator.global_blocks[12].norm1.register_forward_pre_hook(lambda module, args: dtypes.update(residual=args[0].dtype))
     low.aggregator.register_forward_hook(lambda module, args, out: dtypes.update(kept=out.layers[0].dtype))
     low.aggregator.global_blocks[12].attn.qkv.register_forward_hook(lambda module, args, out: dtypes.update(qkv=out.dtype))
     low.depth_head.projects[0].register_forward_hook(lambda module, args, out: dtypes.update(head=out.dtype))

@@ -1,0 +1,8 @@
+"""The backends of `residual_norm` and the order in which "auto" tries them."""
+
+from ..registry import declare
+from . import reference, triton
+
+BACKENDS = declare("residual_norm", "PAGE4D_RESIDUAL_NORM", order=("reference",))
+for _module in (reference, triton):
+    BACKENDS.register(_module.BACKEND)

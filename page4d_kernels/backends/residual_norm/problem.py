@@ -1,0 +1,16 @@
+"""What a backend of `residual_norm` is told about a call before it serves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ResidualNormProblem:
+    device: str
+    dtype: torch.dtype  # of the residual stream
+    rows: int
+    channels: int
+    needs_grad: bool = False

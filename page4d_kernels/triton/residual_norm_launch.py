@@ -1,0 +1,72 @@
+"""Launching the residual + LayerNorm kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from . import autotune
+from . import residual_norm as kernels
+
+# Rows and warps; the first is the built-in choice. Not yet measured on a GPU.
+TILES = [(4, 8), (4, 4), (1, 4), (8, 8), (1, 2)]
+PROGRAMS = 512  # of the backward pass at most: a few for every multiprocessor, each with one row of sums
+
+
+def _blocks(channels: int) -> dict[str, int]:
+    return {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
+
+
+def candidates(channels: int) -> list[autotune.Config]:
+    """A program keeps about six blocks of values. The built-in choice has fewer rows where they are long."""
+    long = triton.next_power_of_2(channels) // 1024
+    configs = [{"BLOCK_N": max(1, rows // max(1, long)), "num_warps": warps} for rows, warps in TILES]
+    return autotune.prune(configs, lambda config: autotune.Need(0, 6 * config["BLOCK_N"] * triton.next_power_of_2(channels)))
+
+
+def _choose(kernel: str, x: Tensor, run: Callable[[autotune.Config], object]) -> autotune.Config:
+    channels = x.shape[-1]
+    name = autotune.key(f"residual_norm.{kernel}", f"C{triton.next_power_of_2(channels)}", x.dtype)
+    return autotune.choose(name, candidates(channels), run)
+
+
+def forward(
+    x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    x, branch, scale, weight, bias = (tensor.contiguous() for tensor in (x, branch, scale, weight, bias))
+    total, normal = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    rows = x.numel() // x.shape[-1]
+
+    def run(config: autotune.Config) -> None:
+        kernels.forward[(triton.cdiv(rows, config["BLOCK_N"]),)](
+            x, branch, scale, weight, bias, total, normal, rows, eps, **_blocks(x.shape[-1]), **config
+        )
+
+    run(_choose("forward", x, run))
+    return total, normal
+
+
+def backward(
+    d_total: Tensor, d_normal: Tensor, total: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = [tensor.contiguous() for tensor in (d_total, d_normal, total, branch, scale, weight)]
+    d_x, d_branch = torch.empty_like(tensors[2]), torch.empty_like(tensors[3])
+    channels = total.shape[-1]
+    rows = total.numel() // channels
+
+    def run(config: autotune.Config) -> Tensor:
+        all_tiles = triton.cdiv(rows, config["BLOCK_N"])
+        tiles = triton.cdiv(all_tiles, PROGRAMS)
+        programs = triton.cdiv(all_tiles, tiles)
+        sums = torch.empty(3, programs, channels, dtype=torch.float32, device=total.device)
+        kernels.backward[(programs,)](
+            *tensors, d_x, d_branch, sums, sums.stride(0), rows, tiles, eps, **_blocks(channels), **config
+        )  # fmt: skip
+        return sums
+
+    sums = run(_choose("backward", total, run))
+    d_scale, d_weight, d_bias = (part.sum(0).to(x.dtype) for part, x in zip(sums, (scale, weight, weight), strict=True))
+    return d_x, d_branch, d_scale, d_weight, d_bias
