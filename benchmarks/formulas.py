@@ -64,6 +64,6 @@ def heads_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dic
             with FlopCounterMode(display=False) as counter:
                 for head in (model.depth_head, model.point_head):
                     if head is not None:
-                        head(layers, config.special_tokens, size)
+                        head.stream(layers, config.special_tokens, size)
             found["dense heads"] = float(frames * counter.get_total_flops())
     return found

@@ -27,7 +27,7 @@ class Lean:
     def __init__(self, plan: Plan, work: Workload, device: torch.device, dtype: torch.dtype):
         self.plan, self.work, self.device, self.dtype = plan, work, device, dtype
         self.kept: list[Tensor] = []
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # from the device to the host, beside the products
+        self.copies: torch.cuda.Stream | None = None  # from the device to the host, beside the products
 
     def embed(self, encoder: nn.Module, normalise: Callable[[Tensor], Tensor], images: Tensor, special: Tensor) -> Tensor:
         """Special tokens (B, S, n, C) and the encoder's patches of images (B, S, 3, H, W), which may lie on another device."""
@@ -88,7 +88,7 @@ class Lean:
 
     def keep_frame(self, x: Tensor) -> None:
         """Remember x as the frame half of a layer that the heads read."""
-        where = {"device": "cpu", "pin_memory": self.copies is not None} if self.plan.offload else {"device": self.device}
+        where = {"device": "cpu", "pin_memory": self.device.type == "cuda"} if self.plan.offload else {"device": self.device}
         self.kept.append(torch.empty(2, *x.shape, dtype=self.dtype, **where))
         self._store(self.kept[-1][0], x)
 
@@ -103,9 +103,11 @@ class Lean:
         return [layer.movedim(0, -2) for layer in self.kept]
 
     def _store(self, half: Tensor, x: Tensor) -> None:
-        if half.device == x.device or self.copies is None:
+        if half.device == x.device or x.device.type != "cuda":
             half.copy_(x)
             return
+        if self.copies is None:
+            self.copies = torch.cuda.Stream(self.device)
         staged = x.to(self.dtype, copy=True)  # x changes before the copy is through
         self.copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copies):

@@ -95,6 +95,17 @@ class Page4D(nn.Module):
                     module.to(dtype)
         return self
 
+    def compile_parts(self) -> Page4D:
+        """Run the encoder and the dense heads through torch.compile from now on, in place. The rest of the time is in our own operators.
+
+        The first pass takes minutes longer, as does the first with another image size; results agree up to rounding. It pays for many
+        frames on a GPU.
+        """
+        for part in (self.aggregator.patch_embed, self.depth_head, self.point_head):
+            if part is not None:
+                part.compile()
+        return self
+
     def forward(
         self,
         images: Tensor,
@@ -253,10 +264,10 @@ class Page4D(nn.Module):
                 found["pose_enc"] = found["pose_enc_list"][-1]
         if "depth" in wanted and self.depth_head is not None:
             with stage("depth head"):
-                found["depth"], found["depth_conf"] = self.depth_head(layers, special, size, frames, allocate)
+                found["depth"], found["depth_conf"] = self.depth_head.stream(layers, special, size, frames, allocate)
         if "points" in wanted and self.point_head is not None:
             with stage("point head"):
-                found["world_points"], found["world_points_conf"] = self.point_head(layers, special, size, frames, allocate)
+                found["world_points"], found["world_points_conf"] = self.point_head.stream(layers, special, size, frames, allocate)
         if "track" in wanted and self.track_head is not None and query_points is not None:
             with stage("track head"):
                 queries = query_points.to(device, images.dtype)

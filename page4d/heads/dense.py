@@ -143,7 +143,14 @@ class DenseHead(DensePredictor):
         predict = nn.Sequential(Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), Conv2d(32, channels, 1))
         self.scratch.add_module("output_conv2", predict)
 
-    def forward(
+    def forward(self, layers: list[Tensor], special_tokens: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Tokens (n, P, 2C) of each of the four layers -> map (n, H, W, 1 or 3), confidence (n, H, W)."""
+        features = self.features(layers, special_tokens, image_size, image_size)
+        x = self.scratch.get_submodule("output_conv2")(features).permute(0, 2, 3, 1)
+        value, confidence = x[..., :-1], x[..., -1]
+        return value.exp() if self.kind == "depth" else value.sign() * value.abs().expm1(), 1 + confidence.exp()
+
+    def stream(
         self,
         layers: list[Tensor],
         special_tokens: int,
@@ -156,18 +163,12 @@ class DenseHead(DensePredictor):
         `frames` are done at a time; without gradients each piece goes straight to its place in what `allocate` made.
         """
         shape = layers[0].shape[:2]
-        pieces = (self._predict(self.features(x, special_tokens, image_size, image_size)) for x in self.pieces(layers, frames))
+        pieces = (self(x, special_tokens, image_size) for x in self.pieces(layers, frames))
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             found = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
         else:
             found = self._gather(pieces, shape.numel(), allocate)
         return found[0].unflatten(0, shape), found[1].unflatten(0, shape)
-
-    def _predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (n, c, H, W) -> map (n, H, W, 1 or 3), confidence (n, H, W)."""
-        x = self.scratch.get_submodule("output_conv2")(features).permute(0, 2, 3, 1)
-        value, confidence = x[..., :-1], x[..., -1]
-        return value.exp() if self.kind == "depth" else value.sign() * value.abs().expm1(), 1 + confidence.exp()
 
     def _gather(self, pieces: Iterator[tuple[Tensor, Tensor]], total: int, allocate: Allocate | None) -> list[Tensor]:
         names = ("depth", "depth_conf") if self.kind == "depth" else ("world_points", "world_points_conf")

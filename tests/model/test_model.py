@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from page4d import PRESETS, Page4D, Page4DConfig, Prediction, preset
+from page4d import PRESETS, Page4D, Page4DConfig, Prediction, graphs, preset
 from page4d.config import CameraHeadConfig
 from page4d.errors import ConfigError, InputError
 from page4d.mask_head import mask_schedule
@@ -321,3 +323,88 @@ def test_nvtx_names_every_stage(model, monkeypatch):
         model(IMAGES)
     assert not depth
     assert {"encoder", "frame 0", "mask head", "global 23", "camera head", "depth head", "point head"} <= set(pushed)
+
+
+@pytest.mark.slow
+def test_compiled_parts_agree():
+    """Pieces of two and of one frame: another number of frames compiles again, or is dynamic."""
+    torch.manual_seed(0)
+    eager = Page4D(preset("nano")).eval()
+    compiled = copy.deepcopy(eager).compile_parts()
+    images = torch.rand(3, 3, 28, 42)
+    with torch.no_grad():
+        for frames in (3, 2):
+            found, expected = compiled(images[:frames]), eager(images[:frames])
+            for name in ("depth", "depth_conf", "pose_enc", "mask"):
+                torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+
+
+class TestGraphs:
+    """Which calls share a graph; what a graph does needs a GPU, see below."""
+
+    @pytest.fixture
+    def captures(self, monkeypatch):
+        made = []
+
+        def capture(model, inputs, options):
+            made.append((inputs, options))
+            return lambda **inputs: "replayed"
+
+        monkeypatch.setattr(graphs, "_capture", capture)
+        return made
+
+    class OnCuda:
+        """A model of which only where it is matters."""
+
+        def __init__(self):
+            where = types.SimpleNamespace(device=torch.device("cuda"))
+            self.aggregator = types.SimpleNamespace(camera_token=where, compute_dtype=torch.bfloat16)
+
+        def __call__(self, images, query_points=None, **options):
+            return "run"
+
+    @torch.no_grad()
+    def test_one_capture_per_shape_and_options(self, captures):
+        graphed = graphs.GraphedPage4D(self.OnCuda(), max_frames=3)
+        assert graphed(torch.zeros(3, 3, 28, 42)) == graphed(torch.ones(3, 3, 28, 42)) == "replayed" and len(captures) == 1
+        for count, call in enumerate(
+            [
+                lambda: graphed(torch.zeros(2, 3, 28, 42)),
+                lambda: graphed(torch.zeros(1, 3, 3, 28, 42)),
+                lambda: graphed(torch.zeros(3, 3, 28, 42, dtype=torch.float64)),
+                lambda: graphed(torch.zeros(3, 3, 28, 42), torch.zeros(5, 2)),
+                lambda: graphed(torch.zeros(3, 3, 28, 42), outputs=["depth", "camera"]),
+                lambda: graphed(torch.zeros(3, 3, 28, 42), mask_strength=1.0),
+            ],
+            2,
+        ):
+            assert call() == call() == "replayed" and len(captures) == count
+        graphed(torch.zeros(3, 3, 28, 42), outputs=["camera", "depth"])
+        assert len(captures) == 7
+
+    def test_what_goes_to_the_model(self, captures, model):
+        graphed = graphs.GraphedPage4D(self.OnCuda(), max_frames=3)
+        assert graphed(torch.zeros(3, 3, 28, 42)) == "run"  # gradients
+        with torch.no_grad():
+            assert graphed(torch.zeros(4, 3, 28, 42)) == graphed(torch.zeros(1, 4, 3, 28, 42)) == "run"  # long
+            on_cpu = graphs.GraphedPage4D(model)(IMAGES, outputs=["camera"])
+            assert torch.equal(on_cpu.pose_enc, model(IMAGES, outputs=["camera"]).pose_enc)
+        assert not captures
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_of_the_model():
+    torch.manual_seed(0)
+    low = Page4D(preset("tiny").replace(track=None)).cuda().eval().set_compute_dtype(torch.bfloat16)
+    graphed = graphs.GraphedPage4D(low, max_frames=2)
+    with torch.inference_mode():
+        for seed, frames in ((0, 2), (1, 2), (2, 1), (3, 2), (4, 3)):
+            images = torch.rand(frames, 3, 140, 140, generator=torch.Generator().manual_seed(seed)).cuda()
+            found, expected = graphed(images), low(images)
+            for name in ("depth", "depth_conf", "pose_enc", "world_points", "mask"):
+                assert torch.equal(getattr(found, name), getattr(expected, name)), (name, frames)
+            assert len(graphed._graphs) == min(2, 1 + (seed >= 2))
+        first = graphed(torch.rand(2, 3, 140, 140, device="cuda"))
+        kept = first.depth.clone()
+        graphed(torch.rand(2, 3, 140, 140, device="cuda"))
+        assert torch.equal(first.depth, kept)  # the caller's own
