@@ -1,14 +1,16 @@
-"""`python -m benchmarks list` and `python -m benchmarks run [--cases PATTERN ...] [--device cuda] [--seconds 2] [--out FILE.json]`."""
+"""`python -m benchmarks list`, `run [--cases PATTERN ...] [--device cuda] [--seconds 2] [--official CLONE] [--out FILE.json]`, `report`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,18 @@ from page4d_kernels.nvtx import peak_bytes
 from . import report
 from .cases import QUICK, Case, cases, gate, inputs, prepare, variants
 from .measure import interleaved, limits, provenance
-from .model import OUTPUTS
+from .model import OUTPUTS, ours
+from .official import CLASS, NAME, Official, OfficialError
 
 LONGEST = 120.0  # seconds that a call may take at the limit's rate
 
 
-def measure(case: Case, device: str, seconds: float, limits: dict[str, float]) -> list[dict[str, Any]]:
-    """One row per variant: times, or why there are none."""
+def measure(
+    case: Case, device: str, seconds: float, limits: dict[str, float], official: tuple[Path, str] | None = None
+) -> list[dict[str, Any]]:
+    """One row per variant: times, or why there are none. `official`: a clone and the model's class there, for the whole model."""
     rows: list[dict[str, Any]] = []
-    runs = {}
+    runs: dict[str, Callable[[], Any]] = {}
     (unit, amount), ceilings = next(iter(case.work().items())), case.ceilings(limits)
     least = amount / ceilings[unit]
     for variant in variants(case, device):
@@ -42,16 +47,36 @@ def measure(case: Case, device: str, seconds: float, limits: dict[str, float]) -
                 runs[variant.name] = prepare(case, variant, inputs(case, device))
         except RuntimeError as error:  # it cannot serve this, has no memory, does not compile: the others are measured all the same
             row["reason"] = str(error).strip().splitlines()[0]
-    timings = interleaved(runs, device, seconds) if runs else {}
+    with contextlib.ExitStack() as stack:
+        if official is not None and case.op == "model" and least <= LONGEST:
+            rows.append(_official_row(case, official, inputs(case, device), runs, stack))
+        timings = interleaved(runs, device, seconds) if runs else {}
     for row in rows:
         if row["variant"] in timings:
             timing = timings[row["variant"]]
             row |= dataclasses.asdict(timing)
-            if timing.peak_bytes is None and case.op in OUTPUTS:
+            if "official_peak" in row:
+                row["peak_bytes"] = row.pop("official_peak")
+            elif timing.peak_bytes is None and case.op in OUTPUTS:
                 row["peak_bytes"] = resident_peak(case, row["variant"])
             rate = amount / timing.median
             row |= {"unit": unit, "rate": rate, "of_limit": rate / ceilings[unit]}
     return rows
+
+
+def _official_row(
+    case: Case, official: tuple[Path, str], given: Any, runs: dict[str, Callable[[], Any]], stack: contextlib.ExitStack
+) -> dict[str, Any]:
+    """Adds the user's clone to what is timed; its row says how far its outputs are from ours, of their norm."""
+    row: dict[str, Any] = {"case": case.name, "variant": NAME, "biased": True}
+    try:
+        process = stack.enter_context(Official(*official, given))
+    except OfficialError as error:
+        return row | {"reason": str(error)}
+    exact = ours(given).cpu()
+    runs[NAME] = process
+    difference = float((process.outputs - exact).norm() / exact.norm())
+    return row | {"reason": "", "official_peak": process.peak, "difference": difference}
 
 
 def resident_peak(case: Case, variant: str) -> int:
@@ -77,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     run.add_argument("--seconds", type=float, default=2.0, help="of timing per case (default 2)")
     run.add_argument("--quick", action="store_true", help="two small cases, for a look at the format")
+    run.add_argument("--official", type=Path, metavar="CLONE", help="also time a clone of the official release, in the cases `model-*`")
+    run.add_argument("--official-class", default=CLASS, metavar="MODULE:CLASS", help=f"the model in it (default {CLASS})")
     run.add_argument("--out", type=Path, help="write JSON here")
     peak = commands.add_parser("peak", help="resident memory in bytes of a process that calls one variant of a case once, on the CPU")
     peak.add_argument("case")
@@ -102,10 +129,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: there is no CUDA device here: leave out --device cuda", file=sys.stderr)
         return 2
+    if options.official is not None and not options.official.is_dir():
+        print(f"error: --official {options.official}: there is no such folder", file=sys.stderr)
+        return 2
+    official = None if options.official is None else (options.official.resolve(), options.official_class)
     results: dict[str, Any] = {"provenance": provenance(options.device), "limits": limits(options.device), "rows": []}
     for case in chosen:
         torch.compiler.reset()  # FlexAttention compiles for every shape, and gives up after eight
-        results["rows"] += measure(case, options.device, options.seconds, results["limits"])
+        results["rows"] += measure(case, options.device, options.seconds, results["limits"], official)
         if options.out:
             save(results, options.out)  # after every case: a run that is cut off keeps what it has
         if options.device == "cuda":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ def ours(given: Given) -> Tensor:
     everything = torch.float64 if given.dtype == torch.float64 else torch.float32
     model = random_model(given.preset, given.dtype, everything, given.images.device.type)
     with torch.inference_mode():
-        return _joined(model(given.images, outputs=given.outputs))
+        return joined(model(given.images, outputs=given.outputs).tensors())
 
 
 def official_arithmetic(given: Given) -> Tensor:
@@ -75,10 +74,10 @@ def official_arithmetic(given: Given) -> Tensor:
             stack.enter_context(use_backend(backend, op))
         stack.enter_context(torch.autocast(device, given.dtype if low else torch.bfloat16, enabled=low))
         stack.enter_context(torch.enable_grad())  # whole tensors: no parameter asks for a gradient, so none is made
-        return _joined(model(given.images, outputs=given.outputs))
+        return joined(model(given.images, outputs=given.outputs).tensors())
 
 
-def _joined(prediction: Any) -> Tensor:
+def joined(outputs: dict[str, Tensor]) -> Tensor:
     """The outputs in one vector, each at the same weight."""
-    found = {name: value for name, value in prediction.tensors().items() if name in ("pose_enc", "depth", "world_points")}
-    return torch.cat([value.flatten() / value.norm() for value in found.values()])
+    found = [outputs[name].float() for name in ("pose_enc", "depth", "world_points") if name in outputs]
+    return torch.cat([value.flatten() / value.norm() for value in found])

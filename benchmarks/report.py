@@ -21,6 +21,8 @@ def table(results: dict[str, Any]) -> str:
             continue
         shown = f"{row['rate'] / 1e12:.2f} TFLOP/s" if row["unit"] == "flops" else f"{row['rate'] / 1e9:.1f} GB/s"
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+        if "difference" in row:
+            peak += f"; outputs differ by {row['difference']:.1e}"
         times = f"{row['median'] * 1e3:.3f} ({row['lower'] * 1e3:.3f} to {row['upper'] * 1e3:.3f})"
         lines.append(f"| {row['case']} | {row['variant']} | {times} | {shown} | {row['of_limit']:.0%} | {peak} |")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
 from benchmarks import cases as data
-from benchmarks import formulas, report
+from benchmarks import formulas, official, report
 from benchmarks import model as whole
 from page4d.config import preset
 from page4d.model import Page4D
@@ -130,7 +130,7 @@ def test_the_whole_model_passes_its_gate(op, dtype):
     def dropped(given):
         model = whole.random_model(given.preset, given.dtype, torch.float32, "cpu")
         with torch.inference_mode():
-            return whole._joined(model(given.images, outputs=given.outputs, mask_strength=0.0))
+            return whole.joined(model(given.images, outputs=given.outputs, mask_strength=0.0).tensors())
 
     if dtype == torch.float32:
         assert "off by" in data.gate(case, data.Variant("dropped", dropped), data.inputs(case, "cpu", small=True))
@@ -190,3 +190,59 @@ def test_report(tmp_path, monkeypatch):
     assert "| trunk-forward-4x893-float32 | page4d | 4000.000 (3600.000 to 4400.000) | 1.00 TFLOP/s | 50% | 3 |" in page
     assert "| trunk-forward-8x893-float32 | other | out of memory | | | |" in page
     assert (tmp_path / "results" / "machine" / "some-trunk-forward-float32.png").stat().st_size > 5000
+
+
+class TestOfficial:
+    """A stand-in for a user's clone: its own package, with a class that takes the official options and returns a dictionary."""
+
+    CODE = """
+import sys
+import torch
+from page4d import Page4D, preset
+
+class VGGT(torch.nn.Module):
+    def __new__(cls, **options):
+        assert options == {"enable_track": False, "mask_hold_start": 0, "mask_hold_end": 1}
+        print("benchmarks are not the only ones who print")
+        model = Page4D(preset(PRESET).replace(track=None))
+        model.register_forward_hook(lambda module, args, out: out.tensors())
+        return model
+"""
+
+    @pytest.fixture
+    def given(self):
+        generator = torch.Generator().manual_seed(0)
+        return whole.Given("tiny", torch.rand(1, 2, 3, 28, 42, generator=generator), torch.float32, ("camera", "depth", "points"))
+
+    def clone(self, folder, preset="tiny"):
+        (folder / "vggt" / "models").mkdir(parents=True)
+        (folder / "vggt" / "models" / "vggt.py").write_text(self.CODE.replace("PRESET", repr(preset)))
+        return folder
+
+    def test_side_by_side(self, given, tmp_path, monkeypatch):
+        case = data.Case("model", "forward", 2, torch.float32)
+        monkeypatch.setattr(command, "variants", lambda case, device: [data.Variant("page4d", whole.ours)])
+        monkeypatch.setattr(command, "inputs", lambda case, device, small=False: given)
+        monkeypatch.setattr(command, "resident_peak", lambda case, variant: 1)
+        rows = command.measure(case, "cpu", 0.0, LIMITS, (self.clone(tmp_path), official.CLASS))
+        assert [row["variant"] for row in rows] == ["page4d", "official release"]
+        row = rows[1]
+        assert row["median"] > 0 and row["calls"] == 3 and 1 << 26 < row["peak_bytes"] < 1 << 33
+        assert 0 <= row["difference"] < 1e-5
+        assert "outputs differ by" in report.table({"rows": rows})
+
+    @pytest.mark.parametrize(
+        ("entry", "message"),
+        [("nothing:VGGT", "No module named 'nothing'"), ("vggt.models.vggt:Other", "has no attribute 'Other'")],
+    )
+    def test_what_cannot_be_run_is_a_reason(self, given, tmp_path, entry, message):
+        with pytest.raises(official.OfficialError, match=message):
+            official.Official(self.clone(tmp_path), entry, given)
+
+    def test_other_weights(self, given, tmp_path):
+        with pytest.raises(official.OfficialError, match=r"size mismatch|the weights do not fit"):
+            official.Official(self.clone(tmp_path, "small"), official.CLASS, given)
+
+    def test_no_folder(self, tmp_path, capsys):
+        assert command.main(["run", "--quick", "--device", "cpu", "--official", str(tmp_path / "none")]) == 2
+        assert "there is no such folder" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""The official release out of a user's own clone, in a process of its own: same weights, same images, its times, memory and outputs.
+
+The clone is never part of this repository. The process loads the model once and answers every line on its standard input with one pass,
+so that its calls interleave with ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from page4d.checkpoint import save_official
+from page4d_kernels.nvtx import peak_bytes
+
+from .model import Given, joined, random_model
+
+NAME = "official release"
+CLASS = "vggt.models.vggt:VGGT"
+OPTIONS = {"enable_track": False, "mask_hold_start": 0, "mask_hold_end": 1}  # a schedule that ends after 0: the mask is on in eval mode
+MARK = "benchmark: "  # before an answer, as the clone may print what it likes
+
+
+class OfficialError(RuntimeError):
+    """The clone cannot be run; the message is the last line of what its process said."""
+
+
+class Official(contextlib.AbstractContextManager):
+    """The process. Calling it runs one pass; `peak` is the memory of the first, as `measure` counts it, `outputs` what came out."""
+
+    def __init__(self, clone: Path, name: str, given: Given):
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        device = given.images.device.type
+        save_official(random_model(given.preset, torch.float32, torch.float32, device), folder / "weights.pt")
+        torch.save({"images": given.images.cpu(), "dtype": given.dtype}, folder / "given.pt")
+        command = [sys.executable, "-m", "benchmarks.official", str(clone), name, device, str(folder)]
+        self._errors = (folder / "errors").open("w+")
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True)
+        try:
+            self._answer()
+            self()
+            self.peak = int(json.loads((folder / "peak.json").read_text()))
+            self.outputs: Tensor = torch.load(folder / "outputs.pt", weights_only=True)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __call__(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the answer will say why
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        self._answer()
+
+    def _answer(self) -> None:
+        assert self._process.stdout is not None
+        if any(line.startswith(MARK) for line in self._process.stdout):
+            return
+        self._errors.seek(0)
+        said = self._errors.read().strip().splitlines() or ["its process ended without a word"]
+        raise OfficialError(f"the official release could not be run: {said[-1]}")
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+        self._folder.cleanup()
+
+
+def serve(clone: str, name: str, device: str, folder: Path) -> None:
+    """The process: a pass for every line of standard input. Outputs and memory of the first are left in `folder`."""
+    sys.path.insert(0, clone)
+    module, _, attribute = name.partition(":")
+    given = torch.load(folder / "given.pt", weights_only=True)
+    images, dtype = given["images"].to(device), given["dtype"]
+    model = getattr(importlib.import_module(module), attribute)(**OPTIONS)
+    missing, unexpected = model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, mmap=True)["model"], strict=False)
+    if missing or unexpected:
+        raise ValueError(f"the weights do not fit {name}: missing {missing[:3]} ... ({len(missing)}), {len(unexpected)} unexpected")
+    model = model.to(device).eval()
+    low = dtype != torch.float32
+    before = peak_bytes(torch.device(device)) if device == "cuda" else 0
+    print(f"\n{MARK}ready", flush=True)
+    for _ in sys.stdin:
+        with torch.no_grad(), torch.autocast(device, dtype if low else torch.bfloat16, enabled=low):
+            found = model(images)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if not (folder / "peak.json").exists():
+            torch.save(joined(found).cpu(), folder / "outputs.pt")
+            (folder / "peak.json").write_text(json.dumps(peak_bytes(torch.device(device)) - before))
+        print(f"\n{MARK}done", flush=True)
+
+
+if __name__ == "__main__":
+    _clone, _name, _device, _folder = sys.argv[1:]
+    serve(_clone, _name, _device, Path(_folder))
