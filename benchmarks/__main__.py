@@ -20,7 +20,7 @@ from page4d_kernels.nvtx import peak_bytes
 
 from . import report
 from .cases import QUICK, Case, cases, gate, inputs, prepare, variants
-from .measure import interleaved, limits, provenance
+from .measure import interleaved, limits, provenance, startup
 from .model import OUTPUTS, ours
 from .official import CLASS, NAME, Official, OfficialError
 
@@ -42,7 +42,8 @@ def measure(
             row["reason"] = f"left out: a call takes more than {least:.0f} s here"
             continue
         try:
-            row["reason"] = gate(case, variant, inputs(case, device, small=True))
+            verdict = gate(case, variant, inputs(case, device, small=True))
+            row |= dataclasses.asdict(verdict)
             if not row["reason"]:
                 runs[variant.name] = prepare(case, variant, inputs(case, device))
         except RuntimeError as error:  # it cannot serve this, has no memory, does not compile: the others are measured all the same
@@ -133,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: --official {options.official}: there is no such folder", file=sys.stderr)
         return 2
     official = None if options.official is None else (options.official.resolve(), options.official_class)
-    results: dict[str, Any] = {"provenance": provenance(options.device), "limits": limits(options.device), "rows": []}
+    results: dict[str, Any] = {"provenance": provenance(options.device), "limits": limits(options.device), "startup": startup(), "rows": []}
     for case in chosen:
         torch.compiler.reset()  # FlexAttention compiles for every shape, and gives up after eight
         results["rows"] += measure(case, options.device, options.seconds, results["limits"], official)

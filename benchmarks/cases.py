@@ -55,7 +55,7 @@ class Case:
         """The rates that bind `work`: for attention the matrix unit or the one exp2 per logit, whichever is slower."""
         dtype = str(self.dtype).removeprefix("torch.")
         matrix = limits.get(f"products_flops_{dtype}") or limits.get(f"matrix_flops_{dtype}", limits["matrix_flops_bfloat16"])
-        if self.op in whole.OUTPUTS:
+        if self.op in whole.OUTPUTS or self.op == "block":
             return {"flops": matrix}
         per_exp2 = formulas.attention_flops(1, 1, 1, 1, self.head_dim, self.direction)
         return {"flops": min(matrix, limits["exp2"] * per_exp2), "bytes": limits["copy_bytes"]}
@@ -66,6 +66,8 @@ class Case:
             config = preset("page4d-mask")
             parts = formulas.trunk_flops(config, self.frames, whole.SIZE) | formulas.heads_flops(config, self.frames, whole.SIZE)
             return {"flops": sum(flops for part, flops in parts.items() if self.op == "model" or part != "dense heads")}
+        if self.op == "block":
+            return {"flops": formulas.block_flops(preset("page4d-mask"), self.tokens, self.direction)}
         if self.op == "mask_attention":
             return {"flops": formulas.attention_flops(1, self.heads, self.tokens, self.tokens, self.head_dim, self.direction)}
         return {"bytes": OTHERS[self.op].bytes(self)}
@@ -78,6 +80,7 @@ def cases() -> list[Case]:
     found += [Case("mask_attention", "backward", frames, fp32) for frames in (1, 4)]
     found += [Case(op, "forward", frames, dtype) for op in OTHERS for frames in (4, 40) for dtype in (fp32, bf16)]
     found += [Case(op, "backward", 40, bf16) for op in OTHERS]
+    found += [Case("block", way, frames, dtype) for way in ("forward", "backward") for frames in (4, 40) for dtype in (fp32, bf16)]
     found += [Case(op, "forward", frames, dtype) for op in ("trunk", "model") for frames in FRAMES for dtype in (fp32, bf16)]
     return found
 
@@ -216,6 +219,8 @@ OTHERS = {
 def variants(case: Case, device: str) -> list[Variant]:
     if case.op in whole.OUTPUTS:
         return [Variant("page4d", whole.ours), Variant("official arithmetic", whole.official_arithmetic)]
+    if case.op == "block":
+        return [Variant("page4d", whole.our_block), Variant("official arithmetic", whole.official_block)]
     if case.op == "mask_attention":
         return attention_variants(case, device)
     op = OTHERS[case.op]
@@ -226,6 +231,8 @@ def inputs(case: Case, device: str, small: bool = False) -> Any:
     """The case's inputs; `small`: one head or one frame of them, for the gate."""
     if case.op in whole.OUTPUTS:
         return whole.make_inputs(case.op, case.frames, case.dtype, device, small)
+    if case.op == "block":
+        return whole.make_block_inputs(1 if small else case.frames, case.dtype, device)
     if case.op == "mask_attention":
         return attention_case(case, device, 1 if small else case.heads)
     return OTHERS[case.op].inputs(case, device, 1 if small else case.frames)
@@ -238,6 +245,8 @@ def leaves(case: Case, given: Any) -> list[Tensor]:
     """The tensors that get gradients."""
     if case.op == "mask_attention":
         return [x for x in given.tensors() if x is not None]
+    if case.op == "block":
+        return [given.x]  # as in a block whose weights are frozen
     return given[OTHERS[case.op].leaves]
 
 
@@ -264,8 +273,11 @@ def oracle(case: Case, variant: Variant, given: Any) -> Any:
     """What the gate compares with: the chunked or plain reference in float64 (fp32 for long backwards, where float64 takes minutes)."""
     dtype = torch.float64 if case.direction == "forward" or case.tokens < 5000 else torch.float32
     exact = upcast(case, given, dtype)
+    call: Callable[[Any], Any]
     if case.op in whole.OUTPUTS:
         call = whole.ours
+    elif case.op == "block":
+        call = whole.our_block
     elif case.op != "mask_attention":
         call = functools.partial(OTHERS[case.op].call, backend="reference")
     elif variant.biased:
@@ -275,23 +287,40 @@ def oracle(case: Case, variant: Variant, given: Any) -> Any:
     return prepare(case, Variant("oracle", call, variant.biased), exact)()
 
 
-def gate(case: Case, variant: Variant, given: Any) -> str:
-    """Empty if the variant agrees with the oracle on `given`, else what is wrong in words."""
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong with a variant in words, or nothing; its largest error and, of attention, that of the gated rows, of their norm."""
+
+    reason: str
+    error: float | None = None
+    gated_error: float | None = None
+
+
+def gate(case: Case, variant: Variant, given: Any) -> Verdict:
+    """Whether the variant agrees with the oracle on `given`."""
     found, exact = prepare(case, variant, given)(), oracle(case, variant, given)
     pairs = zip(found, exact, strict=True) if isinstance(found, tuple) else [(found, exact)]
     tolerance = BF16_ERROR[case.direction] if case.dtype != torch.float32 else 1e-3
     if variant.name == "sdpa_augmented" and case.dtype != torch.float32:
         tolerance *= 10  # it rounds gate and bias to bf16: up to 0.12 in a logit
     names = {"forward": "output", "backward": "gradient"}
+    errors = []
     for index, (x, y) in enumerate(pairs):
         name = f"{names[case.direction]} {index}"
         if x is None or y is None:
             if x is not y:
-                return f"{name} is missing"
+                return Verdict(f"{name} is missing")
             continue
         if case.op == "mask_attention" and isinstance(found, tuple) and index == 3:  # with a layout the rest of the gate is constant
             x, y = given.layout.only_special(x), given.layout.only_special(y)
-        error = float((x.double() - y.double()).norm() / y.double().norm())
-        if not error <= tolerance:
-            return f"{name} is off by {error:.1e} (allowed {tolerance:.0e})"
-    return ""
+        errors.append(_distance(x, y))
+        if not errors[-1] <= tolerance:
+            return Verdict(f"{name} is off by {errors[-1]:.1e} (allowed {tolerance:.0e})", errors[-1])
+    gated = None
+    if case.op == "mask_attention" and case.direction == "forward" and variant.biased:
+        gated = _distance(*(x.unflatten(2, (case.frames, PER_FRAME))[:, :, :, :SPECIAL] for x in (found, exact)))
+    return Verdict("", max(errors), gated)
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    return float((x.double() - y.double()).norm() / y.double().norm())

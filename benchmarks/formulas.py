@@ -49,6 +49,12 @@ def trunk_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dic
     }
 
 
+def block_flops(config: Page4DConfig, tokens: int, direction: str) -> float:
+    """One block over a sequence; the backward is of the tokens alone, weights frozen: one product per weight, five in attention."""
+    weights = 2.0 * (4 + 2 * config.mlp_ratio) * config.embed_dim**2 * tokens
+    return weights + attention_flops(1, config.num_heads, tokens, tokens, config.embed_dim // config.num_heads, direction)
+
+
 def heads_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dict[str, float]:
     """Of the camera head and of the dense heads, as torch counts them for one frame: they grow with the frames."""
     with torch.device("meta"):

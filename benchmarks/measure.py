@@ -113,6 +113,22 @@ def _exp2_rate(best: Callable[[Callable[[], object]], float], device: str) -> fl
     return exp2.COUNT / best(exp2.launch)
 
 
+def startup() -> dict[str, float]:
+    """Seconds of importing, each beyond the one before, and of a first call: medians of three fresh processes."""
+    code = """
+import time
+t = [time.perf_counter()]
+import torch; t.append(time.perf_counter())
+import page4d_kernels; t.append(time.perf_counter())
+import page4d; t.append(time.perf_counter())
+x = torch.zeros(1, 1, 8, 8); page4d_kernels.mask_attention(x, x, x); t.append(time.perf_counter())
+print(*(b - a for a, b in zip(t, t[1:])))
+"""
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
+    names = ("import torch", "import page4d_kernels", "import page4d", "first attention call")
+    return {name: statistics.median(map(float, values)) for name, values in zip(names, zip(*runs, strict=True), strict=True)}
+
+
 def provenance(device: str) -> dict[str, Any]:
     """Machine, device, versions and commit: what a number is worth without."""
 

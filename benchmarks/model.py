@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from page4d.config import preset
+from page4d.layers import Block, Modulation, Rope
 from page4d.model import Page4D
-from page4d_kernels import use_backend
+from page4d_kernels import TokenLayout, rope_tables, use_backend
+from page4d_kernels.reference import accumulation_dtype
 
 SIZE = (336, 518)
 SMALL = (56, 84)
 OUTPUTS = {"trunk": ("camera",), "model": ("camera", "depth", "points")}
+GRID, SPECIAL = (SIZE[0] // 14, SIZE[1] // 14), 5
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,17 @@ def random_model(name: str, products: torch.dtype, everything: torch.dtype, devi
     return model.to(device, everything).eval().requires_grad_(False).set_compute_dtype(products)
 
 
+@contextlib.contextmanager
+def as_official(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """The official arithmetic for what runs inside."""
+    low = dtype != torch.float32
+    with contextlib.ExitStack() as stack:
+        for op, backend in (("mask_attention", "sdpa_augmented"), ("mask_head", "reference"), ("qk_norm_rope", "reference")):
+            stack.enter_context(use_backend(backend, op))
+        stack.enter_context(torch.autocast(device, dtype if low else torch.bfloat16, enabled=low))
+        yield
+
+
 def ours(given: Given) -> Tensor:
     everything = torch.float64 if given.dtype == torch.float64 else torch.float32
     model = random_model(given.preset, given.dtype, everything, given.images.device.type)
@@ -68,12 +83,7 @@ def ours(given: Given) -> Tensor:
 def official_arithmetic(given: Given) -> Tensor:
     device = given.images.device.type
     model = random_model(given.preset, torch.float32, torch.float32, device)
-    low = given.dtype != torch.float32
-    with contextlib.ExitStack() as stack:
-        for op, backend in (("mask_attention", "sdpa_augmented"), ("mask_head", "reference"), ("qk_norm_rope", "reference")):
-            stack.enter_context(use_backend(backend, op))
-        stack.enter_context(torch.autocast(device, given.dtype if low else torch.bfloat16, enabled=low))
-        stack.enter_context(torch.enable_grad())  # whole tensors: no parameter asks for a gradient, so none is made
+    with as_official(device, given.dtype), torch.enable_grad():  # whole tensors: no parameter asks for a gradient, so none is made
         return joined(model(given.images, outputs=given.outputs).tensors())
 
 
@@ -81,3 +91,52 @@ def joined(outputs: dict[str, Tensor]) -> Tensor:
     """The outputs in one vector, each at the same weight."""
     found = [outputs[name].float() for name in ("pose_enc", "depth", "world_points") if name in outputs]
     return torch.cat([value.flatten() / value.norm() for value in found])
+
+
+# --- one masked global block ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockGiven:
+    """Tokens (1, N, 1024) in fp32, and the dtype of the products."""
+
+    x: Tensor
+    dtype: torch.dtype
+
+    def to(self, dtype: torch.dtype) -> BlockGiven:
+        return BlockGiven(self.x.detach().to(dtype), dtype)
+
+
+def make_block_inputs(frames: int, dtype: torch.dtype, device: str) -> BlockGiven:
+    tokens = frames * (SPECIAL + GRID[0] * GRID[1])
+    return BlockGiven(torch.randn(1, tokens, 1024, generator=torch.Generator().manual_seed(0)).to(device), dtype)
+
+
+@functools.lru_cache(maxsize=3)
+def random_block(products: torch.dtype, everything: torch.dtype, device: str) -> Block:
+    torch.manual_seed(0)
+    block = Block(1024, 16, 4, qk_norm=True, scale_init=0.3).to(device, everything)
+    for part in (block.attn.qkv, block.attn.proj, block.mlp):
+        part.to(products)
+    return block.requires_grad_(False)
+
+
+def _run_block(block: Block, given: BlockGiven) -> Tensor:
+    x = given.x
+    acc = accumulation_dtype(x.dtype)
+    per_frame = SPECIAL + GRID[0] * GRID[1]
+    layout = TokenLayout(x.shape[1] // per_frame, per_frame, SPECIAL)
+    tables = rope_tables(GRID, 64, device=x.device, dtype=acc)
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.rand(1, layout.tokens, generator=generator).to(x.device, acc) - 0.5
+    gate = layout.only_special(torch.full((1, layout.tokens), 64.0, device=x.device, dtype=acc))
+    return block(x, Rope(*tables, GRID, SPECIAL), Modulation(gate, bias, layout))
+
+
+def our_block(given: BlockGiven) -> Tensor:
+    return _run_block(random_block(given.dtype, given.x.dtype, given.x.device.type), given)
+
+
+def official_block(given: BlockGiven) -> Tensor:
+    with as_official(given.x.device.type, given.dtype):
+        return _run_block(random_block(torch.float32, torch.float32, given.x.device.type), given)

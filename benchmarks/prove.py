@@ -31,6 +31,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     tests, results, tiles = (str(out / name) for name in ("tests.xml", "results.json", "tiles.json"))
     cases = ["mask_attention-*-?0x893-bfloat16", "mask_attention-*-100x893-bfloat16", "mask_head-*-bfloat16", "*_norm*-bfloat16"]
+    cases += ["block-*-40x893-bfloat16", "model-forward-?0x893-bfloat16"]
     commands = {
         "tests": ["pytest", "-m", "gpu", "--timeout=120", f"--junitxml={tests}", "tests/kernels"],
         "benchmarks": ["benchmarks", "run", "--cases", *cases, "--seconds", "2", "--out", results],

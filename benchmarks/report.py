@@ -10,22 +10,35 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE / "RESULTS.md"
+README = HERE.parent / "README.md"
+MARKS = "<!-- results -->\n", "<!-- end of results -->\n"  # what stands between them in the README is made here
+SHOWN = "epyc-2-cores", "kernels", "mask_attention-forward-bfloat16", ("cpu", "sdpa", "sdpa_augmented", "torch sdpa without mask")
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown. The limit is what the same run measured: the product or exp2 rate for attention, the copy rate for the other ops."""
-    lines = ["| case | variant | ms (quartiles) | rate | of the limit | peak MiB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| case | variant | ms (quartiles) | rate | of the limit | peak MiB | error (of gated rows) |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in results["rows"]:
         if "median" not in row:
-            lines.append(f"| {row['case']} | {row['variant']} | {row['reason']} | | | |")
+            lines.append(f"| {row['case']} | {row['variant']} | {row['reason']} | | | | |")
             continue
         shown = f"{row['rate'] / 1e12:.2f} TFLOP/s" if row["unit"] == "flops" else f"{row['rate'] / 1e9:.1f} GB/s"
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
-        if "difference" in row:
-            peak += f"; outputs differ by {row['difference']:.1e}"
         times = f"{row['median'] * 1e3:.3f} ({row['lower'] * 1e3:.3f} to {row['upper'] * 1e3:.3f})"
-        lines.append(f"| {row['case']} | {row['variant']} | {times} | {shown} | {row['of_limit']:.0%} | {peak} |")
+        lines.append(f"| {row['case']} | {row['variant']} | {times} | {shown} | {row['of_limit']:.0%} | {peak} | {_errors(row)} |")
     return "\n".join(lines)
+
+
+def _errors(row: dict[str, Any]) -> str:
+    """Relative to the norm, in float64 or, of the official release, to ours."""
+    if "difference" in row:
+        return f"{row['difference']:.1e} from ours"
+    if row.get("error") is None:
+        return ""
+    return f"{row['error']:.1e}" + (f" ({row['gated_error']:.1e})" if row.get("gated_error") is not None else "")
 
 
 def machines() -> dict[str, list[tuple[str, dict[str, Any]]]]:
@@ -52,8 +65,10 @@ def page() -> str:
             versions = f"torch {made['torch']}, Triton {made['triton']}, Python {made['python']}"
             lines += [f"{made['device']}, {versions}, commit {made['commit']}, {made['date']}:"]
             lines += ["", f"    {made['command']}", ""]
+            if "startup" in results:
+                lines += ["Starting: " + ", ".join(f"{what} {value:.2f} s" for what, value in results["startup"].items()), ""]
             lines += [", ".join(f"{key} {value:.3g}/s" for key, value in results["limits"].items()), ""]
-            lines += [f"![time by frames]({path.relative_to(HERE)})" for path in plots(machine, name, results)]
+            lines += [f"![by frames]({path.relative_to(HERE)})" for path in plots(machine, name, results)]
             lines += ["", table(results)]
     return "\n".join(lines) + "\n"
 
@@ -76,27 +91,55 @@ def groups(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
-    """Milliseconds by frames with quartiles, and what the limit allows."""
+    """By frames: milliseconds with quartiles, the rate, and memory where it was measured; dashed what the limit allows."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=110)
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["frames"])
-        frames = [row["frames"] for row in own]
-        line = axes.plot(frames, [row["median"] * 1e3 for row in own], marker="o", markersize=3, label=variant)[0]
-        low, high = ([row[key] * 1e3 for row in own] for key in ("lower", "upper"))
-        axes.fill_between(frames, low, high, color=line.get_color(), alpha=0.2)
-    limit = {row["frames"]: row["median"] * row["of_limit"] * 1e3 for row in rows}
-    axes.plot(sorted(limit), [limit[frames] for frames in sorted(limit)], "k--", linewidth=1, label="limit")
-    axes.set(xscale="log", yscale="log", xlabel="frames of 336 x 518", ylabel="milliseconds", title=title)
-    axes.set_xticks(sorted(limit), [str(frames) for frames in sorted(limit)])
-    axes.minorticks_off()
-    axes.legend(fontsize=7)
+    flops = rows[0]["unit"] == "flops"
+    panels = [("milliseconds", "median", 1e3), ("TFLOP/s" if flops else "GB/s", "rate", 1e-12 if flops else 1e-9)]
+    if any(row["peak_bytes"] for row in rows):
+        panels.append(("peak MiB", "peak_bytes", 2.0**-20))
+    figure, every = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), dpi=100)
+    ticks = sorted({row["frames"] for row in rows})
+    for axes, (label, key, unit) in zip(every, panels, strict=True):
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            own = sorted((row for row in rows if row["variant"] == variant and row[key]), key=lambda row: row["frames"])
+            frames = [row["frames"] for row in own]
+            line = axes.plot(frames, [row[key] * unit for row in own], marker="o", markersize=3, label=variant)[0]
+            if key == "median":
+                low, high = ([row[bound] * unit for row in own] for bound in ("lower", "upper"))
+                axes.fill_between(frames, low, high, color=line.get_color(), alpha=0.2)
+        limits = {"median": lambda row: row["median"] * row["of_limit"], "rate": lambda row: row["rate"] / row["of_limit"]}
+        if key in limits:
+            limit = {row["frames"]: limits[key](row) * unit for row in rows}
+            axes.plot(ticks, [limit[frames] for frames in ticks], "k--", linewidth=1, label="limit")
+        axes.set(xscale="log", yscale="linear" if key == "rate" else "log", xlabel="frames of 336 x 518", ylabel=label)
+        axes.set_xticks(ticks, [str(frames) for frames in ticks])
+        axes.minorticks_off()
+    every[0].legend(fontsize=7)
+    figure.suptitle(title)
     figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def readme() -> str:
+    """The README with one table and one plot of the results."""
+    machine, name, group, variants = SHOWN
+    results = dict(machines()[machine])[name]
+    rows = groups(results)[group]
+    lines = ["| frames | " + " | ".join(f"`{variant}`" if " " not in variant else variant for variant in variants) + " |"]
+    lines.append("|---|" + "---|" * len(variants))
+    for frames in sorted({row["frames"] for row in rows}):
+        own = {row["variant"]: row for row in rows if row["frames"] == frames}
+        cells = [f"{own[variant]['median'] * 1e3:.0f} ms, {own[variant]['of_limit']:.0%}" for variant in variants]
+        lines.append(f"| {frames} | " + " | ".join(cells) + " |")
+    path = (RESULTS / machine / f"{name}-{group}.png").relative_to(README.parent)
+    lines += ["", f"![{group}]({path})", "", f"{results['provenance']['device']}, {results['provenance']['date']}."]
+    before, _, rest = README.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return before + MARKS[0] + "\n" + "\n".join(lines) + "\n\n" + MARKS[1] + after
 
 
 def write() -> Path:
@@ -108,4 +151,5 @@ def write() -> Path:
                 group = path.stem.removeprefix(f"{name}-")
                 draw(path, group.replace("-", ", "), found[group])
     PAGE.write_text(page())
+    README.write_text(readme())
     return PAGE

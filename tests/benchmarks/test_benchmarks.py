@@ -80,6 +80,8 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert command.main(["run", "--quick", "--device", "cpu", "--seconds", "0", "--out", str(path)]) == 0
     results = json.loads(path.read_text())
     assert {"device", "torch", "commit", "command", "date"} <= set(results["provenance"])
+    assert results["startup"]["import page4d"] > 0 and len(results["startup"]) == 4
+    assert 0 <= results["rows"][0]["error"] < 1e-5
     assert results["rows"][0]["case"] == SMALL[2].name
     assert "| qk_norm_rope-forward-1x893-float32 | reference |" in capsys.readouterr().out
     assert command.main(["list"]) == 0 and "sdpa_augmented" in capsys.readouterr().out
@@ -125,7 +127,7 @@ def test_the_whole_model_passes_its_gate(op, dtype):
     """Ours and the official arithmetic agree with float64; without the mask nothing does."""
     case = data.Case(op, "forward", 4, dtype)
     for variant in data.variants(case, "cpu"):
-        assert data.gate(case, variant, data.inputs(case, "cpu", small=True)) == ""
+        assert data.gate(case, variant, data.inputs(case, "cpu", small=True)).reason == ""
 
     def dropped(given):
         model = whole.random_model(given.preset, given.dtype, torch.float32, "cpu")
@@ -133,7 +135,30 @@ def test_the_whole_model_passes_its_gate(op, dtype):
             return whole.joined(model(given.images, outputs=given.outputs, mask_strength=0.0).tensors())
 
     if dtype == torch.float32:
-        assert "off by" in data.gate(case, data.Variant("dropped", dropped), data.inputs(case, "cpu", small=True))
+        assert "off by" in data.gate(case, data.Variant("dropped", dropped), data.inputs(case, "cpu", small=True)).reason
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_block_passes_its_gate(dtype, direction, monkeypatch):
+    """A small frame keeps the float64 oracle short."""
+    monkeypatch.setattr(whole, "GRID", (4, 4))
+    case = data.Case("block", direction, 1, dtype)
+    for variant in data.variants(case, "cpu"):
+        verdict = data.gate(case, variant, data.inputs(case, "cpu", small=True))
+        assert not verdict.reason and verdict.error is not None and verdict.error < (1e-5 if dtype == torch.float32 else 2e-2)
+    half = data.Variant("half", lambda given: whole.our_block(given) * 0.5)
+    assert "off by" in data.gate(case, half, data.inputs(case, "cpu", small=True)).reason
+
+
+def test_errors_of_attention_are_of_the_gated_rows_too():
+    case = data.Case("mask_attention", "forward", 1, torch.bfloat16, heads=1)
+    given = data.inputs(case, "cpu", small=True)
+    found = {
+        name: data.gate(case, data.Variant(name, lambda g, name=name: data._ours(g, name)), given) for name in ("sdpa", "sdpa_augmented")
+    }
+    assert not any(verdict.reason for verdict in found.values())
+    assert found["sdpa"].gated_error * 4 < found["sdpa_augmented"].gated_error
 
 
 def test_work_of_the_whole_model():
@@ -154,6 +179,7 @@ def test_resident_peak(capsys):
 def test_the_page_is_in_step_with_the_results():
     """After new results: `python -m benchmarks report`."""
     assert report.PAGE.read_text() == report.page()
+    assert report.README.read_text() == report.readme() and "| 8 | 7" in report.readme()
     for machine, files in report.machines().items():
         for name, results in files:
             assert all(path.exists() for path in report.plots(machine, name, results))
@@ -184,11 +210,17 @@ def test_report(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report, "PAGE", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "SHOWN", ("machine", "some", "trunk-forward-float32", ("page4d", "other")))
+    (tmp_path / "README.md").write_text("before\n" + "old\n".join(report.MARKS) + "after\n")
     assert command.main(["report"]) == 0
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "## machine: some" in page and "![time by frames](results/machine/some-trunk-forward-float32.png)" in page
-    assert "| trunk-forward-4x893-float32 | page4d | 4000.000 (3600.000 to 4400.000) | 1.00 TFLOP/s | 50% | 3 |" in page
-    assert "| trunk-forward-8x893-float32 | other | out of memory | | | |" in page
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n<!-- results -->\n\n| frames | `page4d` | `other` |") and readme.endswith("-->\nafter\n")
+    assert "| 4 | 4000 ms, 50% | 8000 ms, 25% |" in readme and "old" not in readme
+    assert "## machine: some" in page and "![by frames](results/machine/some-trunk-forward-float32.png)" in page
+    assert "| trunk-forward-4x893-float32 | page4d | 4000.000 (3600.000 to 4400.000) | 1.00 TFLOP/s | 50% | 3 |  |" in page
+    assert "| trunk-forward-8x893-float32 | other | out of memory | | | | |" in page
     assert (tmp_path / "results" / "machine" / "some-trunk-forward-float32.png").stat().st_size > 5000
 
 
@@ -229,7 +261,7 @@ class VGGT(torch.nn.Module):
         row = rows[1]
         assert row["median"] > 0 and row["calls"] == 3 and 1 << 26 < row["peak_bytes"] < 1 << 33
         assert 0 <= row["difference"] < 1e-5
-        assert "outputs differ by" in report.table({"rows": rows})
+        assert "from ours |" in report.table({"rows": rows})
 
     @pytest.mark.parametrize(
         ("entry", "message"),
