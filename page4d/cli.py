@@ -101,7 +101,8 @@ def run(args: argparse.Namespace) -> str:
         calls.clear()
 
         budget = budget_of(device) if args.memory_budget is None else args.memory_budget
-        plan = model.plan((1, *frames.images.shape), outputs, budget, images_here=device.type == "cpu", results_here=False)
+        where = {"images_here": device.type == "cpu", "results_here": False}
+        plan = model.plan((1, *frames.images.shape), outputs, budget, **where, points=0 if queries is None else len(queries))
         say(f"memory: {plan}")
         if budget is not None and plan.bytes > budget:
             say(f"memory: that is more than the {budget / 2**30:.2f} GiB of the budget, and as little as it gets")

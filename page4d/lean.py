@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Block, Modulation, Rope
-from .memory import Plan, Workload, halved
+from .memory import Plan, Workload, by_pieces, halved
 
 log = logging.getLogger(__name__)
 
@@ -115,19 +115,14 @@ class Lean:
         staged.record_stream(self.copies)
 
     def _by_pieces(self, count: int, work: Callable[[slice], None]) -> None:
-        """`work` on slices of frames. It has to leave everything as it was if it raises, as it is then called again for fewer frames."""
-        first = 0
-        while first < count:
-            piece = slice(first, min(first + self.plan.trunk_frames, count))
-            try:
-                work(piece)
-            except torch.OutOfMemoryError:
-                if self.plan.trunk_frames == 1:
-                    raise
-                self.plan = halved(self.plan, self.work)
-                log.warning("out of memory in spite of the plan: going on with %s", self.plan)
-                continue
-            first = piece.stop
+        """See `by_pieces`; once there is too little memory, the rest of the trunk is done in smaller pieces as well."""
+
+        def smaller(frames: int) -> int:
+            self.plan = halved(self.plan, self.work)
+            log.warning("out of memory in spite of the plan: going on with %s", self.plan)
+            return self.plan.trunk_frames
+
+        by_pieces(count, self.plan.trunk_frames, work, smaller)
 
     def _with_room(self, work: Callable[[], Tensor]) -> Tensor:
         """`work`, once more with the kept layers moved to the host if it runs out of memory."""

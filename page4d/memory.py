@@ -7,15 +7,16 @@ counted by the tensors that are alive at its worst moment.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from .config import DenseHeadConfig, Page4DConfig
+from .config import DenseHeadConfig, Page4DConfig, TrackHeadConfig
 
 PIECE_TOKENS = 8192  # enough rows for a GPU's matrix unit, and no more than a CPU's last cache or two
 HEAD_FRAMES = 8
+SAMPLES_IN_FLIGHT = 1 << 26  # values of features that the tracker samples at a time
 SPARE = 0.9  # of the free memory: allocators round up
 
 
@@ -31,6 +32,7 @@ class Workload:
     outputs: frozenset[str]
     images_here: bool = True  # in the memory that is counted, and not only a few frames at a time
     results_here: bool = True
+    points: int = 0  # tracked per sequence
 
     @property
     def per_frame(self) -> int:
@@ -94,6 +96,24 @@ def halved(plan: Plan, work: Workload, offload: bool = False) -> Plan:
     return replace(smaller, bytes=predicted_bytes(work, smaller))
 
 
+def by_pieces(count: int, frames: int, work: Callable[[slice], None], smaller: Callable[[int], int]) -> None:
+    """`work` on slices of so many frames, and of as many as `smaller` says from where one runs out of memory, until it is a single frame.
+
+    It has to leave everything as it was if it raises, as it is then called again for fewer frames.
+    """
+    first = 0
+    while first < count:
+        piece = slice(first, min(first + frames, count))
+        try:
+            work(piece)
+        except torch.OutOfMemoryError:
+            if frames == 1:
+                raise
+            frames = smaller(frames)
+            continue
+        first = piece.stop
+
+
 def predicted_bytes(work: Workload, plan: Plan) -> int:
     """The most that is allocated at once, beyond the weights."""
     config, item = work.config, work.itemsize
@@ -119,22 +139,51 @@ def predicted_bytes(work: Workload, plan: Plan) -> int:
         if name in work.outputs and head is not None:
             results += work.all_frames * pixels * channels * 4 if work.results_here else 0
             peak = max(peak, kept + results + plan.head_frames * head_bytes(work, head))
+    if work.points and config.track is not None:
+        peak = max(peak, kept + results + track_bytes(work, config.track, plan.head_frames))
     return images + peak
 
 
 def head_bytes(work: Workload, head: DenseHeadConfig) -> int:
     """Of one frame in a dense head: its tokens, and the worst of three moments."""
-    pixels = work.size[0] * work.size[1]
+    pixels, narrow = work.size[0] * work.size[1], head.features // 2
+    return max(_fusion_bytes(work, head.out_channels, head.features, narrow, pixels), _token_bytes(work) + 4 * pixels * (narrow + 32 + 32))
+
+
+def _token_bytes(work: Workload) -> int:
+    """The tokens of one frame as a dense head reads them."""
+    return 4 * work.per_frame * 2 * work.config.embed_dim * work.itemsize
+
+
+def _fusion_bytes(work: Workload, channels: tuple[int, int, int, int], features: int, narrow: int, pixels: int) -> int:
+    """Of one frame: its tokens, all levels, and their fusion or its growing to so many pixels of `narrow` channels."""
     patches = work.per_frame - work.config.special_tokens
-    tokens = 4 * work.per_frame * 2 * work.config.embed_dim * work.itemsize
-    first, second, third, fourth = head.out_channels
+    first, second, third, fourth = channels
     levels = 4 * patches * (16 * first + 4 * second + third + fourth // 4)
     finest = 4 * 64 * patches  # bytes of a channel at twice the finest level
-    narrow = head.features // 2
-    fusing = levels + finest * head.features + finest * narrow + 4 * patches * 21 * head.features
-    growing = levels + finest * narrow + 4 * pixels * narrow  # to the image's size
-    predicting = 4 * pixels * (narrow + 32 + 32)
-    return tokens + max(fusing, growing, predicting)
+    fusing = finest * features + finest * narrow + 4 * patches * 21 * features
+    growing = finest * narrow + 4 * pixels * narrow
+    return _token_bytes(work) + levels + max(fusing, growing)
+
+
+def track_bytes(work: Workload, track: TrackHeadConfig, frames: int) -> int:
+    """Of the track head with pieces of so many frames: extracting the feature maps, or following the points in them.
+
+    Maps of all sizes, 4/3 of the largest, stay; the windows around the points are sampled for some frames at a time, twice in memory.
+    """
+    pixels = (work.size[0] // 2) * (work.size[1] // 2)
+    maps = 4 * work.all_frames * track.features * pixels
+    frame = _fusion_bytes(work, track.out_channels, track.features, track.features, pixels)
+    rest = min(frames, work.all_frames - frames)  # the second piece, at which there are maps of all frames
+    extracting = max(frames * frame, maps + rest * frame)
+    window, rows = (2 * track.radius + 1) ** 2, work.all_frames * work.points
+    sampled = work.points * window * track.features
+    sampled *= min(work.all_frames, max(1, SAMPLES_IN_FLIGHT // sampled))
+    inputs = 3 * track.features + 4
+    correlating = 2 * sampled + 2 * rows * track.levels * window
+    updating = 3 * rows * inputs + 12 * work.all_frames * (work.points + track.virtual_tracks) * track.hidden
+    following = maps * 4 // 3 + 4 * (max(correlating, updating) + rows * (inputs + track.features))
+    return max(extracting, following)
 
 
 def budget_of(device: torch.device) -> int | None:

@@ -124,13 +124,16 @@ class Page4D(nn.Module):
                 not finite has no finite track.
             outputs: any of "camera", "depth", "points", "mask"; all that the model has by default.
             mask_strength: gate of the special tokens, overrides the configuration's; 0 switches the modulation off.
-            memory_budget: bytes that a pass without gradients may take beyond the weights; 0.9 of what is free by default. `plan` tells
-                what comes of it. Images may then lie on another device than the model, and go over a few frames at a time.
+            memory_budget: bytes that a pass without gradients may take beyond the weights, 0 for as few as it gets; 0.9 of what is free by
+                default. `plan` tells what comes of it. Images may then lie on another device than the model, and go over a few frames at a
+                time.
             allocate: makes the tensors that depth and points are written to, such as in the host's memory (without gradients only).
 
         Raises:
             InputError (a ValueError): images or query points do not fit, or an output is asked for that the model has no head for.
         """
+        if memory_budget is not None and memory_budget < 0:
+            raise InputError(f"memory_budget is a number of bytes, at least 0, not {memory_budget}")
         if images.dim() == 4:
             images = images.unsqueeze(0)
         if query_points is not None and query_points.dim() == 2:
@@ -146,7 +149,8 @@ class Page4D(nn.Module):
         aggregator, run = self.aggregator, None
         device = aggregator.camera_token.device
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            work = self._workload(images.shape, wanted, images.device == device, allocate is None)
+            points = 0 if query_points is None else query_points.shape[1]
+            work = self._workload(images.shape, wanted, images.device == device, allocate is None, points)
             plan = make_plan(work, budget_of(device) if memory_budget is None else memory_budget, device.type == "cuda")
             run = Lean(plan, work, device, aggregator.compute_dtype)
         features = aggregator(images, mask_strength=strength, layers=layers, want_mask="mask" in wanted, run=run)
@@ -167,19 +171,22 @@ class Page4D(nn.Module):
         *,
         images_here: bool = True,
         results_here: bool = True,
+        points: int = 0,
     ) -> Plan:
         """How a pass without gradients over images of a shape (B, S, 3, H, W) goes about its memory, see `forward`.
 
         `images_here`, `results_here`: whether they lie on the model's device; dense results do not if they are allocated elsewhere.
+        `points`: tracked per sequence.
         """
-        work = self._workload(shape, self._wanted(outputs, None), images_here, results_here)
+        wanted = self._wanted(outputs, None) | ({"track"} if points else set())
+        work = self._workload(shape, wanted, images_here, results_here, points)
         device = self.aggregator.camera_token.device
         return make_plan(work, budget_of(device) if memory_budget is None else memory_budget, device.type == "cuda")
 
-    def _workload(self, shape: Sequence[int], outputs: Collection[str], images_here: bool, results_here: bool) -> Workload:
+    def _workload(self, shape: Sequence[int], outputs: Collection[str], images_here: bool, results_here: bool, points: int) -> Workload:
         batch, frames, _, height, width = shape
         itemsize = self.aggregator.compute_dtype.itemsize
-        return Workload(self.config, batch, frames, (height, width), itemsize, frozenset(outputs), images_here, results_here)
+        return Workload(self.config, batch, frames, (height, width), itemsize, frozenset(outputs), images_here, results_here, points)
 
     @property
     def available(self) -> set[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Conv2d, LayerNorm, cache_tensors
-from ..memory import HEAD_FRAMES
+from ..memory import HEAD_FRAMES, by_pieces
+
+log = logging.getLogger(__name__)
 
 Allocate = Callable[[str, tuple[int, ...]], Tensor]  # an uninitialised fp32 tensor for an output, by name and shape
 
@@ -126,11 +129,36 @@ class DensePredictor(nn.Module):
         x = upsample(self.scratch(levels), out_size)
         return add_positions(x, width / height) if self.positions else x
 
-    def pieces(self, layers: list[Tensor], frames: int) -> Iterator[list[Tensor]]:
-        """The layers (B, S, P, 2, C), wherever they are, as (n, P, 2C) pieces of so many frames on the head's device."""
-        device = self.norm.weight.device
-        for piece in zip(*(layer.flatten(0, 1).split(frames) for layer in layers), strict=True):  # a half of a piece is one run of memory
-            yield [torch.cat([half.to(device, non_blocking=True) for half in tokens.unbind(-2)], -1) for tokens in piece]
+    def piece(self, layers: list[Tensor], frames: slice) -> list[Tensor]:
+        """Some frames of the layers (B, S, P, 2, C), wherever they are, as (n, P, 2C) on the head's device."""
+        device = self.norm.weight.device  # a half of a piece is one run of memory
+        return [torch.cat([half.to(device, non_blocking=True) for half in layer.flatten(0, 1)[frames].unbind(-2)], -1) for layer in layers]
+
+
+def gather(total: int, frames: int, compute: Callable[[slice], tuple[Tensor, ...]], make: Callable[..., Tensor]) -> list[Tensor]:
+    """What `compute` makes of slices of so many frames, in one tensor for each of its results.
+
+    Without gradients every piece goes straight to its place in what `make(index, shape, like)` made, and one that runs out of memory is
+    done again with half as many frames.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        pieces = [compute(slice(first, min(first + frames, total))) for first in range(0, total, frames)]
+        return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+    found: list[Tensor] = []
+
+    def work(piece: slice) -> None:
+        parts = compute(piece)
+        if not found:
+            found.extend([make(i, (total, *part.shape[1:]), part) for i, part in enumerate(parts)])
+        for whole, part in zip(found, parts, strict=True):
+            whole[piece] = part
+
+    def smaller(frames: int) -> int:
+        log.warning("out of memory in spite of the plan: going on with %d frames at a time in this head", frames // 2)
+        return frames // 2
+
+    by_pieces(total, frames, work, smaller)
+    return found
 
 
 class DenseHead(DensePredictor):
@@ -163,22 +191,10 @@ class DenseHead(DensePredictor):
         `frames` are done at a time; without gradients each piece goes straight to its place in what `allocate` made.
         """
         shape = layers[0].shape[:2]
-        pieces = (self(x, special_tokens, image_size) for x in self.pieces(layers, frames))
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            found = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
-        else:
-            found = self._gather(pieces, shape.numel(), allocate)
-        return found[0].unflatten(0, shape), found[1].unflatten(0, shape)
-
-    def _gather(self, pieces: Iterator[tuple[Tensor, Tensor]], total: int, allocate: Allocate | None) -> list[Tensor]:
         names = ("depth", "depth_conf") if self.kind == "depth" else ("world_points", "world_points_conf")
-        found: list[Tensor] = []
-        done = 0
-        for parts in pieces:
-            for i, (name, part) in enumerate(zip(names, parts, strict=True)):
-                if not done:
-                    shape = (total, *part.shape[1:])
-                    found.append(allocate(name, shape) if allocate else part.new_empty(shape))
-                found[i][done : done + len(part)] = part
-            done += len(parts[0])
-        return found
+
+        def make(index: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+            return allocate(names[index], shape) if allocate else like.new_empty(shape)
+
+        found = gather(shape.numel(), frames, lambda piece: self(self.piece(layers, piece), special_tokens, image_size), make)
+        return found[0].unflatten(0, shape), found[1].unflatten(0, shape)

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from ..config import TrackHeadConfig
 from ..layers import LayerNorm, Linear, Mlp, cache_tensors
-from ..memory import HEAD_FRAMES
-from .dense import DensePredictor
+from ..memory import HEAD_FRAMES, SAMPLES_IN_FLIGHT
+from .dense import DensePredictor, gather
 
 STRIDE = 2  # image pixels per feature-map pixel
 FLOW_SCALE = 518  # the input width the released weights were trained at
-SAMPLES_IN_FLIGHT = 2**26  # values of sampled features at a time
 
 
 def _sample(maps: Tensor, points: Tensor, padding: str) -> Tensor:
@@ -180,12 +179,11 @@ class Tracker(nn.Module):
         return torch.cat(levels, -1).unflatten(0, (batch, frames))
 
     def forward(self, maps: Tensor, query_points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Feature maps (B, S, L, h, w), query points (B, N, 2) in pixels of frame 0.
+        """Feature maps (B, S, L, h, w), normalised over L by `fmap_norm`, query points (B, N, 2) in pixels of frame 0.
 
         Returns tracks of all iterations (iterations, B, S, N, 2) in image pixels, visibility and confidence (B, S, N).
         """
         frames, latent, height, width = maps.shape[1:]
-        maps = self.fmap_norm(maps.permute(0, 1, 3, 4, 2)).permute(0, 1, 4, 2, 3)
         query = query_points / STRIDE
         features = _sample(maps[:, 0], query.unsqueeze(2), "border").squeeze(3).transpose(1, 2)
         features = features.unsqueeze(1).expand(-1, frames, -1, -1)  # (B, S, N, L)
@@ -227,5 +225,11 @@ class TrackHead(nn.Module):
         """See `Tracker.forward`; layers as for the dense heads, images of at least `smallest_image` pixels a side."""
         size = (image_size[0] // STRIDE, image_size[1] // STRIDE)
         extract = self.feature_extractor
-        maps = torch.cat([extract.features(piece, special_tokens, image_size, size) for piece in extract.pieces(layers, frames)])
-        return self.tracker(maps.unflatten(0, layers[0].shape[:2]), query_points)
+        shape = layers[0].shape[:2]
+
+        def normalised(piece: slice) -> tuple[Tensor]:
+            maps = extract.features(extract.piece(layers, piece), special_tokens, image_size, size)
+            return (self.tracker.fmap_norm(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
+
+        (maps,) = gather(shape.numel(), frames, normalised, lambda index, shape, like: like.new_empty(shape))
+        return self.tracker(maps.unflatten(0, shape), query_points)

@@ -458,6 +458,15 @@ def test_results_on_disk(tmp_path: Path) -> None:
     assert copy == 1190
 
 
+def test_a_disk_that_cannot_promise_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*args: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    assert on_disk(tmp_path)("depth", (5, 10)).shape == (5, 10)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_room_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

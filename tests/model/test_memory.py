@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from page4d.config import preset
+from page4d.errors import InputError
 from page4d.lean import Lean
 from page4d.memory import Plan, Workload, budget_of, make_plan, predicted_bytes
 from page4d.model import Page4D
@@ -78,6 +79,30 @@ def test_the_plan_is_what_is_allocated(model, case, dtype, budget, monkeypatch):
     measured = live.peak
     print(f"{case} {dtype} {plan}: measured {measured / 2**20:.1f} MiB, planned {plan.bytes / 2**20:.1f}: {plan.bytes / measured:.3f}")
     assert 0.9 <= plan.bytes / measured <= 1.1
+
+
+@pytest.fixture(scope="module")
+def tracker():
+    torch.manual_seed(0)
+    config = preset("small").replace(depth=4, masked_blocks=(1, 2), mask_after=1, kept_layers=(0, 1, 2, 3), track=preset("page4d").track)
+    return Page4D(config).eval()
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("case", [(2, 5, 1 << 26), (4, 200, 1 << 26), (12, 5, 1), (8, 100, 1)], ids=str)
+def test_the_plan_with_tracks(tracker, case, budget, monkeypatch):
+    """Bound by the extractor, by the sampled windows, by the maps and by the transformer over points."""
+    frames, points, samples = case
+    for module in ("memory", "heads.track"):
+        monkeypatch.setattr(f"page4d.{module}.SAMPLES_IN_FLIGHT", samples)
+    images, queries = torch.rand(1, frames, 3, 140, 140), torch.rand(1, points, 2) * 100
+    with torch.no_grad(), use_backend("sdpa"):
+        plan = tracker.plan(images.shape, ["camera"], budget, points=points)
+        tracker(images, queries, outputs=["camera"], memory_budget=budget)  # makes the tables
+        with LiveBytes(*tracker.parameters(), *tracker.buffers()) as live:
+            tracker(images, queries, outputs=["camera"], memory_budget=budget)
+    print(f"{case} {plan}: measured {live.peak / 2**20:.1f} MiB, planned {plan.bytes / 2**20:.1f}: {plan.bytes / live.peak:.3f}")
+    assert 0.9 <= plan.bytes / live.peak <= 1.1
 
 
 def work(model, frames=12, size=(112, 154), outputs=("camera", "depth", "points"), **options):
@@ -147,6 +172,34 @@ def test_out_of_memory_in_spite_of_the_plan(model, frames, monkeypatch, caplog):
     assert len(warnings) == {1: 2, 2: 2, 3: 1}[frames]  # 7, 3, 1 frames at a time
     assert all(line.startswith("out of memory in spite of the plan: going on with 0.") for line in warnings)
     assert f"beyond the weights, {7 >> len(warnings)} frames at a time" in warnings[-1]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_head_without_room_is_tried_again_with_fewer_frames(model, most, monkeypatch, caplog):
+    images = torch.rand(5, 3, 56, 84)
+    head = model.depth_head
+    real = head.forward
+
+    def forward(layers, *rest):
+        if len(layers[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(layers, *rest)
+
+    with torch.no_grad():
+        whole = model(images)
+        monkeypatch.setattr(head, "forward", forward)
+        with caplog.at_level(logging.WARNING):
+            pieces = model(images)
+    for name, value in whole.tensors().items():
+        torch.testing.assert_close(pieces.tensors()[name], value, rtol=1e-5, atol=1e-5)
+    assert [record.message.split("with ")[1] for record in caplog.records] == [
+        f"{frames} frames at a time in this head" for frames in ((2,) if most == 2 else (2, 1))
+    ]
+
+
+def test_a_negative_budget(model):
+    with pytest.raises(InputError, match="at least 0, not -1"):
+        model(torch.rand(1, 3, 56, 84), memory_budget=-1)
 
 
 def test_giving_up(model, monkeypatch):
