@@ -43,7 +43,8 @@ class GraphedPage4D:
         inputs = {"images": images} if query_points is None else {"images": images, "query_points": query_points}
         options: dict[str, Any] = {"outputs": None if outputs is None else sorted(outputs), "mask_strength": mask_strength}
         device = self.model.aggregator.camera_token.device
-        if device.type != "cuda" or torch.is_grad_enabled() or images.shape[-4] > self.max_frames:
+        short = images.dim() in (4, 5) and images.shape[-4] <= self.max_frames
+        if device.type != "cuda" or torch.is_grad_enabled() or not short:
             return self.model(**inputs, **options)
         shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
         key = (shapes, str(options), self.model.aggregator.compute_dtype)

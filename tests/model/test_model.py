@@ -387,6 +387,7 @@ class TestGraphs:
         assert graphed(torch.zeros(3, 3, 28, 42)) == "run"  # gradients
         with torch.no_grad():
             assert graphed(torch.zeros(4, 3, 28, 42)) == graphed(torch.zeros(1, 4, 3, 28, 42)) == "run"  # long
+            assert graphed(torch.zeros(3, 28, 42)) == "run"  # the model says what is wrong
             on_cpu = graphs.GraphedPage4D(model)(IMAGES, outputs=["camera"])
             assert torch.equal(on_cpu.pose_enc, model(IMAGES, outputs=["camera"]).pose_enc)
         assert not captures
