@@ -17,6 +17,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_every_run():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """torch.empty and its relatives filled with NaN: reading what was never written shows."""

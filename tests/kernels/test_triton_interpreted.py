@@ -78,7 +78,8 @@ class TestInterpretedTriton:
         d_out = torch.randn_like(out)
         gradients = (torch.autograd.grad(x, inputs.tensors(), d_out) for x in (out, expected))
         for x, y in zip(*gradients, strict=True):
-            assert torch.allclose(x, y, atol=2e-5, rtol=1e-3)
+            # A gate's gradient is a sum of terms as large as the biases, which cancel: rounding goes by the largest, not by each.
+            assert (x - y).abs().max() <= 2e-5 * max(1.0, y.abs().max().item())
 
     def test_a_block_is_one_graph_and_survives_checkpointing(self):
         """Mask head, QK-norm + RoPE and attention in one graph, forward and backward (traced ahead of time, without code generation)."""
