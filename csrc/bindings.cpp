@@ -5,6 +5,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "page4d/mask_attention.h"
 #include "page4d/mask_head.h"
@@ -38,21 +39,30 @@ void raise_if(Status status, const char* op) {
 using Three = std::array<int64_t, 3>;
 using Four = std::array<int64_t, 4>;
 
-void run_attention(Address q, Address k, Address v, Address gate, Address bias, Address out, Address lse, const std::array<int64_t, 5>& sizes,
-                   const Three& q_stride, const Three& k_stride, const Three& v_stride, const Three& out_stride, int64_t gate_stride,
-                   int64_t bias_stride, float scale, int dtype, int threads, int level) {
+using Attention = std::tuple<Address, Address, Address, Address, Address, Address, Address>;  // q, k, v, gate, bias, out, lse
+
+MaskAttention attention_problem(const Attention& tensors, const std::array<int64_t, 5>& sizes, const std::array<Three, 4>& strides,
+                                int64_t gate_stride, int64_t bias_stride, float scale, int dtype) {
     MaskAttention p{};
+    const auto [q, k, v, gate, bias, out, lse] = tensors;
     p.q = pointer<void>(q), p.k = pointer<void>(k), p.v = pointer<void>(v), p.out = pointer<void>(out), p.lse = pointer<float>(lse);
     p.gate = pointer<float>(gate), p.bias = pointer<float>(bias);
     p.batch = sizes[0], p.heads = sizes[1], p.queries = sizes[2], p.keys = sizes[3], p.head_dim = sizes[4];
-    copy(q_stride, p.q_stride), copy(k_stride, p.k_stride), copy(v_stride, p.v_stride), copy(out_stride, p.out_stride);
+    copy(strides[0], p.q_stride), copy(strides[1], p.k_stride), copy(strides[2], p.v_stride), copy(strides[3], p.out_stride);
     p.gate_stride = gate_stride, p.bias_stride = bias_stride, p.scale = scale;
-    p.dtype = static_cast<DType>(dtype), p.threads = threads, p.level = static_cast<Level>(level);
+    p.dtype = static_cast<DType>(dtype);
+    return p;
+}
+
+void run_attention(const Attention& tensors, const std::array<int64_t, 5>& sizes, const std::array<Three, 4>& strides, int64_t gate_stride,
+                   int64_t bias_stride, float scale, int dtype, int threads, int level) {
+    MaskAttention p = attention_problem(tensors, sizes, strides, gate_stride, bias_stride, scale, dtype);
+    p.threads = threads, p.level = static_cast<Level>(level);
     raise_if(mask_attention(p), "mask_attention");
 }
 
-void run_head(Address tokens, const std::array<Address, 6>& parameters, Address out, const std::array<int64_t, 7>& sizes, const Four& stride,
-              float min_std, int dtype, int threads, int level) {
+MaskHead head_problem(Address tokens, const std::array<Address, 6>& parameters, Address out, const std::array<int64_t, 7>& sizes, const Four& stride,
+                      float min_std, int dtype) {
     MaskHead p{};
     p.tokens = pointer<void>(tokens), p.out = pointer<float>(out);
     const float** places[] = {&p.w0, &p.b0, &p.w2, &p.b2, &p.w4, &p.b4};
@@ -60,7 +70,14 @@ void run_head(Address tokens, const std::array<Address, 6>& parameters, Address 
     p.batch = sizes[0], p.frames = sizes[1], p.channels = sizes[2], p.hidden = sizes[3], p.special = sizes[4];
     p.height = sizes[5], p.width = sizes[6];
     copy(stride, p.stride);
-    p.min_std = min_std, p.dtype = static_cast<DType>(dtype), p.threads = threads, p.level = static_cast<Level>(level);
+    p.min_std = min_std, p.dtype = static_cast<DType>(dtype);
+    return p;
+}
+
+void run_head(Address tokens, const std::array<Address, 6>& parameters, Address out, const std::array<int64_t, 7>& sizes, const Four& stride,
+              float min_std, int dtype, int threads, int level) {
+    MaskHead p = head_problem(tokens, parameters, out, sizes, stride, min_std, dtype);
+    p.threads = threads, p.level = static_cast<Level>(level);
     raise_if(mask_head(p), "mask_head");
 }
 
@@ -85,9 +102,39 @@ void run_rope(Address qkv, const std::array<Address, 6>& vectors, Address q, Add
 }
 
 #if defined(PAGE4D_WITH_CUDA)
-void run_rope_cuda(Address qkv, const std::array<Address, 6>& vectors, Address q, Address k, const std::array<int64_t, 7>& sizes,
-                   const Four& stride, float eps, int dtype, int device, Address stream) {
+void run_head_cuda(Address tokens, const std::array<Address, 6>& parameters, Address out, const std::array<Address, 2>& statistics,
+                   const std::array<int64_t, 7>& sizes, const Four& stride, float min_std, int dtype, int device, Address stream) {
+    const MaskHead p = head_problem(tokens, parameters, out, sizes, stride, min_std, dtype);
+    raise_if(mask_head_cuda(p, pointer<float>(statistics[0]), pointer<float>(statistics[1]), device, pointer<void>(stream)), "mask_head");
+}
+
+void run_rope_cuda(Address qkv, const std::array<Address, 6>& vectors, Address q, Address k, const std::array<int64_t, 7>& sizes, const Four& stride,
+                   float eps, int dtype, int device, Address stream) {
     raise_if(qk_norm_rope_cuda(rope_problem(qkv, vectors, q, k, sizes, stride, eps, dtype), device, pointer<void>(stream)), "qk_norm_rope");
+}
+#endif
+
+#if defined(PAGE4D_WITH_CUDA_SM90)
+using Layout = std::array<int64_t, 3>;  // frames, tokens per frame, special tokens
+
+MaskAttention with_layout(MaskAttention p, const Layout& layout) {
+    p.frames = layout[0], p.per_frame = layout[1], p.special = layout[2];
+    return p;
+}
+
+int attention_cuda_splits(const Attention& tensors, const std::array<int64_t, 5>& sizes, const std::array<Three, 4>& strides, int64_t gate_stride,
+                          int64_t bias_stride, float scale, const Layout& layout, int dtype, int device) {
+    const MaskAttention p = with_layout(attention_problem(tensors, sizes, strides, gate_stride, bias_stride, scale, dtype), layout);
+    int splits = 1;
+    raise_if(mask_attention_cuda_splits(p, device, splits), "mask_attention");
+    return splits;
+}
+
+void run_attention_cuda(const Attention& tensors, const std::array<int64_t, 5>& sizes, const std::array<Three, 4>& strides, int64_t gate_stride,
+                        int64_t bias_stride, float scale, const Layout& layout, int splits, const std::array<Address, 2>& parts, int dtype,
+                        int device, Address stream) {
+    const MaskAttention p = with_layout(attention_problem(tensors, sizes, strides, gate_stride, bias_stride, scale, dtype), layout);
+    raise_if(mask_attention_cuda(p, splits, pointer<float>(parts[0]), pointer<float>(parts[1]), device, pointer<void>(stream)), "mask_attention");
 }
 #endif
 
@@ -107,6 +154,11 @@ PYBIND11_MODULE(_native, module) {
     module.def("mask_head", run_head, py::call_guard<py::gil_scoped_release>());
     module.def("qk_norm_rope", run_rope, py::call_guard<py::gil_scoped_release>());
 #if defined(PAGE4D_WITH_CUDA)
+    module.def("mask_head_cuda", run_head_cuda, py::call_guard<py::gil_scoped_release>());
     module.def("qk_norm_rope_cuda", run_rope_cuda, py::call_guard<py::gil_scoped_release>());
+#endif
+#if defined(PAGE4D_WITH_CUDA_SM90)
+    module.def("mask_attention_cuda_splits", attention_cuda_splits);
+    module.def("mask_attention_cuda", run_attention_cuda, py::call_guard<py::gil_scoped_release>());
 #endif
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import env
 
-INTERFACE = 2  # of the functions in csrc/bindings.cpp, as csrc/include/page4d/common.h has it
+INTERFACE = 3  # of the functions in csrc/bindings.cpp, as csrc/include/page4d/common.h has it
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RECORD = Path(__file__).parent / "build_record.json"
@@ -75,15 +75,15 @@ def library() -> ModuleType:
     return module
 
 
-def why_no_cuda() -> str:
-    """Why there are no CUDA kernels, in words; empty if they were built. Whether a device can run them is not its business."""
+def why_no_cuda(function: str) -> str:
+    """Why there is no such CUDA kernel, in words; empty if it was built. Whether a device can run it is not its business."""
     module, reason = _load()
     if module is None:
         return reason
-    if hasattr(module, "qk_norm_rope_cuda"):
+    if hasattr(module, function):
         return ""
-    left_out = [line.removeprefix("cuda: ") for line in build_record().get("left_out", []) if line.startswith("cuda: ")]
-    return f"it was built without CUDA: {left_out[0] if left_out else _REBUILD}"
+    left_out = [line.partition(": ")[2] for line in build_record().get("left_out", []) if line.startswith("cuda")]
+    return f"it was built without {function}: {left_out[0] if left_out else _REBUILD}"
 
 
 why_no_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -25,9 +25,9 @@ int64_t rows_of_chunk(int64_t queries) {
 // The working space of a task.
 template <class E>
 struct Space {
-    typename E::Unit *q, *k, *v;   // (rows, units), panels of (units, keys), panels of (pairs of keys, channels)
+    typename E::Unit *q, *k, *v;        // (rows, units), panels of (units, keys), panels of (pairs of keys, channels)
     float *logits, *out, *top, *total;  // (block, keys), (rows, channels), running maximum and sum (rows,)
-    typename E::Element* weights;  // (block, keys): exp2 of the logits as an operand; for fp32 the logits' own place
+    typename E::Element* weights;       // (block, keys): exp2 of the logits as an operand; for fp32 the logits' own place
     Panels key_panels, out_panels;
     int64_t units;
 
@@ -56,20 +56,26 @@ struct Space {
 
 // One unit of a row, 0 past the head dim, and a vector of units that all lie within it.
 template <class T>
-inline void pack_one(float* to, const T* row, int64_t d, int64_t head_dim) { *to = d < head_dim ? value(row[d]) : 0.0f; }
+inline void pack_one(float* to, const T* row, int64_t d, int64_t head_dim) {
+    *to = d < head_dim ? value(row[d]) : 0.0f;
+}
 inline void pack_one(uint32_t* to, const uint16_t* row, int64_t unit, int64_t head_dim) {
     const int64_t d = 2 * unit;
     const uint32_t low = d < head_dim ? row[d] : 0, high = d + 1 < head_dim ? row[d + 1] : 0;
     *to = low | high << 16;
 }
 template <class T>
-inline Vec units_of(const float*, const T* row, int64_t d) { return load(row + d); }
+inline Vec units_of(const float*, const T* row, int64_t d) {
+    return load(row + d);
+}
 // Channels d ... of two keys (of one for fp32) as units: one, and a vector of them.
 inline void pack_keys(float* to, float a, float) { *to = a; }
 inline void pack_keys(float* to, uint16_t a, uint16_t) { *to = from_bf16(a); }
 inline void pack_keys(uint32_t* to, uint16_t a, uint16_t b) { *to = static_cast<uint32_t>(a) | static_cast<uint32_t>(b) << 16; }
 template <class T>
-inline Vec keys_of(const float*, const T* first, const T*) { return load(first); }
+inline Vec keys_of(const float*, const T* first, const T*) {
+    return load(first);
+}
 inline void store_units(float* to, Vec x) { store(to, x); }
 #if defined(__AVX512BF16__)
 inline Vec units_of(const uint32_t*, const uint16_t* row, int64_t unit) { return load_units(row + 2 * unit); }
@@ -97,8 +103,7 @@ void pack_transposed(typename E::Unit* to, const T* from, int64_t stride, int64_
             const int64_t first = p * width + j;
             for (int64_t u = 0; u < whole; u += Vec::width) {
                 Vec block[Vec::width];
-                for (int i = 0; i < Vec::width; ++i)
-                    block[i] = first + i < keys ? units_of(to, from + (first + i) * stride, u) : broadcast(0.0f);
+                for (int i = 0; i < Vec::width; ++i) block[i] = first + i < keys ? units_of(to, from + (first + i) * stride, u) : broadcast(0.0f);
                 transpose(block);
                 for (int i = 0; i < Vec::width; ++i) store_units(to + (u + i) * width + j, block[i]);
             }
@@ -138,13 +143,13 @@ void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t ke
 // Rows without a gate keep the products, and the scale is left to the exponent: exp2(x scale log2(e) - top log2(e)). Rows with one turn them
 // into natural logits first, and log2(e) comes after the maximum is taken off: rounding it into a large gate would cost digits.
 template <class E>
-float softmax_row(float* s, typename E::Element* weights, int64_t keys, int64_t width, float scale, float r, const float* c, float* top, float* total) {
+float softmax_row(float* s, typename E::Element* weights, int64_t keys, int64_t width, float scale, float r, const float* c, float* top,
+                  float* total) {
     const bool natural = r != 0.0f || scale <= 0.0f;
     const int64_t whole = keys / Vec::width * Vec::width;
     if (natural) {
         const Vec factor = broadcast(scale), gate = broadcast(r);
-        for (int64_t j = 0; j < whole; j += Vec::width)
-            store(s + j, r != 0.0f ? fma(gate, load(c + j), load(s + j) * factor) : load(s + j) * factor);
+        for (int64_t j = 0; j < whole; j += Vec::width) store(s + j, r != 0.0f ? fma(gate, load(c + j), load(s + j) * factor) : load(s + j) * factor);
         for (int64_t j = whole; j < keys; ++j) s[j] = s[j] * scale + (r != 0.0f ? r * c[j] : 0.0f);
     }
     for (int64_t j = keys; j < width; ++j) s[j] = -INFINITY;

@@ -36,8 +36,8 @@ Level detect() {
     level = Level::avx2;
 #endif
 #if defined(PAGE4D_WITH_AVX512)
-    for (const bool has : {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0,
-                           __builtin_cpu_supports("avx512dq") != 0, __builtin_cpu_supports("avx512vl") != 0})
+    for (const bool has : {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0, __builtin_cpu_supports("avx512dq") != 0,
+                           __builtin_cpu_supports("avx512vl") != 0})
         if (!has) return level;
     level = Level::avx512;
 #endif
@@ -119,9 +119,8 @@ double busy(DType dtype, bool exponentials, int threads, Level level) {
     const Kernels& kernels = kernels_of(level);
     if (!kernels.products) return 0.0;
     std::vector<double> done(64 * static_cast<size_t>(threads));
-    run_tasks({static_cast<int64_t>(done.size()), 0}, threads, [&](int64_t i, char*) {
-        done[static_cast<size_t>(i)] = exponentials ? kernels.exponentials() : kernels.products(dtype);
-    });
+    run_tasks({static_cast<int64_t>(done.size()), 0}, threads,
+              [&](int64_t i, char*) { done[static_cast<size_t>(i)] = exponentials ? kernels.exponentials() : kernels.products(dtype); });
     double total = 0.0;
     for (const double amount : done) total += amount;
     return total;
@@ -139,10 +138,8 @@ Status mask_attention(const MaskAttention& p) {
 
 Status mask_head(const MaskHead& p) {
     if (const Status status = check(p.dtype, p.level); status != Status::ok) return status;
-    if (p.batch < 1 || p.frames < 1 || p.channels < 1 || p.hidden < 1 || p.special < 0 || p.height < 1 || p.width < 1 ||
-        p.height * p.width < 2 || p.threads < 1)
-        return Status::bad_sizes;
-    if (!p.tokens || !p.w0 || !p.b0 || !p.w2 || !p.b2 || !p.w4 || !p.b4 || !p.out) return Status::null_pointer;
+    if (const Status status = check(p); status != Status::ok) return status;
+    if (p.threads < 1) return Status::bad_sizes;
     const Kernels& kernels = kernels_of(p.level);
     const size_t count = static_cast<size_t>(p.batch * p.frames * p.channels);
     float* memory = static_cast<float*>(std::malloc((2 * count + static_cast<size_t>(kernels.packed_w2(p))) * sizeof(float)));

@@ -57,9 +57,7 @@ struct EngineBf16 {
 // Values as elements of an operand.
 inline void store_elements(float* to, Vec x) { store(to, x); }
 #if defined(__AVX512BF16__)
-inline void store_elements(uint16_t* to, Vec x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x.v));
-}
+inline void store_elements(uint16_t* to, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x.v)); }
 #endif
 
 template <class E, int ROWS, int VECTORS>

@@ -36,9 +36,7 @@ float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678f)); }
 
 // --- mask attention: a task is one query row --------------------------------------------------------------------------------
 
-Plan plan_attention(const MaskAttention& p) {
-    return {p.batch * p.heads * p.queries, static_cast<size_t>(p.head_dim) * sizeof(float)};
-}
+Plan plan_attention(const MaskAttention& p) { return {p.batch * p.heads * p.queries, static_cast<size_t>(p.head_dim) * sizeof(float)}; }
 
 void attention(const MaskAttention& p, int64_t task, char* scratch) {
     const int64_t b = task / p.queries / p.heads, h = task / p.queries % p.heads, i = task % p.queries;
@@ -92,9 +90,7 @@ void prepare(const MaskHead& p, HeadWork out, int64_t task) {
     out.rstd[task] = 1.0f / (std < p.min_std ? p.min_std : std);
 }
 
-Plan plan_head(const MaskHead& p) {
-    return {p.batch * p.frames * p.height * p.width, static_cast<size_t>(p.channels) * sizeof(float)};
-}
+Plan plan_head(const MaskHead& p) { return {p.batch * p.frames * p.height * p.width, static_cast<size_t>(p.channels) * sizeof(float)}; }
 
 void head(const MaskHead& p, HeadWork in, int64_t task, char* scratch) {
     const int64_t patches = p.height * p.width, frame = task / patches, patch = task % patches, y = patch / p.width, x = patch % p.width;

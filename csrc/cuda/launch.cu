@@ -8,9 +8,9 @@ thread_local const char* message = "no error";
 const char* cuda_message() { return message; }
 
 namespace cuda {
-Status to_status(cudaError_t error) {
-    if (error == cudaSuccess) return Status::ok;
-    message = cudaGetErrorString(error);
+Status to_status(cudaError_t error) { return error == cudaSuccess ? Status::ok : failure(cudaGetErrorString(error)); }
+Status failure(const char* text) {
+    message = text;
     return Status::cuda_error;
 }
 }  // namespace cuda

@@ -28,5 +28,6 @@ class OnDevice {
 
 // Remembers the text of an error for `cuda_message`, per thread.
 Status to_status(cudaError_t error);
+Status failure(const char* text);
 
 }  // namespace page4d::cuda

@@ -4,27 +4,15 @@
 // the group, and the channel that a channel turns with, a quarter of the head dimension away, sits a quarter of the group away in the same
 // place. A group takes q and k of one token and head: both loads are in flight together and share the angles.
 //
-// Included by qk_norm_rope.cu, and by csrc/tests/cuda_main.cpp, which runs it on the CPU.
+// Included by qk_norm_rope.cu, and by csrc/tests/cuda_rope.cpp, which runs it on the CPU.
 #pragma once
 
 #include "page4d/qk_norm_rope.h"
+#include "values.cuh"
 
 namespace page4d::cuda {
 
 constexpr int threads = 256;
-
-__device__ float value(float x) { return x; }
-__device__ float value(__half x) { return __half2float(x); }
-__device__ float value(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ void assign(float& to, float x) { to = x; }
-__device__ void assign(__half& to, float x) { to = __float2half_rn(x); }
-__device__ void assign(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
-
-template <class T>
-struct alignas(16) Pack {
-    static constexpr int size = 16 / sizeof(T);
-    T at[size];
-};
 
 // Whether every head of every token starts at a multiple of 16 bytes.
 template <class T>
@@ -46,18 +34,6 @@ __device__ float sum(float x) {
 #pragma unroll
     for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
-}
-
-template <class T, int D>
-__device__ void load(float (&x)[Group<T, D>::per_lane], const T* from, bool aligned) {
-    Pack<T> pack;
-    if (aligned)
-        pack = *reinterpret_cast<const Pack<T>*>(from);
-    else
-#pragma unroll
-        for (int i = 0; i < Pack<T>::size; ++i) pack.at[i] = from[i];
-#pragma unroll
-    for (int i = 0; i < Pack<T>::size; ++i) x[i] = value(pack.at[i]);
 }
 
 template <class T, int D>
@@ -94,11 +70,12 @@ __global__ void __launch_bounds__(threads) forward(const QkNormRope p, int tiles
 
     const T* from = static_cast<const T*>(p.qkv) + b * p.stride[0] + here * p.stride[1] + h * p.stride[3] + channel;
     float q[G::per_lane], k[G::per_lane];
-    load<T, D>(q, from, aligned);
-    load<T, D>(k, from + p.stride[2], aligned);
+    load(q, from, aligned);
+    load(k, from + p.stride[2], aligned);
 
     const int patch = here % static_cast<int>(p.per_frame) - static_cast<int>(p.special), width = static_cast<int>(p.width);
-    const int axis = channel / (D / 2), first = channel % quarter;  // the first half of the head dimension turns with the row, the rest with the column
+    const int axis = channel / (D / 2),
+              first = channel % quarter;  // the first half of the head dimension turns with the row, the rest with the column
     const int position = patch < 0 ? 0 : (axis == 0 ? patch / width : patch % width) + 1;
     const float sign = channel % (D / 2) < quarter ? -1.0f : 1.0f;
     const float *cos = p.cos + position * quarter + first, *sin = p.sin + position * quarter + first;

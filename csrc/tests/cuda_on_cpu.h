@@ -1,40 +1,205 @@
-// Enough of CUDA to run a kernel's source on the CPU: a thread of the host per thread of a block, shuffles by way of memory and barriers.
-// For tests of indexing and arithmetic; it knows nothing of speed, and nothing of shared memory.
+// Enough of CUDA to run a kernel's source on the CPU: the threads of a block are fibers of one thread of the host, which takes turns among
+// them at random where they wait for each other, so an order that a kernel relies on without saying so does not hold for long.
+// For tests of indexing, arithmetic and synchronisation; it knows nothing of speed.
 #pragma once
 
-#include <barrier>
+#include <ucontext.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <memory>
-#include <thread>
+#include <random>
 #include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
 
 namespace page4d {
 
 struct Index {
-    unsigned x;
+    unsigned x, y;
 };
-inline thread_local Index threadIdx, blockIdx;
+inline Index threadIdx, blockIdx, gridDim;
 
-struct Warp {
-    std::barrier<> barrier{32};
-    float lane[32];
+// ---- fibers -----------------------------------------------------------------------------------------------------------------------
+struct Fiber {
+    static constexpr size_t stack_bytes = 256 * 1024;
+    ucontext_t context;
+    std::unique_ptr<unsigned char[]> stack{new unsigned char[stack_bytes]};
+    std::function<bool()> may_go_on;  // empty: yes
+    bool ended = false;
+    void* sanitizer_stack = nullptr;
 };
-inline thread_local Warp* warp;
+
+// One block: runs its threads until all have ended. Work that the machine does on its own, like copies, is a list of closures.
+class Block {
+  public:
+    Block(unsigned threads, unsigned seed, std::function<void()> kernel) : fibers_(threads), random_(seed), kernel_(std::move(kernel)) {}
+
+    void run() {
+        current_block() = this;
+        for (Fiber& fiber : fibers_) {
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack.get();
+            fiber.context.uc_stack.ss_size = Fiber::stack_bytes;
+            fiber.context.uc_link = nullptr;
+            makecontext(&fiber.context, &Block::enter, 0);
+        }
+        std::vector<unsigned> ready;
+        for (;;) {
+            // Copies finish at any time, but sometimes only when nothing else can go on.
+            while (!in_the_background.empty() && random_() % 8 == 0) finish_one();
+            ready.clear();
+            bool ended = true;
+            for (unsigned i = 0; i < fibers_.size(); ++i) {
+                ended = ended && fibers_[i].ended;
+                if (!fibers_[i].ended && (!fibers_[i].may_go_on || fibers_[i].may_go_on())) ready.push_back(i);
+            }
+            if (ended) break;
+            if (ready.empty()) {
+                if (in_the_background.empty()) {
+                    std::printf("deadlock: all threads of a block wait for each other\n");
+                    std::exit(1);
+                }
+                finish_one();
+                continue;
+            }
+            std::shuffle(ready.begin(), ready.end(), random_);
+            for (const unsigned i : ready)
+                if (!fibers_[i].may_go_on || fibers_[i].may_go_on()) resume(i);
+        }
+        while (!in_the_background.empty()) finish_one();
+        current_block() = nullptr;
+    }
+
+    // For the running thread: others go on until `condition` holds.
+    void wait_until(std::function<bool()> condition) {
+        Fiber& fiber = fibers_[threadIdx.x];
+        fiber.may_go_on = std::move(condition);
+        leave(fiber);
+        fiber.may_go_on = nullptr;
+    }
+
+    // Waits for `count` threads that name the same meeting; true for the last one to come, before the others go on.
+    template <class Last>
+    void meet(const std::pair<int, int>& name, int count, Last last) {
+        Meeting& meeting = meetings_[name];
+        const unsigned round = meeting.round;
+        if (++meeting.here == count) {
+            last();
+            meeting.here = 0, ++meeting.round;
+        } else {
+            wait_until([&meeting, round] { return meeting.round != round; });
+        }
+    }
+    void arrive(const std::pair<int, int>& name, int count) {
+        Meeting& meeting = meetings_[name];
+        if (++meeting.here == count) meeting.here = 0, ++meeting.round;
+    }
+
+    static Block*& current_block() {
+        static Block* block = nullptr;
+        return block;
+    }
+
+    int threads() const { return static_cast<int>(fibers_.size()); }
+
+    std::vector<std::function<void()>> in_the_background;
+
+  private:
+    struct Meeting {
+        int here = 0;
+        unsigned round = 0;
+    };
+
+    void finish_one() {
+        const size_t which = random_() % in_the_background.size();
+        const auto work = std::move(in_the_background[which]);
+        in_the_background.erase(in_the_background.begin() + static_cast<std::ptrdiff_t>(which));
+        work();
+    }
+
+    static void enter() {
+        Block& block = *current_block();
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_finish_switch_fiber(nullptr, &block.main_stack_, &block.main_stack_bytes_);
+#endif
+        block.kernel_();
+        Fiber& fiber = block.fibers_[threadIdx.x];
+        fiber.ended = true;
+        block.leave(fiber);
+    }
+
+    void resume(unsigned thread) {
+        threadIdx = {thread, 0};
+#if defined(__SANITIZE_ADDRESS__)
+        void* own = nullptr;
+        __sanitizer_start_switch_fiber(&own, fibers_[thread].stack.get(), Fiber::stack_bytes);
+#endif
+        swapcontext(&main_, &fibers_[thread].context);
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
+#endif
+    }
+
+    void leave(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_start_switch_fiber(fiber.ended ? nullptr : &fiber.sanitizer_stack, main_stack_, main_stack_bytes_);
+#endif
+        swapcontext(&fiber.context, &main_);
+#if defined(__SANITIZE_ADDRESS__)
+        __sanitizer_finish_switch_fiber(fiber.sanitizer_stack, nullptr, nullptr);
+#endif
+    }
+
+    std::vector<Fiber> fibers_;
+    std::mt19937 random_;
+    std::function<void()> kernel_;
+    std::map<std::pair<int, int>, Meeting> meetings_;
+    ucontext_t main_;
+    const void* main_stack_ = nullptr;
+    size_t main_stack_bytes_ = 0;
+};
+
+inline Block& block() { return *Block::current_block(); }
+
+enum Meetings { at_barrier, of_warp, of_warpgroup };
+
+inline void __syncthreads() {
+    block().meet({at_barrier, 0}, block().threads(), [] {});
+}
+[[noreturn]] inline void __trap() {
+    std::printf("a kernel trapped\n");
+    std::exit(1);
+}
 
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
-    warp->lane[threadIdx.x % 32] = x;
-    warp->barrier.arrive_and_wait();
-    const float other = warp->lane[(threadIdx.x % 32) ^ static_cast<unsigned>(mask)];
-    warp->barrier.arrive_and_wait();
+    static float lanes[64][32];
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    lanes[warp][lane] = x;
+    block().meet({of_warp, static_cast<int>(warp)}, 32, [] {});
+    const float other = lanes[warp][lane ^ static_cast<unsigned>(mask)];
+    block().meet({of_warp, static_cast<int>(warp)}, 32, [] {});
     return other;
 }
 
+// ---- types and arithmetic ---------------------------------------------------------------------------------------------------------
+using std::max;
 using std::min;
 
 struct __half {
@@ -43,33 +208,40 @@ struct __half {
 struct __nv_bfloat16 {
     uint16_t bits;
 };
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+template <class To, class From>
+To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+inline int __float_as_int(float x) { return bits_as<int>(x); }
+inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline float __half2float(__half x) { return static_cast<float>(x.x); }
 inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
-inline float __bfloat162float(__nv_bfloat16 x) {
-    const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
-    float y;
-    std::memcpy(&y, &wide, 4);
-    return y;
-}
+inline float __bfloat162float(__nv_bfloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
+    const uint32_t bits = bits_as<uint32_t>(x);
+    if (x != x) return {0x7fff};
     return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-// kernel(arguments...) for each thread of each block.
+// kernel(arguments...) for each thread of each block. The seed decides who runs when.
 template <class Kernel, class... Arguments>
-void launch_on_cpu(unsigned blocks, unsigned threads, Kernel kernel, const Arguments&... arguments) {
-    for (unsigned block = 0; block < blocks; ++block) {
-        const auto warps = std::make_unique<Warp[]>((threads + 31) / 32);
-        std::vector<std::thread> running;
-        for (unsigned thread = 0; thread < threads; ++thread)
-            running.emplace_back([&, thread] {
-                threadIdx = {thread}, blockIdx = {block}, warp = &warps[thread / 32];
-                kernel(arguments...);
-            });
-        for (std::thread& thread : running) thread.join();
-    }
+void launch_on_cpu(Index grid, unsigned threads, unsigned seed, Kernel kernel, const Arguments&... arguments) {
+    gridDim = grid;
+    for (unsigned y = 0; y < grid.y; ++y)
+        for (unsigned x = 0; x < grid.x; ++x) {
+            blockIdx = {x, y};
+            Block(threads, seed, [&] { kernel(arguments...); }).run();
+        }
 }
 
 }  // namespace page4d

@@ -24,8 +24,8 @@ def limits(problem: Any) -> list[str]:
     return reasons
 
 
-def missing_cuda() -> list[str]:
-    reason = native.why_no_cuda()
+def missing_cuda(function: str) -> list[str]:
+    reason = native.why_no_cuda(function)
     if reason:
         return [f"the compiled library: {reason}"]
     return [] if torch.cuda.is_available() else ["there is no CUDA device"]

@@ -86,9 +86,15 @@ def describe(
     needs = [name for name, x in tensors.items() if x is not None and x.requires_grad] if torch.is_grad_enabled() else []
     batch, heads, queries, head_dim = q.shape
     biased = query_gate is not None
+    aligned = all(_aligned(x) for x in (q, k, v))
     return AttentionProblem(
-        q.device.type, q.dtype, batch, heads, queries, k.shape[2], head_dim, biased, layout, frozenset(needs), return_lse
+        q.device.type, q.dtype, batch, heads, queries, k.shape[2], head_dim, biased, layout, frozenset(needs), return_lse, aligned
     )
+
+
+def _aligned(x: Tensor) -> bool:
+    steps = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    return all(step * x.element_size() % 16 == 0 for step in (*steps, x.storage_offset()))
 
 
 def _check(

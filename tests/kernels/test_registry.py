@@ -14,6 +14,7 @@ from page4d_kernels import BackendError, TokenLayout, env, is_backend_supported,
 from page4d_kernels.backends.mask_attention import BACKENDS, flash, xformers
 from page4d_kernels.backends.mask_attention.problem import AttentionProblem, _import_error
 from page4d_kernels.backends.registry import Backend, Registry
+from page4d_kernels.ops.mask_attention import describe
 from page4d_kernels.testing import attention_inputs
 
 PROBLEM = AttentionProblem("cpu", torch.float32, 1, 2, 10, 10, 64)
@@ -163,26 +164,78 @@ def test_package_adapters_compile(adapter):
     assert torch.allclose(out, attend(*inputs.tensors()), atol=1e-5)
 
 
-def test_the_cuda_backend_says_why_not(monkeypatch):
-    from types import SimpleNamespace
-
+@pytest.mark.parametrize("op", ["mask_attention", "mask_head", "qk_norm_rope"])
+def test_the_cuda_backends_say_what_is_missing(op, monkeypatch):
     from page4d_kernels import native
-    from page4d_kernels.backends.qk_norm_rope import BACKENDS, cuda
-    from page4d_kernels.backends.qk_norm_rope.problem import QkNormRopeProblem
 
-    without = SimpleNamespace(interface=native.INTERFACE)
+    registry, function = registries()[op], f"{op}_cuda"
+    without = types.ModuleType("_native")
     monkeypatch.setattr(native, "_load", lambda: (without, ""))
     monkeypatch.setattr(native, "build_record", lambda: {"built": True, "left_out": ["cuda: PAGE4D_BUILD_CUDA=0"]})
-    assert BACKENDS.get("cuda").missing() == ["the compiled library: it was built without CUDA: PAGE4D_BUILD_CUDA=0"]
-    without.qk_norm_rope_cuda = None
+    assert registry.get("cuda").missing() == [f"the compiled library: it was built without {function}: PAGE4D_BUILD_CUDA=0"]
+    setattr(without, function, None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert BACKENDS.get("cuda").missing() == ["there is no CUDA device"]
+    assert registry.get("cuda").missing() == ["there is no CUDA device"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert BACKENDS.get("cuda").missing() == []
-    problem = QkNormRopeProblem("cpu", torch.float64, 1, 17, 2, 48, (3, 4), 5)
-    assert cuda.BACKEND.why_not(problem) == [
+    assert registry.get("cuda").missing() == []
+    assert "cuda" not in registry.order  # until it has run on a GPU
+
+
+def test_the_cuda_backends_say_why_not(monkeypatch):
+    from page4d_kernels.backends.mask_attention import cuda as attention
+    from page4d_kernels.backends.mask_head import cuda as head
+    from page4d_kernels.backends.mask_head.problem import MaskHeadProblem
+    from page4d_kernels.backends.qk_norm_rope import cuda as rope
+    from page4d_kernels.backends.qk_norm_rope.problem import QkNormRopeProblem
+
+    assert rope.BACKEND.why_not(QkNormRopeProblem("cpu", torch.float64, 1, 17, 2, 48, (3, 4), 5)) == [
         "it runs on cuda, the tensors are on cpu",
         "it takes float32, float16 and bfloat16, not float64",
         "it takes head dims 32, 64, 128, not 48",
     ]
-    assert "cuda" not in BACKENDS.order  # until it has run on a GPU
+    assert head.BACKEND.why_not(MaskHeadProblem("cuda", torch.float32, 1, 70000, (3, 301), 5, 24, 257)) == [
+        "its hidden layer goes up to 256, not 257",
+        "its grids are up to 300 patches wide, not 301",
+        "it takes up to 65535 frames, not 70000",
+    ]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    layout = TokenLayout(1, 200, 129)
+    assert attention.BACKEND.why_not(AttentionProblem("cuda", torch.float32, 1, 2, 200, 200, 96, layout=layout, aligned=False)) == [
+        "it takes float16 and bfloat16, not float32",
+        "it is for Hopper (sm_90), this GPU is sm_80: triton serves the rest",
+        "it takes head dims 64 and 128, not 96",
+        "q, k and v have to start and step by multiples of 16 bytes",
+        "it takes at most 128 special tokens in a frame, not 129",
+    ]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert attention.BACKEND.why_not(AttentionProblem("cuda", torch.bfloat16, 1, 2, 200, 200, 64)) == []
+
+
+def test_alignment_is_seen_in_strides():
+    qkv = torch.empty(1, 20, 3, 2, 64, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+    assert describe(*qkv).aligned
+    odd = torch.empty(1, 2, 20, 68, dtype=torch.bfloat16)
+    assert not describe(odd[..., :64], *qkv[1:]).aligned and not describe(*qkv[:2], odd[..., 4:]).aligned
+    assert describe(*(odd[:, :, :1, :64] for _ in range(3))).aligned is False  # heads step by 20 * 68
+    assert describe(*(odd[:, :1, :1, :64] for _ in range(3))).aligned  # nothing steps
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
+@pytest.mark.parametrize("op", ["mask_attention", "mask_head", "qk_norm_rope"])
+def test_cuda_launches_reach_the_runtime(op, monkeypatch):
+    """Addresses, sizes and strides are taken as they come; then the CUDA runtime says that there is no device."""
+    from page4d_kernels import native
+
+    if native.why_no_cuda(f"{op}_cuda"):
+        pytest.skip(native.why_no_cuda(f"{op}_cuda"))
+    monkeypatch.setattr(native, "stream", lambda x: (native.DTYPES[x.dtype], 0, 0))
+    half = torch.bfloat16
+    arguments = {
+        "mask_attention": (*torch.zeros(3, 1, 2, 20, 64, dtype=half), torch.zeros(1, 20), torch.zeros(1, 20), TokenLayout(2, 10, 5), 0.1),
+        "mask_head": (torch.zeros(1, 2, 17, 8), [torch.zeros(n) for n in (72, 8, 128, 16, 16, 1)], (3, 4), 5),
+        "qk_norm_rope": (torch.zeros(1, 34, 3, 2, 64), *(torch.zeros(64) for _ in range(4)), *torch.zeros(2, 5, 16), (3, 4), 5, 1e-5),
+    }[op]
+    if op == "mask_head":
+        arguments[1][2] = torch.zeros(16, 8, 1, 1)
+    with pytest.raises(RuntimeError, match=f"{op}: CUDA: .+"):
+        registries()[op].get("cuda").forward(*arguments)

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 // Raised whenever a struct or a function below changes; page4d_kernels/native.py expects the same number.
-#define PAGE4D_INTERFACE 2
+#define PAGE4D_INTERFACE 3
 
 namespace page4d {
 
@@ -21,7 +21,7 @@ inline const char* describe(Status status) {
         case Status::no_memory: return "no memory for the working space";
         case Status::bad_level: return "this processor does not have the instruction set that was asked for";
         case Status::cuda_error: return "CUDA reported an error";
-        case Status::misaligned: return "an output does not start at a multiple of 16 bytes";
+        case Status::misaligned: return "an address or a stride is not a multiple of 16 bytes";
     }
     return "unknown error";
 }

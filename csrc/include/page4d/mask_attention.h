@@ -19,10 +19,17 @@ struct MaskAttention {
     int64_t gate_stride, bias_stride;                              // batch; 1 along the tokens
     float scale;
     DType dtype;
-    int threads;
+    int64_t frames, per_frame, special;  // for CUDA: the gate is 0 outside the first `special` of each `per_frame` queries; 0: no such promise
+    int threads;                         // for CPUs, like the level
     Level level;
 };
 
 Status mask_attention(const MaskAttention& problem);
+
+// On Hopper (sm_90), head dims 64 and 128, fp16 and bf16; addresses and strides of q, k, v and out are multiples of 16 bytes. `stream` is a
+// cudaStream_t of that device; nothing waits for the kernel. If few queries leave the device idle the keys are split: then `splits` is
+// more than 1, and the caller brings parts (splits, batch, heads, queries, head_dim) and part_lse (splits, batch, heads, queries), fp32.
+Status mask_attention_cuda_splits(const MaskAttention& problem, int device, int& splits);
+Status mask_attention_cuda(const MaskAttention& problem, int splits, float* parts, float* part_lse, int device, void* stream);
 
 }  // namespace page4d

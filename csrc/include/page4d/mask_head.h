@@ -23,6 +23,17 @@ struct MaskHead {
     Level level;
 };
 
+inline Status check(const MaskHead& p) {
+    if (p.batch < 1 || p.frames < 1 || p.channels < 1 || p.hidden < 1 || p.special < 0 || p.height < 1 || p.width < 1 || p.height * p.width < 2)
+        return Status::bad_sizes;
+    const bool missing = !p.tokens || !p.w0 || !p.b0 || !p.w2 || !p.b2 || !p.w4 || !p.b4 || !p.out;
+    return missing ? Status::null_pointer : Status::ok;
+}
+
 Status mask_head(const MaskHead& problem);
+
+// sm_80 and newer, any dtype of the enum, hidden layers up to 256 and grids up to 300 wide. `mean` and `rstd` are working space,
+// (batch * frames, channels) fp32. `stream` is a cudaStream_t of that device; nothing waits for the kernel.
+Status mask_head_cuda(const MaskHead& problem, float* mean, float* rstd, int device, void* stream);
 
 }  // namespace page4d

@@ -7,14 +7,14 @@ namespace page4d {
 
 // Strides are in elements; the head dimension has stride 1. Parameters and tables are fp32 and contiguous.
 struct QkNormRope {
-    const void* qkv;                          // (batch, tokens, 3, heads, head_dim)
-    const float *q_weight, *q_bias;           // (head_dim)
-    const float *k_weight, *k_bias;           // (head_dim)
-    const float *cos, *sin;                   // (positions, head_dim / 4)
-    void *q, *k;                              // (batch, heads, tokens, head_dim), contiguous
-    int64_t batch, tokens, heads, head_dim;   // head_dim is a multiple of 4
-    int64_t per_frame, special, width;        // tokens of a frame, those before its patches, patches of a row
-    int64_t stride[4];                        // batch, token, q/k/v, head
+    const void* qkv;                         // (batch, tokens, 3, heads, head_dim)
+    const float *q_weight, *q_bias;          // (head_dim)
+    const float *k_weight, *k_bias;          // (head_dim)
+    const float *cos, *sin;                  // (positions, head_dim / 4)
+    void *q, *k;                             // (batch, heads, tokens, head_dim), contiguous
+    int64_t batch, tokens, heads, head_dim;  // head_dim is a multiple of 4
+    int64_t per_frame, special, width;       // tokens of a frame, those before its patches, patches of a row
+    int64_t stride[4];                       // batch, token, q/k/v, head
     float eps;
     DType dtype;
     int threads;  // for CPUs, like the level

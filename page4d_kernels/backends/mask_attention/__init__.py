@@ -1,11 +1,11 @@
 """The backends of `mask_attention` and the order in which "auto" tries them.
 
-triton, flash, xformers and flex are not in that order: nobody has run them on a GPU from this repository yet. Name them to use them.
+triton, cuda, flash, xformers and flex are not in that order: nobody has run them on a GPU from this repository yet. Name them to use them.
 """
 
 from ..registry import declare
-from . import chunked, cpu, flash, flex, reference, sdpa, sdpa_augmented, triton, xformers
+from . import chunked, cpu, cuda, flash, flex, reference, sdpa, sdpa_augmented, triton, xformers
 
 BACKENDS = declare("mask_attention", "PAGE4D_ATTN", order=("cpu", "sdpa", "chunked"))
-for _module in (reference, chunked, cpu, sdpa, sdpa_augmented, triton, flex, flash, xformers):
+for _module in (reference, chunked, cpu, sdpa, sdpa_augmented, triton, cuda, flex, flash, xformers):
     BACKENDS.register(_module.BACKEND)

@@ -9,12 +9,8 @@ from ... import native
 from ...layout import TokenLayout
 from .. import native_limits
 from ..registry import Backend
-from . import chunked
+from . import chunked, compiled
 from .problem import AttentionProblem
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
 
 
 def _forward(
@@ -26,15 +22,9 @@ def _forward(
     layout: TokenLayout | None,  # not needed: the kernel looks at each row's gate
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, head_dim = q.shape
-    out = torch.empty(batch, queries, heads, head_dim, dtype=q.dtype).transpose(1, 2)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32)
-    vectors = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in (query_gate, key_bias)]
-    gate, bias = ((0, 0) if x is None else (x.data_ptr(), x.stride(0)) for x in vectors)
-    native.library().mask_attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), gate[0], bias[0], out.data_ptr(), lse.data_ptr(),
-        (batch, heads, queries, k.shape[2], head_dim), *map(_strides, (q, k, v, out)), gate[1], bias[1], scale, *native.common(q),
-    )  # fmt: skip
+    out, lse = compiled.outputs(q)
+    gate, bias = compiled.unit_stride(query_gate), compiled.unit_stride(key_bias)
+    native.library().mask_attention(*compiled.arguments(q, k, v, gate, bias, out, lse, scale), *native.common(q))
     return out, lse
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ... import native
-from ...reference.mask_head import MIN_STD, mask_head_backward
+from ...reference.mask_head import mask_head_backward
 from .. import native_limits
 from ..registry import Backend
+from . import compiled
 
 
 def _forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], special_tokens: int) -> Tensor:
-    batch, frames, per_frame, channels = tokens.shape
-    weights = [native.fp32(parameter) for parameter in parameters]
-    out = torch.empty(batch, frames * per_frame, dtype=torch.float32)
-    native.library().mask_head(
-        tokens.data_ptr(), [weight.data_ptr() for weight in weights], out.data_ptr(),
-        (batch, frames, channels, weights[2].shape[0], special_tokens, *grid), tokens.stride(), MIN_STD, *native.common(tokens),
-    )  # fmt: skip
-    return out
+    return compiled.forward("mask_head", tokens, parameters, grid, special_tokens, where=native.common(tokens))
 
 
 BACKEND = Backend(

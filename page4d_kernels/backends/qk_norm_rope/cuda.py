@@ -25,5 +25,5 @@ BACKEND = Backend(
     compiled.forward("qk_norm_rope_cuda", native.stream),
     qk_norm_rope_backward,
     why_not=_why_not,
-    missing=native_limits.missing_cuda,
+    missing=lambda: native_limits.missing_cuda("qk_norm_rope_cuda"),
 )

@@ -1,0 +1,170 @@
+// What Hopper (sm_90a) has beyond CUDA C++, one function per instruction: barriers in shared memory, tensor copies, warpgroup matrix
+// products. csrc/tests/hopper_on_cpu.h has the same functions as loops. Source: the PTX ISA 8.x.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace page4d::cuda {
+
+using TensorMap = CUtensorMap;
+using Barrier = uint64_t;
+
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    return memory;
+}
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+
+// ---- registers of a warpgroup -----------------------------------------------------------------------------------------------------
+template <int COUNT>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// ---- barriers of the block, by number ---------------------------------------------------------------------------------------------
+__device__ __forceinline__ void sync_threads(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// Whether any of the threads says yes.
+__device__ __forceinline__ bool any_of_threads(bool mine, int barrier, int threads) {
+    int any;
+    asm volatile(
+        "{.reg .pred p, q;\n"
+        "setp.ne.b32 p, %1, 0;\n"
+        "barrier.cta.red.or.pred q, %2, %3, p;\n"
+        "selp.b32 %0, 1, 0, q;}\n"
+        : "=r"(any)
+        : "r"(static_cast<int>(mine)), "r"(barrier), "r"(threads)
+        : "memory");
+    return any;
+}
+
+// ---- barriers in shared memory ----------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void barrier_init(Barrier& barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+// After the last barrier_init, before anybody else uses the barriers.
+__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+// Arrives, and has the phase wait for so many bytes of tensor copies too.
+__device__ __forceinline__ void barrier_expect(Barrier& barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
+}
+// Until the phase of this parity is over; at once for parity 1 of a new barrier.
+__device__ __forceinline__ void barrier_wait(Barrier& barrier, uint32_t parity) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra done;\n"
+        "bra again;\n"
+        "done:}\n" ::"r"(shared_address(&barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// ---- tensor copies ----------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+}
+__device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, Barrier& full, int x0, int x1, int x2, int x3) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+                     shared_address(to)),
+                 "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&full)), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, Barrier& full, int x0, int x1, int x2, int x3, int x4) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
+                     shared_address(to)),
+                 "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&full)), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
+                 : "memory");
+}
+
+// ---- matrix products of a warpgroup -----------------------------------------------------------------------------------------------
+__device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void product_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// These values are neither read before this point nor computed after it: the compiler may otherwise read what a product is still
+// writing, or do the arithmetic that was to run under a product after waiting for it.
+template <int N>
+__device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define PAGE4D_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define PAGE4D_F32(d, i) PAGE4D_F8(d, i), PAGE4D_F8(d, i + 8), PAGE4D_F8(d, i + 16), PAGE4D_F8(d, i + 24)
+#define PAGE4D_R32                                                                                                                                  \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
+    "%30, %31"
+#define PAGE4D_R64                                                                                                                              \
+    PAGE4D_R32                                                                                                                                  \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
+    "%59, %60, %61, %62, %63"
+
+// d (64 x 128) = a b^T [+ d]: a (64 x 16) and b (128 x 16) in shared memory, the 16 contiguous.
+#define PAGE4D_PRODUCT(TYPE, NAME)                                                                                                           \
+    __device__ __forceinline__ void product(TYPE, float (&d)[64], uint64_t a, uint64_t b, bool add) {                                        \
+        asm volatile(                                                                                                                        \
+            "{.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                                                       \
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " " PAGE4D_R64 "}, %64, %65, p, 1, 1, 0, 0;}"                       \
+            : PAGE4D_F32(d, 0), PAGE4D_F32(d, 32)                                                                                            \
+            : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                                                   \
+    }                                                                                                                                        \
+    /* d (64 x 64) += a b: a (64 x 16) in registers, b (16 x 64) in shared memory, the 64 contiguous */                                      \
+    __device__ __forceinline__ void product(TYPE, float (&d)[32], const uint32_t* a, uint64_t b) {                                           \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " " PAGE4D_R32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"  \
+                     : PAGE4D_F32(d, 0)                                                                                                      \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                  \
+    }                                                                                                                                        \
+    /* d (64 x 128) += a b */                                                                                                                \
+    __device__ __forceinline__ void product(TYPE, float (&d)[64], const uint32_t* a, uint64_t b) {                                           \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " " PAGE4D_R64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;" \
+                     : PAGE4D_F32(d, 0), PAGE4D_F32(d, 32)                                                                                   \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                  \
+    }
+PAGE4D_PRODUCT(__nv_bfloat16, "bf16")
+PAGE4D_PRODUCT(__half, "f16")
+#undef PAGE4D_PRODUCT
+#undef PAGE4D_F8
+#undef PAGE4D_F32
+#undef PAGE4D_R32
+#undef PAGE4D_R64
+
+// ---- arithmetic -------------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ float exp2_unit(float x) {  // on the special-function unit
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+__device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+__device__ __forceinline__ uint32_t pack(__half, float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+}  // namespace page4d::cuda

@@ -1,0 +1,148 @@
+// Launches mask_attention_sm90.cuh: the schedule, and tensor maps of q, k and v.
+#include <cstdio>
+
+#include "hopper.cuh"
+#include "launch.cuh"
+#include "mask_attention_sm90.cuh"
+
+namespace page4d::cuda {
+namespace {
+
+// From the driver, at run time: the library does not link it, and loads where there is none.
+using Encode = decltype(&cuTensorMapEncodeTiled);
+Encode encoder() {
+    static const Encode found = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+        const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+    }();
+    return found;
+}
+
+// Sizes and strides in elements of two bytes, the contiguous dimension first, whose stride is not given. Boxes are 64 columns wide.
+template <int RANK>
+Status make_map(TensorMap& map, DType dtype, const void* base, const int64_t (&size)[RANK], const int64_t (&stride)[RANK - 1],
+                const int (&box)[RANK]) {
+    if (!encoder()) return failure("the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12");
+    cuuint64_t sizes[RANK], bytes[RANK - 1];
+    cuuint32_t boxes[RANK], ones[RANK];
+    for (int i = 0; i < RANK; ++i) sizes[i] = static_cast<cuuint64_t>(size[i]), boxes[i] = static_cast<cuuint32_t>(box[i]), ones[i] = 1;
+    for (int i = 0; i < RANK - 1; ++i) bytes[i] = size[i + 1] == 1 ? 16 : static_cast<cuuint64_t>(stride[i]) * 2;  // of one element any will do
+    const auto type = dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const CUresult result = encoder()(&map, type, RANK, const_cast<void*>(base), sizes, bytes, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result == CUDA_SUCCESS) return Status::ok;
+    thread_local char text[96];
+    std::snprintf(text, sizeof(text), "no tensor map can be made of these sizes and strides (CUresult %d)", static_cast<int>(result));
+    return failure(text);
+}
+
+template <int D>
+Schedule schedule_of(const MaskAttention& p, int splits) {
+    using Tile = AttentionTile<__half, D>;
+    const bool layout = p.gate && p.special > 0;
+    const auto number = [](int64_t x) { return static_cast<int>(x); };
+    return {number(p.queries),
+            number(p.keys),
+            number(p.heads),
+            number(p.batch),
+            layout ? number(p.per_frame) : 1,
+            layout ? number(p.special) : 0,
+            layout ? number(p.frames) : 0,
+            Tile::rows,
+            Tile::keys,
+            splits};
+}
+
+Schedule schedule_of(const MaskAttention& p, int splits) { return p.head_dim == 64 ? schedule_of<64>(p, splits) : schedule_of<128>(p, splits); }
+
+bool aligned(const void* base, const int64_t (&stride)[3], int64_t batch, int64_t heads, int64_t tokens) {
+    const auto fits = [](int64_t stride, int64_t count) { return count == 1 || (stride >= 0 && stride * 2 % 16 == 0); };
+    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && fits(stride[0], batch) && fits(stride[1], heads) && fits(stride[2], tokens);
+}
+
+Status check(const MaskAttention& p) {
+    if (p.dtype != DType::f16 && p.dtype != DType::bf16) return Status::bad_dtype;
+    if (!p.q || !p.k || !p.v || !p.out || !p.lse || (p.gate == nullptr) != (p.bias == nullptr)) return Status::null_pointer;
+    const auto fits = [](int64_t x) { return x >= 1 && x <= INT32_MAX / 2; };
+    if (!fits(p.batch) || !fits(p.heads) || !fits(p.queries) || !fits(p.keys) || (p.head_dim != 64 && p.head_dim != 128)) return Status::bad_sizes;
+    const int rows = schedule_of(p, 1).tile_rows;
+    if (p.special < 0 || p.special > rows || (p.special > 0 && p.frames * p.per_frame != p.queries)) return Status::bad_sizes;
+    const double work =
+        (static_cast<double>(p.queries) / rows + static_cast<double>(p.frames) + 2) * static_cast<double>(p.heads) * static_cast<double>(p.batch);
+    if (work > INT32_MAX / 64) return Status::bad_sizes;
+    const bool all = aligned(p.q, p.q_stride, p.batch, p.heads, p.queries) && aligned(p.k, p.k_stride, p.batch, p.heads, p.keys) &&
+                     aligned(p.v, p.v_stride, p.batch, p.heads, p.keys) && aligned(p.out, p.out_stride, p.batch, p.heads, p.queries);
+    return all ? Status::ok : Status::misaligned;
+}
+
+Status multiprocessors(int device, int& count) { return to_status(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)); }
+
+template <class T, int D>
+Status launch(const MaskAttention& p, int splits, float* parts, float* part_lse, int device, cudaStream_t stream) {
+    using Tile = AttentionTile<T, D>;
+    AttentionArguments a{};
+    a.schedule = schedule_of<D>(p, splits);
+    const Schedule& s = a.schedule;
+    const auto map = [&](TensorMap& to, const void* base, const int64_t (&stride)[3], int64_t tokens, int box) {
+        return make_map<4>(to, p.dtype, base, {D, tokens, p.heads, p.batch}, {stride[2], stride[1], stride[0]}, {64, box, 1, 1});
+    };
+    Status status = map(a.q, p.q, p.q_stride, p.queries, Tile::rows);
+    if (status == Status::ok) status = map(a.k, p.k, p.k_stride, p.keys, Tile::keys);
+    if (status == Status::ok) status = map(a.v, p.v, p.v_stride, p.keys, Tile::keys);
+    if (status == Status::ok && s.special > 0)
+        status = make_map<5>(a.q_packed, p.dtype, p.q, {D, p.special, p.frames, p.heads, p.batch},
+                             {p.q_stride[2], p.per_frame * p.q_stride[2], p.q_stride[1], p.q_stride[0]}, {64, s.special, s.packed_frames(), 1, 1});
+    if (status != Status::ok) return status;
+    a.gate = p.gate, a.bias = p.bias, a.out = p.out, a.lse = p.lse, a.parts = parts, a.part_lse = part_lse;
+    for (int i = 0; i < 3; ++i) a.out_stride[i] = p.out_stride[i];
+    a.gate_stride = p.gate_stride, a.bias_stride = p.bias_stride, a.scale = p.scale;
+
+    const OnDevice guard(device);
+    if (guard.status() != cudaSuccess) return to_status(guard.status());
+    int count = 0;
+    if (status = multiprocessors(device, count); status != Status::ok) return status;
+    constexpr int bytes = sizeof(AttentionShared<T, D>);
+    static_assert(bytes <= 227 * 1024);
+    if (status = to_status(cudaFuncSetAttribute(attention<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)); status != Status::ok)
+        return status;
+    attention<T, D><<<static_cast<unsigned>(min(count, s.work())), Tile::threads, bytes, stream>>>(a);
+    if (status = to_status(cudaGetLastError()); status != Status::ok || splits == 1) return status;
+    const int64_t pieces = p.batch * p.heads * p.queries * (D / 4);
+    merge<T, D><<<static_cast<unsigned>((pieces + merge_threads - 1) / merge_threads), merge_threads, 0, stream>>>(a);
+    return to_status(cudaGetLastError());
+}
+
+template <class T>
+Status launch_dim(const MaskAttention& p, int splits, float* parts, float* part_lse, int device, cudaStream_t stream) {
+    return p.head_dim == 64 ? launch<T, 64>(p, splits, parts, part_lse, device, stream) : launch<T, 128>(p, splits, parts, part_lse, device, stream);
+}
+
+}  // namespace
+}  // namespace page4d::cuda
+
+namespace page4d {
+
+Status mask_attention_cuda_splits(const MaskAttention& p, int device, int& splits) {
+    if (const Status status = cuda::check(p); status != Status::ok) return status;
+    int count = 0;
+    const Status status = cuda::multiprocessors(device, count);
+    splits = cuda::splits_for(cuda::schedule_of(p, 1), count);
+    return status;
+}
+
+Status mask_attention_cuda(const MaskAttention& p, int splits, float* parts, float* part_lse, int device, void* stream) {
+    if (const Status status = cuda::check(p); status != Status::ok) return status;
+    if (splits < 1 || splits != cuda::whole_splits(cuda::schedule_of(p, 1).key_tiles(), splits)) return Status::bad_sizes;
+    if (splits > 1 && (!parts || !part_lse)) return Status::null_pointer;
+    const auto to = static_cast<cudaStream_t>(stream);
+    return p.dtype == DType::f16 ? cuda::launch_dim<__half>(p, splits, parts, part_lse, device, to)
+                                 : cuda::launch_dim<__nv_bfloat16>(p, splits, parts, part_lse, device, to);
+}
+
+}  // namespace page4d

@@ -1,0 +1,410 @@
+// Mask-modulated attention for Hopper, forward: softmax(q k^T * scale + r c^T) v. page4d_kernels/triton/mask_attention.py computes the
+// same with the same tiles of rows; what differs is who does what when.
+//
+// A block stays on its multiprocessor and takes tiles of query rows one after the other. One warpgroup produces: a single thread of it
+// starts the tensor copies of Q, K and V into shared memory. The others consume, 64 rows each:
+//
+//   S = Q K_0^T, softmax                             one product in flight:
+//   for i = 1, 2, ...:  S = Q K_i^T, O += P V_{i-1}  both are issued at once; the exponentials of S run under the second
+//   O += P V_last
+//
+// and take turns in issuing (`Turns`), so that one warpgroup's exponentials run under the products of the others: at head dim 64 both
+// take as long. The key tile that may be ragged comes first, so the loop has no mask. One exponential in eight is computed by
+// multiply-adds (`exp2_polynomial`), as the special-function unit is the tighter limit.
+//
+// Logits, softmax state and sums are fp32. As in the Triton kernel the scale stays in the exponent's factor without a bias; with one,
+// logits are natural and log2(e) comes after the maximum is taken off.
+//
+// Include hopper.cuh first, or csrc/tests/hopper_on_cpu.h, with which it runs on the CPU.
+#pragma once
+
+#include "schedule.h"
+
+namespace page4d::cuda {
+
+constexpr float log2e = 1.4426950408889634f;
+constexpr int polynomial_every = 8;  // one exponential in so many; not tuned yet
+
+template <class T, int D>
+struct AttentionTile {
+    static constexpr int consumers = D == 64 ? 3 : 2, rows = 64 * consumers, keys = 128, stages = D == 64 ? 4 : 2;
+    static constexpr int threads = 128 * (consumers + 1);
+    static constexpr int producer_registers = D == 64 ? 32 : 24, consumer_registers = D == 64 ? 160 : 240;
+    static constexpr int panels = D / 64;  // of 64 columns, 128 bytes: the widest rows that copies and products can swizzle
+    static_assert(sizeof(T) == 2 && D % 64 == 0);
+};
+
+// 128-byte rows whose eight 16-byte chunks are swapped by row, so that a column of chunks lies in different banks. Tensor copies and
+// products do the same by the address, which is why every matrix starts at a multiple of 1024 bytes.
+template <class T, int ROWS, int D>
+struct alignas(1024) Matrix {
+    T at[D / 64][ROWS][64];
+    __device__ T* chunk(int panel, int row, int chunk) { return &at[panel][row][(chunk ^ (row % 8)) * 8]; }
+};
+
+template <class T, int D>
+struct AttentionShared {
+    using Tile = AttentionTile<T, D>;
+    Matrix<T, Tile::rows, D> q, out;
+    Matrix<T, Tile::keys, D> k[Tile::stages], v[Tile::stages];
+    Barrier q_full, q_empty, k_full[Tile::stages], k_empty[Tile::stages], v_full[Tile::stages], v_empty[Tile::stages];
+};
+
+struct AttentionArguments {
+    TensorMap q, q_packed, k, v;  // (D, N, H, B) in tiles of 64 columns; q_packed (D, special, frames, H, B)
+    const float* gate;            // r (B, Nq), or null for no bias
+    const float* bias;            // c (B, Nk)
+    void* out;                    // (B, H, Nq, D)
+    float* lse;                   // (B, H, Nq)
+    float* parts;                 // (splits, B, H, Nq, D) and
+    float* part_lse;              // (splits, B, H, Nq), in place of out and lse if the keys are split
+    int64_t out_stride[3], gate_stride, bias_stride;
+    float scale;
+    Schedule schedule;
+};
+
+// Where the n-th tile goes in a ring of stages, and the parity of the barriers' phase that it fills.
+template <int STAGES>
+struct Place {
+    static_assert((STAGES & (STAGES - 1)) == 0);
+    int stage;
+    uint32_t parity;
+    __device__ explicit Place(uint32_t n) : stage(n % STAGES), parity(n / STAGES % 2) {}
+};
+
+// What a product is told of a matrix in shared memory: the address, and the bytes between blocks of 8 rows and between panels.
+__device__ inline uint64_t describe(const void* matrix, uint32_t panel_bytes) {
+    constexpr uint64_t swizzle_128 = uint64_t{1} << 62, block_bytes = 8 * 128;
+    return swizzle_128 | (block_bytes >> 4) << 32 | static_cast<uint64_t>(panel_bytes >> 4) << 16 | ((shared_address(matrix) & 0x3ffff) >> 4);
+}
+
+// 2^x for x <= 0, without the special-function unit: x = n + f, |f| <= 1/2, and 2^f by a cubic (relative error 8e-5, under bf16's and
+// fp16's rounding). 2^-125 for what is smaller: a row with nothing larger has maximum -inf, and is seen by that.
+__device__ inline float exp2_polynomial(float x) {
+    constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the lowest bits
+    x = max_or_nan(x, -125.0f);
+    const float shifted = x + round, f = x - (shifted - round);
+    const float power = fmaf(fmaf(fmaf(0.05517167f, f, 0.24261112f), f, 0.69326099f), f, 0.99992807f);
+    return __int_as_float(__float_as_int(power) + (__float_as_int(shifted) << 23));
+}
+
+template <class T, int D>
+__device__ void produce(const AttentionArguments& p, AttentionShared<T, D>& shared) {
+    using Tile = AttentionTile<T, D>;
+    const Schedule& schedule = p.schedule;
+    uint32_t loaded_q = 0, loaded_k = 0, loaded_v = 0;
+    for (int index = blockIdx.x; index < schedule.work(); index += gridDim.x) {
+        const Work work = schedule.at(index);
+        const bool packed = schedule.packed(work.tile);
+        barrier_wait(shared.q_empty, ++loaded_q % 2);
+        barrier_expect(shared.q_full, static_cast<uint32_t>((packed ? schedule.packed_frames() * schedule.special : Tile::rows) * D * sizeof(T)));
+        for (int panel = 0; panel < Tile::panels; ++panel)
+            if (packed)
+                copy_tile(shared.q.at[panel], p.q_packed, shared.q_full, panel * 64, 0, work.tile * schedule.packed_frames(), work.head, work.batch);
+            else
+                copy_tile(shared.q.at[panel], p.q, shared.q_full, panel * 64, (work.tile - schedule.packed_tiles()) * Tile::rows, work.head,
+                          work.batch);
+        const auto load = [&](const TensorMap& map, auto& ring, auto& full, auto& empty, uint32_t n, int tile) {
+            const Place<Tile::stages> place(n);
+            barrier_wait(empty[place.stage], place.parity ^ 1);
+            barrier_expect(full[place.stage], static_cast<uint32_t>(sizeof(ring[0])));
+            for (int panel = 0; panel < Tile::panels; ++panel)
+                copy_tile(ring[place.stage].at[panel], map, full[place.stage], panel * 64, tile * Tile::keys, work.head, work.batch);
+        };
+#pragma unroll 1
+        for (int tile = work.last_key_tile - 1; tile >= work.first_key_tile - 1; --tile) {  // in the order of use: K is one tile ahead of V
+            if (tile >= work.first_key_tile) load(p.k, shared.k, shared.k_full, shared.k_empty, loaded_k++, tile);
+            if (tile < work.last_key_tile - 1) load(p.v, shared.v, shared.v_full, shared.v_empty, loaded_v++, tile + 1);
+        }
+    }
+}
+
+// The consumers issue products one after the other, in a ring.
+template <int CONSUMERS>
+struct Turns {
+    int mine;
+    __device__ explicit Turns(int consumer) : mine(consumer) {
+        if (mine == CONSUMERS - 1) pass();  // the first one begins
+    }
+    __device__ void wait() const { sync_threads(1 + mine, 256); }
+    __device__ void pass() const { arrive_threads(1 + (mine + 1) % CONSUMERS, 256); }
+};
+
+// What a thread of a consumer holds of its warpgroup's 64 rows: of each row 8-column group j, columns 8 j + 2 (lane % 4) + {0, 1}, of rows
+// lane / 4 and lane / 4 + 8 of its warp's 16. Element i of an accumulator is column i % 2 of row (i / 2) % 2 of group i / 4.
+template <class T, int D>
+struct Consumer {
+    using Tile = AttentionTile<T, D>;
+    static constexpr int logits = Tile::keys / 2;  // of a thread
+
+    const AttentionArguments& p;
+    AttentionShared<T, D>& shared;
+    const int number;  // of the consumer
+    const Turns<Tile::consumers> turns;
+    uint32_t taken_q = 0, taken = 0;  // tiles of queries and of keys so far
+
+    float out[D / 2];
+    uint32_t weights[logits / 2];  // P, as the product takes it
+    float top[2], total[2], gate[2];
+
+    __device__ Consumer(const AttentionArguments& p, AttentionShared<T, D>& shared, int number)
+        : p(p), shared(shared), number(number), turns(number) {}
+
+    __device__ static int lane() { return threadIdx.x % 32; }
+    // In its tile, of a thread's first row; the second one comes 8 later.
+    __device__ int first_row() const { return 64 * number + threadIdx.x / 32 % 4 * 16 + lane() / 4; }
+
+    // Each warp says when it is done with something in shared memory.
+    __device__ static void release(Barrier& empty) {
+        if (lane() == 0) barrier_arrive(empty);
+    }
+
+    __device__ void issue_logits(float (&s)[logits], int stage) const {
+        constexpr uint32_t panel = sizeof(shared.q.at[0]), panel_k = sizeof(shared.k[0].at[0]);
+        const uint64_t q = describe(&shared.q.at[0][64 * number], panel), keys = describe(&shared.k[stage], panel_k);
+#pragma unroll
+        for (int i = 0; i < D / 16; ++i)  // 16 columns are 32 bytes; addresses count 16
+            product(T{}, s, q + (i / 4 * panel + i % 4 * 32) / 16, keys + (i / 4 * panel_k + i % 4 * 32) / 16, i > 0);
+        product_commit();
+    }
+
+    __device__ void issue_values(int stage) {
+        const uint64_t values = describe(&shared.v[stage], sizeof(shared.v[0].at[0]));
+#pragma unroll
+        for (int i = 0; i < Tile::keys / 16; ++i) product(T{}, out, weights + 4 * i, values + i * 16 * 128 / 16);  // 16 rows of 128 bytes
+        product_commit();
+    }
+
+    // Adds the bias (then logits are natural), masks keys past the end, and moves maximum and denominator on. Leaves exponentials in `s`
+    // and returns in `shrink` what earlier sums have to be multiplied with.
+    template <bool BIASED>
+    __device__ void softmax(float (&s)[logits], int tile, const float* bias, bool ragged, float (&shrink)[2]) {
+        const int column = tile * Tile::keys + lane() % 4 * 2, keys = p.schedule.keys;
+        if (BIASED) {
+#pragma unroll
+            for (int i = 0; i < logits; i += 4)
+#pragma unroll
+                for (int odd = 0; odd < 2; ++odd) {
+                    const int n = column + 2 * i + odd;
+                    const float c = n < keys ? bias[n] : 0.0f;
+                    s[i + odd] = fmaf(gate[0], c, s[i + odd] * p.scale);
+                    s[i + odd + 2] = fmaf(gate[1], c, s[i + odd + 2] * p.scale);
+                }
+        }
+        if (ragged) {
+#pragma unroll
+            for (int i = 0; i < logits; ++i)
+                if (column + i / 4 * 8 + i % 2 >= keys) s[i] = -INFINITY;
+        }
+        const float to_base2 = BIASED ? log2e : p.scale * log2e;
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            float most = top[row];
+#pragma unroll
+            for (int i = 2 * row; i < logits; i += 4) most = fmaxf(most, fmaxf(s[i], s[i + 1]));
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+            const float shift = most == -INFINITY ? 0.0f : most, scaled = shift * to_base2;
+            shrink[row] = exp2_unit((top[row] - shift) * to_base2);
+            top[row] = most;
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 2 * row; i < logits; i += 4)
+#pragma unroll
+                for (int odd = 0; odd < 2; ++odd) {
+                    const float x = BIASED ? (s[i + odd] - shift) * log2e : fmaf(s[i + odd], to_base2, -scaled);
+                    s[i + odd] = (i / 2 + odd) % polynomial_every == polynomial_every - 1 ? exp2_polynomial(x) : exp2_unit(x);
+                    sum += s[i + odd];
+                }
+            total[row] = total[row] * shrink[row] + sum;
+        }
+    }
+
+    __device__ void round_weights(const float (&s)[logits]) {
+#pragma unroll
+        for (int i = 0; i < logits / 2; ++i) weights[i] = pack(T{}, s[2 * i], s[2 * i + 1]);
+    }
+
+    template <bool BIASED>
+    __device__ void attend(int tile, int first_tile, const float* bias) {
+#pragma unroll
+        for (float& x : out) x = 0.0f;
+        top[0] = top[1] = -INFINITY, total[0] = total[1] = 0.0f;
+        float s[logits], shrink[2];
+
+        barrier_wait(shared.q_full, taken_q++ % 2);
+        Place<Tile::stages> k(taken), v(taken);
+        barrier_wait(shared.k_full[k.stage], k.parity);
+        product_fence();
+        issue_logits(s, k.stage);
+        product_wait<0>();
+        pin(s);
+        release(shared.k_empty[k.stage]);
+        softmax<BIASED>(s, tile, bias, (tile + 1) * Tile::keys > p.schedule.keys, shrink);
+        round_weights(s);
+
+#pragma unroll 1
+        while (--tile >= first_tile) {
+            v = k, k = Place<Tile::stages>(++taken);
+            barrier_wait(shared.k_full[k.stage], k.parity);
+            turns.wait();
+            product_fence();
+            issue_logits(s, k.stage);
+            barrier_wait(shared.v_full[v.stage], v.parity);
+            product_fence();
+            issue_values(v.stage);
+            turns.pass();
+            product_wait<BIASED ? 0 : 1>();  // registers do not suffice for a product and a softmax with a bias at once
+            pin(s);
+            release(shared.k_empty[k.stage]);
+            softmax<BIASED>(s, tile, bias, false, shrink);
+            pin(s);
+            if (total[0] + total[1] < 0.0f) __trap();  // never; ptxas would wait first and exponentiate later, but moves nothing over a branch
+            product_wait<0>();
+            pin(out);
+            release(shared.v_empty[v.stage]);
+#pragma unroll
+            for (int i = 0; i < D / 2; ++i) out[i] *= shrink[i / 2 % 2];
+            round_weights(s);
+        }
+        ++taken;
+
+        release(shared.q_empty);
+        barrier_wait(shared.v_full[k.stage], k.parity);
+        product_fence();
+        issue_values(k.stage);
+        product_wait<0>();
+        pin(out);
+        release(shared.v_empty[k.stage]);
+    }
+
+    // Divides, and writes the rows that are this tile's. Halves go through shared memory, to leave in runs of 128 bytes.
+    template <bool BIASED>
+    __device__ void write(const Work& work) {
+        const Schedule& schedule = p.schedule;
+        const int64_t head = static_cast<int64_t>(work.batch) * schedule.heads + work.head;
+        const int64_t part = static_cast<int64_t>(work.split) * schedule.batch * schedule.heads + head;
+        const bool whole = schedule.splits == 1;
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            total[row] += __shfl_xor_sync(0xffffffffu, total[row], 1);
+            total[row] += __shfl_xor_sync(0xffffffffu, total[row], 2);
+            const bool dead = total[row] == 0.0f || (top[row] == -INFINITY && total[row] == total[row]);  // all logits -inf
+            const float factor = dead ? 0.0f : 1.0f / total[row];
+            const int n = schedule.row(work.tile, first_row() + 8 * row);
+            if (n >= 0 && lane() % 4 == 0) {
+                const float lse = dead ? -INFINITY : (BIASED ? top[row] : top[row] * p.scale) + logf(total[row]);
+                (whole ? p.lse + head * schedule.queries : p.part_lse + part * schedule.queries)[n] = lse;
+            }
+            float* const to = p.parts + (part * schedule.queries + n) * D + lane() % 4 * 2;
+#pragma unroll
+            for (int i = 2 * row; i < D / 2; i += 4) {
+                out[i] *= factor, out[i + 1] *= factor;
+                if (!whole && n >= 0) *reinterpret_cast<float2*>(to + i / 4 * 8) = make_float2(out[i], out[i + 1]);
+            }
+        }
+        if (!whole) return;
+
+        const int barrier = 1 + Tile::consumers + number;
+        sync_threads(barrier, 128);  // everybody has read what the last tile left here
+#pragma unroll
+        for (int i = 0; i < D / 2; i += 2) {
+            const int row = first_row() + i / 2 % 2 * 8, group = i / 4;
+            *reinterpret_cast<uint32_t*>(shared.out.chunk(group / 8, row, group % 8) + lane() % 4 * 2) = pack(T{}, out[i], out[i + 1]);
+        }
+        sync_threads(barrier, 128);
+        T* const base = static_cast<T*>(p.out) + work.batch * p.out_stride[0] + work.head * p.out_stride[1];
+#pragma unroll 1
+        for (int i = threadIdx.x % 128; i < 64 * 8; i += 128) {
+            const int row = 64 * number + i / 8, n = schedule.row(work.tile, row);
+            if (n < 0) continue;
+#pragma unroll
+            for (int panel = 0; panel < Tile::panels; ++panel)
+                *reinterpret_cast<int4*>(base + n * p.out_stride[2] + panel * 64 + i % 8 * 8) =
+                    *reinterpret_cast<const int4*>(shared.out.chunk(panel, row, i % 8));
+        }
+    }
+
+    template <bool BIASED>
+    __device__ void attend_and_write(int index) {
+        const Work work = p.schedule.at(index);
+        attend<BIASED>(work.last_key_tile - 1, work.first_key_tile, BIASED ? p.bias + work.batch * p.bias_stride : nullptr);
+        write<BIASED>(p.schedule.at(index));  // cheaper than to keep it in registers meanwhile
+    }
+
+    __device__ void run() {
+        const Schedule& schedule = p.schedule;
+        for (int index = blockIdx.x; index < schedule.work(); index += gridDim.x) {
+            const Work work = schedule.at(index);
+            bool biased = schedule.packed(work.tile);
+            gate[0] = gate[1] = 0.0f;
+            if (p.gate && (biased || schedule.special == 0)) {
+#pragma unroll
+                for (int row = 0; row < 2; ++row) {
+                    const int n = schedule.row(work.tile, first_row() + 8 * row);
+                    if (n >= 0) gate[row] = p.gate[work.batch * p.gate_stride + n];
+                }
+                // without a layout any row may be gated
+                if (schedule.special == 0) biased = any_of_threads(gate[0] != 0.0f || gate[1] != 0.0f, 1 + Tile::consumers + number, 128);
+            }
+            if (biased)
+                attend_and_write<true>(index);
+            else
+                attend_and_write<false>(index);
+        }
+    }
+};
+
+// As many blocks as there are multiprocessors, or as there is work.
+template <class T, int D>
+__global__ void __launch_bounds__(AttentionTile<T, D>::threads, 1) attention(const __grid_constant__ AttentionArguments p) {
+    using Tile = AttentionTile<T, D>;
+    auto& shared = *reinterpret_cast<AttentionShared<T, D>*>(dynamic_shared());
+    if (threadIdx.x == 0) {
+        prefetch_map(p.q), prefetch_map(p.k), prefetch_map(p.v);
+        constexpr int warps = 4 * Tile::consumers;
+        barrier_init(shared.q_full, 1), barrier_init(shared.q_empty, warps);
+        for (int i = 0; i < Tile::stages; ++i) {
+            barrier_init(shared.k_full[i], 1), barrier_init(shared.k_empty[i], warps);
+            barrier_init(shared.v_full[i], 1), barrier_init(shared.v_empty[i], warps);
+        }
+        barrier_init_done();
+    }
+    __syncthreads();
+    const int warpgroup = threadIdx.x / 128;
+    if (warpgroup == 0) {
+        give_registers<Tile::producer_registers>();
+        if (threadIdx.x == 0) produce<T, D>(p, shared);
+    } else {
+        take_registers<Tile::consumer_registers>();
+        Consumer<T, D>(p, shared, warpgroup - 1).run();
+    }
+}
+
+constexpr int merge_threads = 128;
+
+// One thread per four columns of a row.
+template <class T, int D>
+__global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ AttentionArguments p) {
+    const Schedule& schedule = p.schedule;
+    const int64_t rows = static_cast<int64_t>(schedule.batch) * schedule.heads * schedule.queries;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * merge_threads + threadIdx.x, row = index / (D / 4);
+    const int column = static_cast<int>(index % (D / 4)) * 4;
+    if (row >= rows) return;
+    Merge merge;
+    for (int i = 0; i < schedule.splits; ++i) merge.see(p.part_lse[i * rows + row]);
+    float sum[4] = {};
+    for (int i = 0; i < schedule.splits; ++i) {
+        const float weight = merge.weight(p.part_lse[i * rows + row]);
+        const float* part = p.parts + (i * rows + row) * D + column;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[j] += weight * part[j];
+    }
+    const int64_t head = row / schedule.queries, n = row % schedule.queries;
+    T* to = static_cast<T*>(p.out) + head / schedule.heads * p.out_stride[0] + head % schedule.heads * p.out_stride[1] + n * p.out_stride[2] + column;
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) *reinterpret_cast<uint32_t*>(to + j) = pack(T{}, sum[j] * merge.factor(), sum[j + 1] * merge.factor());
+    if (column == 0) p.lse[row] = merge.lse();
+}
+
+}  // namespace page4d::cuda

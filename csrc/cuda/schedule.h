@@ -1,0 +1,82 @@
+// Which rows and keys a block of the attention kernel works on, and how partial results are joined: plain arithmetic, the same on the
+// device, in the launch and in the tests.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "page4d/mask_attention.h"
+
+#if defined(__CUDACC__)
+#define PAGE4D_HOST_DEVICE __host__ __device__
+#else
+#define PAGE4D_HOST_DEVICE
+#endif
+
+namespace page4d::cuda {
+
+// A tile of query rows of one head, against a range of key tiles.
+struct Work {
+    int tile, split, head, batch;
+    int first_key_tile, last_key_tile;  // without the last
+};
+
+// Which work there is, in order. Query rows of a head come in tiles. With a layout the gated rows, first `special` of each frame, are gathered into
+// packed tiles of whole frames, which come first; the other tiles are contiguous and leave the special rows to the packed ones.
+struct Schedule {
+    int queries, keys, heads, batch;
+    int per_frame, special, frames;  // special = 0: no layout
+    int tile_rows, tile_keys, splits;
+
+    PAGE4D_HOST_DEVICE static int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+    PAGE4D_HOST_DEVICE int packed_frames() const { return special ? tile_rows / special : 0; }  // of a packed tile
+    PAGE4D_HOST_DEVICE int packed_tiles() const { return special ? ceil_div(frames, packed_frames()) : 0; }
+    PAGE4D_HOST_DEVICE int tiles() const { return packed_tiles() + ceil_div(queries, tile_rows); }
+    PAGE4D_HOST_DEVICE int key_tiles() const { return ceil_div(keys, tile_keys); }
+    PAGE4D_HOST_DEVICE int work() const { return tiles() * splits * heads * batch; }
+
+    // Tiles of one head are neighbours, so that blocks share its keys in the L2 cache.
+    PAGE4D_HOST_DEVICE Work at(int index) const {
+        const int tile = index % tiles(), rest = index / tiles(), split = rest % splits, head = rest / splits;
+        const int span = ceil_div(key_tiles(), splits), first = split * span, last = first + span;
+        return {tile, split, head % heads, head / heads, first, last < key_tiles() ? last : key_tiles()};
+    }
+
+    PAGE4D_HOST_DEVICE bool packed(int tile) const { return tile < packed_tiles(); }
+
+    // Sequence position of row i of a tile; -1 where the tile has nothing to write.
+    PAGE4D_HOST_DEVICE int row(int tile, int i) const {
+        if (packed(tile)) {
+            const int frame = tile * packed_frames() + i / special;
+            return i < packed_frames() * special && frame < frames ? frame * per_frame + i % special : -1;
+        }
+        const int n = (tile - packed_tiles()) * tile_rows + i;
+        return n < queries && (special == 0 || n % per_frame >= special) ? n : -1;
+    }
+};
+
+// The number of splits that have keys when `tiles` are shared by `splits`.
+inline int whole_splits(int tiles, int splits) { return Schedule::ceil_div(tiles, Schedule::ceil_div(tiles, splits)); }
+
+// Over how many blocks the keys of a tile are split: enough to fill the device, and at least 8 key tiles each.
+inline int splits_for(const Schedule& whole, int multiprocessors) {
+    const int most = whole.key_tiles() / 8, wanted = multiprocessors / whole.work(), splits = wanted < most ? wanted : most;
+    return splits < 2 ? 1 : whole_splits(whole.key_tiles(), splits);
+}
+
+// Joins partial results by their log-sum-exp, in order: out = sum_i exp(lse_i - top) out_i / sum_i exp(lse_i - top).
+struct Merge {
+    float top = -INFINITY, total = 0.0f;
+
+    PAGE4D_HOST_DEVICE void see(float lse) { top = lse > top || lse != lse ? lse : top; }  // all of them first; NaN stays
+    PAGE4D_HOST_DEVICE float weight(float lse) {
+        const float w = top == -INFINITY ? 0.0f : expf(lse - top);
+        total += w;
+        return w;
+    }
+    PAGE4D_HOST_DEVICE float factor() const { return total == 0.0f ? 0.0f : 1.0f / total; }
+    PAGE4D_HOST_DEVICE float lse() const { return total == 0.0f ? -INFINITY : top + logf(total); }
+};
+
+}  // namespace page4d::cuda

@@ -1,0 +1,225 @@
+// The functions of csrc/cuda/hopper.cuh as loops, after the PTX ISA: where elements lie in shared memory is computed from descriptors and
+// tensor maps alone, by address, and what is asynchronous on the device happens as late as it may (products at the wait, their results
+// unreadable before; copies at any time), so a missing wait shows.
+#pragma once
+
+#include <array>
+#include <type_traits>
+
+#include "cuda_on_cpu.h"
+
+namespace page4d::cuda {
+
+inline void fail(const char* what) {
+    std::printf("%s\n", what);
+    std::exit(1);
+}
+
+// ---- shared memory ----------------------------------------------------------------------------------------------------------------
+constexpr size_t shared_bytes = 227 * 1024;
+inline unsigned char* dynamic_shared() {
+    alignas(1024) static unsigned char memory[shared_bytes];
+    return memory;
+}
+inline uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - dynamic_shared()); }
+// 128-byte swizzle: address bits 4 to 6 are changed by bits 7 to 9.
+inline unsigned char* swizzled(uint32_t address) {
+    address ^= (address >> 7 & 7) << 4;
+    if (address >= shared_bytes) fail("an address past shared memory");
+    return dynamic_shared() + address;
+}
+
+template <int COUNT>
+void give_registers() {}
+template <int COUNT>
+void take_registers() {}
+
+// ---- barriers of the block --------------------------------------------------------------------------------------------------------
+inline void sync_threads(int barrier, int threads) {
+    block().meet({at_barrier, barrier}, threads, [] {});
+}
+inline void arrive_threads(int barrier, int threads) { block().arrive({at_barrier, barrier}, threads); }
+inline bool any_of_threads(bool mine, int barrier, int threads) {
+    static bool any[16], result[16];
+    any[barrier] = any[barrier] || mine;
+    block().meet({at_barrier, barrier}, threads, [&] { result[barrier] = any[barrier], any[barrier] = false; });
+    return result[barrier];
+}
+
+// ---- barriers in shared memory ----------------------------------------------------------------------------------------------------
+struct Barrier {
+    int arrivals, missing;
+    int64_t bytes;
+    uint32_t phase;  // parity of the one that is going on
+
+    void step() {
+        if (missing == 0 && bytes == 0) missing = arrivals, phase ^= 1;
+    }
+};
+inline void barrier_init(Barrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, 0}; }
+inline void barrier_init_done() {}
+inline void barrier_arrive(Barrier& barrier) {
+    if (barrier.missing-- == 0) fail("more arrivals than the barrier expects");
+    barrier.step();
+}
+inline void barrier_expect(Barrier& barrier, uint32_t bytes) {
+    barrier.bytes += bytes;
+    barrier_arrive(barrier);
+}
+inline void barrier_wait(Barrier& barrier, uint32_t parity) {
+    block().wait_until([&barrier, parity] { return barrier.phase != parity; });
+}
+
+// ---- tensor copies ----------------------------------------------------------------------------------------------------------------
+struct TensorMap {
+    const void* base;
+    int rank;
+    int64_t size[5], stride[5];  // in elements of 2 bytes, the first stride is 1
+    int box[5];
+};
+inline void prefetch_map(const TensorMap&) {}
+template <class... Place>
+void copy_tile(void* to, const TensorMap& map, Barrier& full, Place... place) {
+    const std::array<int64_t, sizeof...(Place)> from{place...};
+    if (static_cast<int>(from.size()) != map.rank) fail("a copy has not as many coordinates as its map");
+    const uint32_t address = shared_address(to);
+    if (address % 1024 != 0) fail("a swizzled copy goes to an address that is not a multiple of 1024");
+    block().in_the_background.push_back([=, &map, &full] {
+        int64_t count = 1;
+        for (int i = 0; i < map.rank; ++i) count *= map.box[i];
+        for (int64_t element = 0; element < count; ++element) {
+            int64_t rest = element, offset = 0;
+            bool inside = true;
+            for (int i = 0; i < map.rank; ++i) {
+                const int64_t at = from[static_cast<size_t>(i)] + rest % map.box[i];
+                rest /= map.box[i];
+                inside = inside && at >= 0 && at < map.size[i];
+                offset += at * map.stride[i];
+            }
+            uint16_t x = 0;
+            if (inside) std::memcpy(&x, static_cast<const uint16_t*>(map.base) + offset, 2);
+            std::memcpy(swizzled(address + static_cast<uint32_t>(element) * 2), &x, 2);
+        }
+        full.bytes -= count * 2;
+        full.step();
+    });
+}
+
+// ---- matrix products of a warpgroup -----------------------------------------------------------------------------------------------
+struct Product {
+    int columns;
+    bool half, add, transposed;
+    uint64_t a, b;  // descriptors
+    float* d[128];  // each thread's accumulators
+    std::vector<float> before[128];
+    const uint32_t* weights[128] = {};  // each thread's part of A, or null if it is in shared memory
+};
+struct Warpgroup {
+    std::shared_ptr<Product> coming;
+    std::vector<std::shared_ptr<Product>> uncommitted;
+    std::vector<std::vector<std::shared_ptr<Product>>> groups;  // in flight, oldest first
+    bool fenced[128] = {};
+};
+inline Warpgroup& warpgroup() {
+    static Warpgroup all[8];
+    return all[threadIdx.x / 128];
+}
+inline float half_value(bool half, uint16_t bits) { return half ? static_cast<float>(bits_as<_Float16>(bits)) : __bfloat162float({bits}); }
+// Element (row, column) of a matrix whose rows of 64 lie 128 bytes apart, in blocks of 8 rows and panels of 64 columns.
+inline float element(bool half, uint64_t descriptor, int row, int column) {
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("a descriptor without the 128-byte swizzle");
+    const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
+    const uint32_t start = field(0), panel = field(16), rows = field(32);
+    uint16_t bits;
+    std::memcpy(&bits, swizzled(start + column / 64 * panel + row / 8 * rows + row % 8 * 128 + column % 64 * 2), 2);
+    return half_value(half, bits);
+}
+inline void compute(const Product& p) {
+    float a[64][16], b[16][128];
+    for (int k = 0; k < 16; ++k)
+        for (int n = 0; n < p.columns; ++n) b[k][n] = p.transposed ? element(p.half, p.b, k, n) : element(p.half, p.b, n, k);
+    for (int thread = 0; thread < 128; ++thread)
+        for (int i = 0; i < 8; ++i) {  // pairs: (row, columns), (row + 8, columns), (row, columns + 8), (row + 8, columns + 8)
+            const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, k = thread % 4 * 2 + i % 2 + i / 4 * 8;
+            a[row][k] = p.weights[thread] ? half_value(p.half, static_cast<uint16_t>(p.weights[thread][i / 2] >> (i % 2 * 16)))
+                                          : element(p.half, p.a, row, k);
+        }
+    for (int thread = 0; thread < 128; ++thread)
+        for (int i = 0; i < p.columns / 2; ++i) {
+            const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+            float sum = p.add ? p.before[thread][static_cast<size_t>(i)] : 0.0f;
+            for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+            p.d[thread][i] = sum;
+        }
+}
+// All threads of the warpgroup have to issue the same product. Until it is done, its results are NaN.
+template <int N>
+void issue(float (&d)[N], bool half, bool add, bool transposed, const uint32_t* weights, uint64_t a, uint64_t b) {
+    Warpgroup& group = warpgroup();
+    const int thread = static_cast<int>(threadIdx.x % 128);
+    if (!group.coming) group.coming = std::make_shared<Product>(Product{2 * N, half, add, transposed, a, b, {}, {}, {}});
+    Product& p = *group.coming;
+    if (p.columns != 2 * N || p.add != add || p.a != a || p.b != b || p.transposed != transposed)
+        fail("threads of a warpgroup issue different products");
+    if (!group.fenced[thread]) fail("a product without a fence before it");
+    p.d[thread] = d, p.weights[thread] = weights;
+    block().meet({of_warpgroup, static_cast<int>(threadIdx.x / 128)}, 128, [&group] {
+        group.uncommitted.push_back(std::move(group.coming));
+        group.coming = nullptr;
+    });
+    // products of one accumulator are done in order, so only the first finds something to keep
+    const auto& newest = group.uncommitted.back();
+    bool first = true;
+    for (const auto& other : group.uncommitted) first = first && (other == newest || other->d[thread] != d);
+    if (first) {
+        newest->before[thread].assign(d, d + N);
+        std::fill(d, d + N, NAN);
+    }
+}
+inline void product_fence() { warpgroup().fenced[threadIdx.x % 128] = true; }
+inline void product_commit() {
+    Warpgroup& group = warpgroup();
+    block().meet({of_warpgroup, static_cast<int>(threadIdx.x / 128)}, 128, [&group] {
+        group.groups.push_back(std::move(group.uncommitted));
+        group.uncommitted.clear();
+    });
+}
+template <int PENDING>
+void product_wait() {
+    Warpgroup& group = warpgroup();
+    while (group.groups.size() > PENDING) {
+        const auto oldest = std::move(group.groups.front());
+        group.groups.erase(group.groups.begin());
+        for (const auto& p : oldest) {
+            for (int thread = 0; thread < 128; ++thread)
+                if (p->before[thread].empty()) p->before[thread].assign(p->d[thread], p->d[thread] + p->columns / 2);
+            compute(*p);
+        }
+    }
+    group.fenced[threadIdx.x % 128] = false;
+}
+template <int N>
+void pin(float (&)[N]) {}
+
+template <class T>
+constexpr bool is_half = std::is_same_v<T, __half>;
+template <class T>
+void product(T, float (&d)[64], uint64_t a, uint64_t b, bool add) {
+    issue(d, is_half<T>, add, false, nullptr, a, b);
+}
+template <class T, int N>
+void product(T, float (&d)[N], const uint32_t* a, uint64_t b) {
+    issue(d, is_half<T>, true, true, a, 0, b);
+}
+
+// ---- arithmetic -------------------------------------------------------------------------------------------------------------------
+inline float exp2_unit(float x) { return std::exp2(x); }
+inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : std::max(x, y); }
+inline uint32_t pack(__nv_bfloat16, float low, float high) {
+    return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16;
+}
+inline uint32_t pack(__half, float low, float high) {
+    return bits_as<uint16_t>(static_cast<_Float16>(low)) | static_cast<uint32_t>(bits_as<uint16_t>(static_cast<_Float16>(high))) << 16;
+}
+
+}  // namespace page4d::cuda

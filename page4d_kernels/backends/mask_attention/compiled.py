@@ -1,0 +1,30 @@
+"""What the compiled backends share: outputs, and the arguments that describe a call by addresses, sizes and strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, token-major, and the log-sum-exp."""
+    batch, heads, queries, head_dim = q.shape
+    out = torch.empty(batch, queries, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    return out, torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+
+
+def unit_stride(x: Tensor | None) -> Tensor | None:
+    """Gate and bias as kernels read them, with unit stride along the tokens. The caller keeps it as long as the kernel runs."""
+    return x if x is None or x.stride(1) == 1 else x.contiguous()
+
+
+def arguments(
+    q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Any, ...]:
+    batch, heads, queries, head_dim = q.shape
+    addresses = tuple(0 if x is None else x.data_ptr() for x in (q, k, v, query_gate, key_bias, out, lse))
+    strides = [x.stride()[:3] for x in (q, k, v, out)]
+    vectors = [0 if x is None else x.stride(0) for x in (query_gate, key_bias)]
+    return addresses, (batch, heads, queries, k.shape[2], head_dim), strides, *vectors, scale

@@ -1,0 +1,64 @@
+"""Our CUDA kernel for Hopper (csrc/cuda/mask_attention_sm90.cuh). Not yet run on a GPU, and not taken by "auto". Backward: Triton's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...layout import TokenLayout
+from .. import native_limits, triton_limits
+from ..registry import Backend
+from . import compiled
+from .problem import AttentionProblem, all_of, only_cuda_half
+
+HEAD_DIMS = (64, 128)
+MAX_SPECIAL_TOKENS = 128  # of a frame: whole frames of them fit into a tile of rows
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_gate: Tensor | None,
+    key_bias: Tensor | None,
+    layout: TokenLayout | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out, lse = compiled.outputs(q)
+    gate, bias = compiled.unit_stride(query_gate), compiled.unit_stride(key_bias)
+    call = compiled.arguments(q, k, v, gate, bias, out, lse, scale)
+    frames = (0, 0, 0) if layout is None else (layout.frames, layout.tokens_per_frame, layout.special_tokens)
+    dtype, device, stream = native.stream(q)
+    with torch.cuda.device_of(q):  # so that the caller's own current device is in force again afterwards, whatever the library sets
+        splits = native.library().mask_attention_cuda_splits(*call, frames, dtype, device)
+        parts = [torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (q, lse)] if splits > 1 else []
+        addresses = [x.data_ptr() for x in parts] or [0, 0]
+        native.library().mask_attention_cuda(*call, frames, splits, addresses, dtype, device, stream)
+    return out, lse
+
+
+def _why_not(problem: AttentionProblem) -> list[str]:
+    reasons = []
+    if problem.device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        major, minor = torch.cuda.get_device_capability()
+        reasons.append(f"it is for Hopper (sm_90), this GPU is sm_{major}{minor}: triton serves the rest")
+    if problem.head_dim not in HEAD_DIMS:
+        reasons.append(f"it takes head dims {' and '.join(map(str, HEAD_DIMS))}, not {problem.head_dim}")
+    if not problem.aligned:
+        reasons.append("q, k and v have to start and step by multiples of 16 bytes")
+    if problem.layout is not None and problem.layout.special_tokens > MAX_SPECIAL_TOKENS:
+        reasons.append(f"it takes at most {MAX_SPECIAL_TOKENS} special tokens in a frame, not {problem.layout.special_tokens}")
+    if problem.needs_grad:
+        reasons += [f"its backward is Triton's: {reason}" for reason in triton_limits.missing()]
+    return reasons
+
+
+BACKEND = Backend(
+    "cuda",
+    "our CUDA kernel for Hopper; not yet run on a GPU; backward by triton",
+    _forward,
+    triton_limits.launch("mask_attention", "backward"),
+    why_not=all_of(only_cuda_half, _why_not),
+    missing=lambda: native_limits.missing_cuda("mask_attention_cuda"),
+)

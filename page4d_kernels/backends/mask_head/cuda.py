@@ -1,0 +1,44 @@
+"""Our CUDA kernels (csrc/cuda/mask_head.cuh). Not yet run on a GPU, and not taken by "auto". Backward: the reference's formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...reference.mask_head import mask_head_backward
+from .. import native_limits
+from ..registry import Backend
+from . import compiled
+from .problem import MaskHeadProblem
+
+MAX_HIDDEN, MAX_WIDTH = 256, 300
+
+
+def _forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], special_tokens: int) -> Tensor:
+    batch, frames, _, channels = tokens.shape
+    statistics = torch.empty(2, batch * frames, channels, dtype=torch.float32, device=tokens.device)
+    working_space = [statistics[0].data_ptr(), statistics[1].data_ptr()]
+    with torch.cuda.device_of(tokens):  # so that the caller's own current device is in force again afterwards, whatever the library sets
+        return compiled.forward("mask_head_cuda", tokens, parameters, grid, special_tokens, working_space, where=native.stream(tokens))
+
+
+def _why_not(problem: MaskHeadProblem) -> list[str]:
+    reasons = native_limits.cuda_limits(problem)
+    if problem.hidden > MAX_HIDDEN:
+        reasons.append(f"its hidden layer goes up to {MAX_HIDDEN}, not {problem.hidden}")
+    if problem.grid[1] > MAX_WIDTH:
+        reasons.append(f"its grids are up to {MAX_WIDTH} patches wide, not {problem.grid[1]}")
+    if problem.batch * problem.frames > 65535:
+        reasons.append(f"it takes up to 65535 frames, not {problem.batch * problem.frames}")
+    return reasons
+
+
+BACKEND = Backend(
+    "cuda",
+    "our CUDA kernels, sm_80 and newer; not yet run on a GPU; backward by PyTorch",
+    _forward,
+    mask_head_backward,
+    why_not=_why_not,
+    missing=lambda: native_limits.missing_cuda("mask_head_cuda"),
+)
