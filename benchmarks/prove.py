@@ -1,7 +1,8 @@
 """Everything about the GPU kernels that needs a GPU, in under nine minutes: `python -m benchmarks.prove OUT`.
 
-Builds the CUDA kernels, runs `pytest -m gpu` (compute-sanitizer included), times the tile sizes of every kernel (PAGE4D_AUTOTUNE=full), then measures the benchmark cases with them, and
-leaves tests.xml, tiles.json and results.json in the folder OUT. A step that runs out of its time is cut off and the next one goes on.
+Builds the CUDA kernels, runs `pytest -m gpu` (compute-sanitizer included), times the tile sizes of every Triton kernel
+(PAGE4D_AUTOTUNE=full), then measures the benchmark cases with them, and leaves tests.xml, tiles.json and results.json in the folder OUT.
+A step that runs out of its time is cut off and the next one goes on.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ Status launch(const MaskAttention& p, int splits, float* parts, float* part_lse,
     if (status == Status::ok) status = map(a.v, p.v, p.v_stride, p.keys, Tile::keys);
     if (status == Status::ok && s.special > 0)
         status = make_map<5>(a.q_packed, p.dtype, p.q, {D, p.special, p.frames, p.heads, p.batch},
-                             {p.q_stride[2], p.per_frame * p.q_stride[2], p.q_stride[1], p.q_stride[0]}, {64, s.special, s.packed_frames(), 1, 1});
+                             {p.q_stride[2], p.per_frame * p.q_stride[2], p.q_stride[1], p.q_stride[0]}, {64, s.special, s.packed_frames, 1, 1});
     if (status != Status::ok) return status;
     a.gate = p.gate, a.bias = p.bias, a.out = p.out, a.lse = p.lse, a.parts = parts, a.part_lse = part_lse;
     for (int i = 0; i < 3; ++i) a.out_stride[i] = p.out_stride[i];
@@ -111,7 +111,7 @@ Status launch(const MaskAttention& p, int splits, float* parts, float* part_lse,
     static_assert(bytes <= 227 * 1024);
     if (status = to_status(cudaFuncSetAttribute(attention<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)); status != Status::ok)
         return status;
-    attention<T, D><<<static_cast<unsigned>(min(count, s.work())), Tile::threads, bytes, stream>>>(a);
+    attention<T, D><<<static_cast<unsigned>(min(count, s.work)), Tile::threads, bytes, stream>>>(a);
     if (status = to_status(cudaGetLastError()); status != Status::ok || splits == 1) return status;
     const int64_t pieces = p.batch * p.heads * p.queries * (D / 4);
     merge<T, D><<<static_cast<unsigned>((pieces + merge_threads - 1) / merge_threads), merge_threads, 0, stream>>>(a);
@@ -138,7 +138,7 @@ Status mask_attention_cuda_splits(const MaskAttention& p, int device, int& split
 
 Status mask_attention_cuda(const MaskAttention& p, int splits, float* parts, float* part_lse, int device, void* stream) {
     if (const Status status = cuda::check(p); status != Status::ok) return status;
-    if (splits < 1 || splits != cuda::whole_splits(cuda::schedule_of(p, 1).key_tiles(), splits)) return Status::bad_sizes;
+    if (splits < 1 || splits != cuda::whole_splits(cuda::schedule_of(p, 1).key_tiles, splits)) return Status::bad_sizes;
     if (splits > 1 && (!parts || !part_lse)) return Status::null_pointer;
     const auto to = static_cast<cudaStream_t>(stream);
     return p.dtype == DType::f16 ? cuda::launch_dim<__half>(p, splits, parts, part_lse, device, to)

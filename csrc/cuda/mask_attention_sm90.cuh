@@ -19,6 +19,7 @@
 #pragma once
 
 #include "schedule.h"
+#include "values.cuh"
 
 namespace page4d::cuda {
 
@@ -93,16 +94,16 @@ __device__ void produce(const AttentionArguments& p, AttentionShared<T, D>& shar
     using Tile = AttentionTile<T, D>;
     const Schedule& schedule = p.schedule;
     uint32_t loaded_q = 0, loaded_k = 0, loaded_v = 0;
-    for (int index = blockIdx.x; index < schedule.work(); index += gridDim.x) {
+    for (int index = blockIdx.x; index < schedule.work; index += gridDim.x) {
         const Work work = schedule.at(index);
         const bool packed = schedule.packed(work.tile);
         barrier_wait(shared.q_empty, ++loaded_q % 2);
-        barrier_expect(shared.q_full, static_cast<uint32_t>((packed ? schedule.packed_frames() * schedule.special : Tile::rows) * D * sizeof(T)));
+        barrier_expect(shared.q_full, static_cast<uint32_t>((packed ? schedule.packed_frames * schedule.special : Tile::rows) * D * sizeof(T)));
         for (int panel = 0; panel < Tile::panels; ++panel)
             if (packed)
-                copy_tile(shared.q.at[panel], p.q_packed, shared.q_full, panel * 64, 0, work.tile * schedule.packed_frames(), work.head, work.batch);
+                copy_tile(shared.q.at[panel], p.q_packed, shared.q_full, panel * 64, 0, work.tile * schedule.packed_frames, work.head, work.batch);
             else
-                copy_tile(shared.q.at[panel], p.q, shared.q_full, panel * 64, (work.tile - schedule.packed_tiles()) * Tile::rows, work.head,
+                copy_tile(shared.q.at[panel], p.q, shared.q_full, panel * 64, (work.tile - schedule.packed_tiles) * Tile::rows, work.head,
                           work.batch);
         const auto load = [&](const TensorMap& map, auto& ring, auto& full, auto& empty, uint32_t n, int tile) {
             const Place<Tile::stages> place(n);
@@ -150,13 +151,19 @@ struct Consumer {
     __device__ Consumer(const AttentionArguments& p, AttentionShared<T, D>& shared, int number)
         : p(p), shared(shared), number(number), turns(number) {}
 
-    __device__ static int lane() { return threadIdx.x % 32; }
-    // In its tile, of a thread's first row; the second one comes 8 later.
-    __device__ int first_row() const { return 64 * number + threadIdx.x / 32 % 4 * 16 + lane() / 4; }
+    struct Part {
+        int thread, lane, row;  // in the warpgroup and the warp; a thread's first row of the tile, the second one comes 8 later
+    };
+    // Worked out again for each tile, like all that the loops over keys have no registers to keep.
+    __device__ static Part part() {
+        int thread = threadIdx.x;
+        forget(thread);
+        return {thread % 128, thread % 32, (thread / 128 - 1) * 64 + thread / 32 % 4 * 16 + thread % 32 / 4};
+    }
 
     // Each warp says when it is done with something in shared memory.
     __device__ static void release(Barrier& empty) {
-        if (lane() == 0) barrier_arrive(empty);
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty);
     }
 
     __device__ void issue_logits(float (&s)[logits], int stage) const {
@@ -179,7 +186,7 @@ struct Consumer {
     // and returns in `shrink` what earlier sums have to be multiplied with.
     template <bool BIASED>
     __device__ void softmax(float (&s)[logits], int tile, const float* bias, bool ragged, float (&shrink)[2]) {
-        const int column = tile * Tile::keys + lane() % 4 * 2, keys = p.schedule.keys;
+        const int column = tile * Tile::keys + threadIdx.x % 4 * 2, keys = p.schedule.keys;
         if (BIASED) {
 #pragma unroll
             for (int i = 0; i < logits; i += 4)
@@ -282,8 +289,9 @@ struct Consumer {
     template <bool BIASED>
     __device__ void write(const Work& work) {
         const Schedule& schedule = p.schedule;
+        const Part own = part();
         const int64_t head = static_cast<int64_t>(work.batch) * schedule.heads + work.head;
-        const int64_t part = static_cast<int64_t>(work.split) * schedule.batch * schedule.heads + head;
+        const int64_t split = static_cast<int64_t>(work.split) * schedule.batch * schedule.heads + head;
         const bool whole = schedule.splits == 1;
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -291,16 +299,17 @@ struct Consumer {
             total[row] += __shfl_xor_sync(0xffffffffu, total[row], 2);
             const bool dead = total[row] == 0.0f || (top[row] == -INFINITY && total[row] == total[row]);  // all logits -inf
             const float factor = dead ? 0.0f : 1.0f / total[row];
-            const int n = schedule.row(work.tile, first_row() + 8 * row);
-            if (n >= 0 && lane() % 4 == 0) {
+            const int n = schedule.row(work.tile, own.row + 8 * row);
+            if (n >= 0 && own.lane % 4 == 0) {
                 const float lse = dead ? -INFINITY : (BIASED ? top[row] : top[row] * p.scale) + logf(total[row]);
-                (whole ? p.lse + head * schedule.queries : p.part_lse + part * schedule.queries)[n] = lse;
+                (whole ? p.lse + head * schedule.queries : p.part_lse + split * schedule.queries)[n] = lse;
             }
-            float* const to = p.parts + (part * schedule.queries + n) * D + lane() % 4 * 2;
 #pragma unroll
-            for (int i = 2 * row; i < D / 2; i += 4) {
-                out[i] *= factor, out[i + 1] *= factor;
-                if (!whole && n >= 0) *reinterpret_cast<float2*>(to + i / 4 * 8) = make_float2(out[i], out[i + 1]);
+            for (int i = 2 * row; i < D / 2; i += 4) out[i] *= factor, out[i + 1] *= factor;
+            if (!whole && n >= 0) {
+                float* const to = p.parts + (split * schedule.queries + n) * D + own.lane % 4 * 2;
+#pragma unroll
+                for (int i = 2 * row; i < D / 2; i += 4) *reinterpret_cast<float2*>(to + i / 4 * 8) = make_float2(out[i], out[i + 1]);
             }
         }
         if (!whole) return;
@@ -309,13 +318,13 @@ struct Consumer {
         sync_threads(barrier, 128);  // everybody has read what the last tile left here
 #pragma unroll
         for (int i = 0; i < D / 2; i += 2) {
-            const int row = first_row() + i / 2 % 2 * 8, group = i / 4;
-            *reinterpret_cast<uint32_t*>(shared.out.chunk(group / 8, row, group % 8) + lane() % 4 * 2) = pack(T{}, out[i], out[i + 1]);
+            const int row = own.row + i / 2 % 2 * 8, group = i / 4;
+            *reinterpret_cast<uint32_t*>(shared.out.chunk(group / 8, row, group % 8) + own.lane % 4 * 2) = pack(T{}, out[i], out[i + 1]);
         }
         sync_threads(barrier, 128);
         T* const base = static_cast<T*>(p.out) + work.batch * p.out_stride[0] + work.head * p.out_stride[1];
 #pragma unroll 1
-        for (int i = threadIdx.x % 128; i < 64 * 8; i += 128) {
+        for (int i = own.thread; i < 64 * 8; i += 128) {
             const int row = 64 * number + i / 8, n = schedule.row(work.tile, row);
             if (n < 0) continue;
 #pragma unroll
@@ -329,19 +338,21 @@ struct Consumer {
     __device__ void attend_and_write(int index) {
         const Work work = p.schedule.at(index);
         attend<BIASED>(work.last_key_tile - 1, work.first_key_tile, BIASED ? p.bias + work.batch * p.bias_stride : nullptr);
-        write<BIASED>(p.schedule.at(index));  // cheaper than to keep it in registers meanwhile
+        forget(index);  // cheaper to work it out again than to keep it in registers meanwhile
+        write<BIASED>(p.schedule.at(index));
     }
 
     __device__ void run() {
         const Schedule& schedule = p.schedule;
-        for (int index = blockIdx.x; index < schedule.work(); index += gridDim.x) {
+        for (int index = blockIdx.x; index < schedule.work; index += gridDim.x) {
             const Work work = schedule.at(index);
             bool biased = schedule.packed(work.tile);
             gate[0] = gate[1] = 0.0f;
             if (p.gate && (biased || schedule.special == 0)) {
+                const Part own = part();
 #pragma unroll
                 for (int row = 0; row < 2; ++row) {
-                    const int n = schedule.row(work.tile, first_row() + 8 * row);
+                    const int n = schedule.row(work.tile, own.row + 8 * row);
                     if (n >= 0) gate[row] = p.gate[work.batch * p.gate_stride + n];
                 }
                 // without a layout any row may be gated
@@ -379,6 +390,7 @@ __global__ void __launch_bounds__(AttentionTile<T, D>::threads, 1) attention(con
         take_registers<Tile::consumer_registers>();
         Consumer<T, D>(p, shared, warpgroup - 1).run();
     }
+    __syncthreads();  // ptxas gives each role its own number of registers only if they come together again
 }
 
 constexpr int merge_threads = 128;

@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) head(const MaskHead
     constexpr int size = Pack<T>::size, C = Tile::channels;
     constexpr bool three = sizeof(T) == 4;  // products, for all digits of fp32
     const int patches = static_cast<int>(p.height * p.width), width = static_cast<int>(p.width), height = static_cast<int>(p.height);
-    const int channels = static_cast<int>(p.channels), hidden = static_cast<int>(p.hidden), thread = threadIdx.x;
+    const int channels = static_cast<int>(p.channels), hidden = static_cast<int>(p.hidden);
+    int thread = threadIdx.x;
     const int first = blockIdx.x * Tile::patches, window = Tile::window(width), before = width + 1;  // patches of the window before the first
     const T* const from =
         static_cast<const T*>(p.tokens) + blockIdx.y / p.frames * p.stride[0] + blockIdx.y % p.frames * p.stride[1] + p.special * p.stride[2];
@@ -154,12 +155,14 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) head(const MaskHead
     };
     const auto load_w2 = [&](int block) {
         if (channels % 4 == 0 && reinterpret_cast<uintptr_t>(p.w2) % 16 == 0)
+#pragma unroll 1
             for (int i = thread; i < HIDDEN * C / 4; i += Tile::threads) {
                 const int n = i / (C / 4), c = block * C + i % (C / 4) * 4;
                 const bool valid = n < hidden && c < channels;
                 copy_later<16>(w2 + n * Tile::pitch + i % (C / 4) * 4, valid ? p.w2 + static_cast<int64_t>(n) * channels + c : p.w2, valid);
             }
         else
+#pragma unroll 1
             for (int i = thread; i < HIDDEN * C; i += Tile::threads) {
                 const int n = i / C, c = block * C + i % C;
                 const bool valid = n < hidden && c < channels;
@@ -177,6 +180,7 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) head(const MaskHead
     __syncthreads();
     for (int block = 0; block * C < channels; ++block) {
         const float* const own = parameters + block % 2 * 12 * C;
+        forget(thread);  // places of patches and neighbours are more than registers hold from block to block
         for (int i = thread; i < window * (C / size); i += Tile::threads) {
             const int row = i / (C / size), c = i % (C / size) * size, patch = first - before + row;
             float x[size] = {};
@@ -212,7 +216,7 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) head(const MaskHead
         copies_wait();
         __syncthreads();
 
-#pragma unroll
+#pragma unroll 1
         for (int k = 0; k < C; k += 8) {
             float a[2][4], a_rest[2][4];
 #pragma unroll

@@ -27,31 +27,49 @@ struct Schedule {
     int queries, keys, heads, batch;
     int per_frame, special, frames;  // special = 0: no layout
     int tile_rows, tile_keys, splits;
+    // What follows, worked out once: a kernel would keep it in registers.
+    int packed_frames, packed_tiles;       // frames of a packed tile, and how many there are
+    int tiles, key_tiles, key_tiles_each;  // of a head, and of a split
+    int work;                              // in all
 
     PAGE4D_HOST_DEVICE static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-    PAGE4D_HOST_DEVICE int packed_frames() const { return special ? tile_rows / special : 0; }  // of a packed tile
-    PAGE4D_HOST_DEVICE int packed_tiles() const { return special ? ceil_div(frames, packed_frames()) : 0; }
-    PAGE4D_HOST_DEVICE int tiles() const { return packed_tiles() + ceil_div(queries, tile_rows); }
-    PAGE4D_HOST_DEVICE int key_tiles() const { return ceil_div(keys, tile_keys); }
-    PAGE4D_HOST_DEVICE int work() const { return tiles() * splits * heads * batch; }
+    Schedule() = default;
+    Schedule(int queries, int keys, int heads, int batch, int per_frame, int special, int frames, int tile_rows, int tile_keys, int splits)
+        : queries(queries),
+          keys(keys),
+          heads(heads),
+          batch(batch),
+          per_frame(per_frame),
+          special(special),
+          frames(frames),
+          tile_rows(tile_rows),
+          tile_keys(tile_keys),
+          splits(splits) {
+        packed_frames = special ? tile_rows / special : 0;
+        packed_tiles = special ? ceil_div(frames, packed_frames) : 0;
+        tiles = packed_tiles + ceil_div(queries, tile_rows);
+        key_tiles = ceil_div(keys, tile_keys);
+        key_tiles_each = ceil_div(key_tiles, splits);
+        work = tiles * splits * heads * batch;
+    }
 
     // Tiles of one head are neighbours, so that blocks share its keys in the L2 cache.
     PAGE4D_HOST_DEVICE Work at(int index) const {
-        const int tile = index % tiles(), rest = index / tiles(), split = rest % splits, head = rest / splits;
-        const int span = ceil_div(key_tiles(), splits), first = split * span, last = first + span;
-        return {tile, split, head % heads, head / heads, first, last < key_tiles() ? last : key_tiles()};
+        const int tile = index % tiles, rest = index / tiles, split = rest % splits, head = rest / splits;
+        const int first = split * key_tiles_each, last = first + key_tiles_each;
+        return {tile, split, head % heads, head / heads, first, last < key_tiles ? last : key_tiles};
     }
 
-    PAGE4D_HOST_DEVICE bool packed(int tile) const { return tile < packed_tiles(); }
+    PAGE4D_HOST_DEVICE bool packed(int tile) const { return tile < packed_tiles; }
 
     // Sequence position of row i of a tile; -1 where the tile has nothing to write.
     PAGE4D_HOST_DEVICE int row(int tile, int i) const {
         if (packed(tile)) {
-            const int frame = tile * packed_frames() + i / special;
-            return i < packed_frames() * special && frame < frames ? frame * per_frame + i % special : -1;
+            const int frame = tile * packed_frames + i / special;
+            return i < packed_frames * special && frame < frames ? frame * per_frame + i % special : -1;
         }
-        const int n = (tile - packed_tiles()) * tile_rows + i;
+        const int n = (tile - packed_tiles) * tile_rows + i;
         return n < queries && (special == 0 || n % per_frame >= special) ? n : -1;
     }
 };
@@ -61,8 +79,8 @@ inline int whole_splits(int tiles, int splits) { return Schedule::ceil_div(tiles
 
 // Over how many blocks the keys of a tile are split: enough to fill the device, and at least 8 key tiles each.
 inline int splits_for(const Schedule& whole, int multiprocessors) {
-    const int most = whole.key_tiles() / 8, wanted = multiprocessors / whole.work(), splits = wanted < most ? wanted : most;
-    return splits < 2 ? 1 : whole_splits(whole.key_tiles(), splits);
+    const int most = whole.key_tiles / 8, wanted = multiprocessors / whole.work, splits = wanted < most ? wanted : most;
+    return splits < 2 ? 1 : whole_splits(whole.key_tiles, splits);
 }
 
 // Joins partial results by their log-sum-exp, in order: out = sum_i exp(lse_i - top) out_i / sum_i exp(lse_i - top).

@@ -1,4 +1,4 @@
-// Reading and writing fp32, fp16 and bf16 alike, 16 bytes at a time.
+// Reading and writing fp32, fp16 and bf16 alike, 16 bytes at a time; what else kernels share.
 #pragma once
 
 #include <cstdint>
@@ -30,5 +30,8 @@ __device__ inline void load(float (&x)[Pack<T>::size], const T* from, bool align
 #pragma unroll
     for (int i = 0; i < Pack<T>::size; ++i) x[i] = value(pack.at[i]);
 }
+
+// What was worked out from x before is worked out again after, in place of being kept in registers.
+__device__ inline void forget(int& x) { asm volatile("" : "+r"(x)); }
 
 }  // namespace page4d::cuda

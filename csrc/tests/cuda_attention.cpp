@@ -78,7 +78,7 @@ void attention_case(const Case& c) {
                   5,
                   {D, c.special, c.frames, c.heads, c.batch},
                   {1, row, c.per_frame * row, D, batch_stride},
-                  {64, c.special, p.schedule.packed_frames(), 1, 1}};
+                  {64, c.special, p.schedule.packed_frames, 1, 1}};
     if (c.gate != Gate::none) p.gate = gate.data(), p.bias = bias.data();
     p.out = out.data(), p.lse = lse.data(), p.parts = parts.data(), p.part_lse = part_lse.data();
     p.out_stride[0] = static_cast<int64_t>(queries) * c.heads * D, p.out_stride[1] = D, p.out_stride[2] = c.heads * D;  // token-major
@@ -154,9 +154,9 @@ void schedule_case(int frames, int per_frame, int special, int keys, int splits)
     std::map<std::array<int, 4>, int> written;
     std::set<std::array<int, 4>> key_tiles;
     bool good = true;
-    for (int index = 0; index < s.work(); ++index) {
+    for (int index = 0; index < s.work; ++index) {
         const cuda::Work work = s.at(index);
-        good = good && work.first_key_tile < work.last_key_tile && work.last_key_tile <= s.key_tiles();
+        good = good && work.first_key_tile < work.last_key_tile && work.last_key_tile <= s.key_tiles;
         for (int i = 0; i < s.tile_rows; ++i)
             if (const int n = s.row(work.tile, i); n >= 0) {
                 ++written[{work.batch, work.head, work.split, n}];
@@ -166,8 +166,8 @@ void schedule_case(int frames, int per_frame, int special, int keys, int splits)
             good = good && key_tiles.insert({work.batch, work.head, work.tile, tile}).second;
     }
     for (const auto& [row, times] : written) good = good && times == 1;
-    good = good && written.size() == static_cast<size_t>(6 * splits * s.queries) &&
-           key_tiles.size() == static_cast<size_t>(6 * s.tiles() * s.key_tiles());
+    good =
+        good && written.size() == static_cast<size_t>(6 * splits * s.queries) && key_tiles.size() == static_cast<size_t>(6 * s.tiles * s.key_tiles);
     check(good, "schedule: %d frames of %d tokens (%d special), %d keys, %d splits", frames, per_frame, special, keys, splits);
 }
 

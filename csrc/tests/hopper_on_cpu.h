@@ -1,6 +1,6 @@
 // The functions of csrc/cuda/hopper.cuh as loops, after the PTX ISA: where elements lie in shared memory is computed from descriptors and
-// tensor maps alone, by address, and what is asynchronous on the device happens as late as it may (products at the wait, their results
-// unreadable before; copies at any time), so a missing wait shows.
+// tensor maps alone, by address, and what is asynchronous on the device (products, copies) happens at a random time, results being NaN before,
+// so a missing wait shows, and a place given back too early.
 #pragma once
 
 #include <array>
@@ -182,20 +182,20 @@ inline void product_commit() {
     block().meet({of_warpgroup, static_cast<int>(threadIdx.x / 128)}, 128, [&group] {
         group.groups.push_back(std::move(group.uncommitted));
         group.uncommitted.clear();
+        block().in_the_background.push_back([&group] {
+            for (const auto& p : group.groups.front()) {
+                for (int thread = 0; thread < 128; ++thread)
+                    if (p->before[thread].empty()) p->before[thread].assign(p->d[thread], p->d[thread] + p->columns / 2);
+                compute(*p);
+            }
+            group.groups.erase(group.groups.begin());
+        });
     });
 }
 template <int PENDING>
 void product_wait() {
     Warpgroup& group = warpgroup();
-    while (group.groups.size() > PENDING) {
-        const auto oldest = std::move(group.groups.front());
-        group.groups.erase(group.groups.begin());
-        for (const auto& p : oldest) {
-            for (int thread = 0; thread < 128; ++thread)
-                if (p->before[thread].empty()) p->before[thread].assign(p->d[thread], p->d[thread] + p->columns / 2);
-            compute(*p);
-        }
-    }
+    block().wait_until([&group] { return group.groups.size() <= PENDING; });
     group.fenced[threadIdx.x % 128] = false;
 }
 template <int N>
