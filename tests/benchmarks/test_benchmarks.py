@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from benchmarks import model as whole
 from page4d.config import preset
 from page4d.model import Page4D
 from page4d_kernels import use_backend
+from page4d_kernels.nvtx import peak_bytes
 
 SMALL = [data.Case(op, way, 1, torch.float32, heads=2) for op in ("mask_head", "qk_norm_rope") for way in ("forward", "backward")]
 LIMITS = {"matrix_flops_bfloat16": 1e12, "matrix_flops_float32": 1e11, "copy_bytes": 1e10, "exp2": 1e9}
@@ -222,6 +225,14 @@ def test_report(tmp_path, monkeypatch):
     assert "| trunk-forward-4x893-float32 | page4d | 4000.000 (3600.000 to 4400.000) | 1.00 TFLOP/s | 50% | 3 |  |" in page
     assert "| trunk-forward-8x893-float32 | other | out of memory | | | | |" in page
     assert (tmp_path / "results" / "machine" / "some-trunk-forward-float32.png").stat().st_size > 5000
+
+
+def test_a_process_does_not_start_with_the_peak_of_its_parent():
+    large = torch.ones(200_000_000)  # 800 MB
+    here = peak_bytes(torch.device("cpu"))
+    code = "import torch; from page4d_kernels.nvtx import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    there = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert there < large.nbytes < here
 
 
 class TestOfficial:
