@@ -270,8 +270,9 @@ struct Consumer {
             product_wait<0>();
             pin(out);
             release(shared.v_empty[v.stage]);
+            if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f))  // a maximum moved, which soon becomes rare
 #pragma unroll
-            for (int i = 0; i < D / 2; ++i) out[i] *= shrink[i / 2 % 2];
+                for (int i = 0; i < D / 2; ++i) out[i] *= shrink[i / 2 % 2];
             round_weights(s);
         }
         ++taken;

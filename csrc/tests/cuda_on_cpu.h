@@ -198,6 +198,16 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
     return other;
 }
 
+inline bool __any_sync(unsigned, bool mine) {
+    static bool lanes[64][32];
+    const unsigned warp = threadIdx.x / 32;
+    lanes[warp][threadIdx.x % 32] = mine;
+    block().meet({of_warp, static_cast<int>(warp)}, 32, [] {});
+    const bool any = std::any_of(lanes[warp], lanes[warp] + 32, [](bool x) { return x; });
+    block().meet({of_warp, static_cast<int>(warp)}, 32, [] {});
+    return any;
+}
+
 // ---- types and arithmetic ---------------------------------------------------------------------------------------------------------
 using std::max;
 using std::min;
