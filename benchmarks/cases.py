@@ -6,6 +6,7 @@ agree with float64 on the case's own shape with one head (attention) or one fram
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from page4d.config import preset
 from page4d_kernels import TokenLayout, mask_attention, mask_head, qk_norm_rope, residual_norm, rope_tables
@@ -109,8 +111,9 @@ def _ours_without_mask(inputs: AttentionInputs, backend: str) -> Any:
     return mask_attention(inputs.q, inputs.k, inputs.v, backend=backend)
 
 
-def _torch_without_mask(inputs: AttentionInputs) -> Tensor:
-    return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v)
+def _torch_without_mask(inputs: AttentionInputs, kernel: SDPBackend | None = None) -> Tensor:
+    with sdpa_kernel(kernel) if kernel is not None else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v)
 
 
 def _dense_bias(inputs: AttentionInputs) -> Tensor:
@@ -125,9 +128,14 @@ def attention_variants(case: Case, device: str) -> list[Variant]:
         if backend.missing() or backend.name == "reference" or (backend.name == "flex" and case.direction == "backward"):
             continue
         found.append(Variant(backend.name, functools.partial(_ours, backend=backend.name)))
-    if not ATTENTION.get("triton").missing() and device == "cuda":
-        found.append(Variant("triton, no layout", functools.partial(_ours, backend="triton", promise=False)))
-        found.append(Variant("triton without mask", functools.partial(_ours_without_mask, backend="triton"), biased=False))
+    if device == "cuda":
+        for name in ("triton", "cuda"):
+            if not ATTENTION.get(name).missing():
+                found.append(Variant(f"{name}, no layout", functools.partial(_ours, backend=name, promise=False)))
+                found.append(Variant(f"{name} without mask", functools.partial(_ours_without_mask, backend=name), biased=False))
+        for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            which = kernel.name.removesuffix("_ATTENTION").lower()
+            found.append(Variant(f"torch sdpa ({which}) without mask", functools.partial(_torch_without_mask, kernel=kernel), biased=False))
     if case.tokens**2 * case.dtype.itemsize <= DENSE_BYTES:
         found.append(Variant("torch sdpa, dense bias", _dense_bias))
     return found
