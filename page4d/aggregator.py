@@ -106,7 +106,7 @@ class Aggregator(nn.Module):
                 x = how.frame(frame_block, x, table)
             if index == config.mask_after and self.spatial_mask_head is not None and (use_mask or want_mask):
                 with stage("mask head"):
-                    key_bias = self.spatial_mask_head(x, grid, special)
+                    key_bias = how.mask(self.spatial_mask_head, x, grid, special)
                 if use_mask:
                     modulation = Modulation(self._gate(layout, batch, mask_strength, x), key_bias, layout)
             if not layers and index == last:

@@ -16,6 +16,7 @@ from page4d_kernels.env import VariableError
 from .checkpoint import HUB, local_file
 from .config import preset
 from .errors import InputError, UserError
+from .memory import out_of_memory
 from .model import Page4D, default_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,8 +60,8 @@ def guarded(run: Callable[[], str], save_memory: str = "use fewer --frames or a 
     except (UserError, BackendError, VariableError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
         detail = (str(error).splitlines() or [""])[0]
         print(f"error: out of memory: {save_memory} ({detail})", file=sys.stderr)

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from page4d_kernels.reference import accumulation_dtype
+
 from .layers import Block, Modulation, Rope
-from .memory import Plan, Workload, by_pieces, halved
+from .memory import Plan, Workload, by_pieces, halved, offloaded, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -32,24 +34,32 @@ class Lean:
     def embed(self, encoder: nn.Module, normalise: Callable[[Tensor], Tensor], images: Tensor, special: Tensor) -> Tensor:
         """Special tokens (B, S, n, C) and the encoder's patches of images (B, S, 3, H, W), which may lie on another device."""
         batch, frames, first = special.shape[:3]
-        x = special.new_empty(batch * frames, self.work.per_frame, special.shape[-1])
-        x[:, :first] = special.flatten(0, 1)
-        pictures = images.flatten(0, 1)
+        x = special.new_empty(batch, frames, self.work.per_frame, special.shape[-1])
+        x[:, :, :first] = special
 
         def work(piece: slice) -> None:
-            x[piece, first:] = encoder(normalise(pictures[piece].to(self.device, non_blocking=True)))
+            pictures = images[:, piece].flatten(0, 1).to(self.device, non_blocking=True)
+            x[:, piece, first:] = encoder(normalise(pictures)).unflatten(0, (batch, -1))
 
-        self._by_pieces(batch * frames, work)
-        return x.unflatten(0, (batch, frames))
+        self._by_pieces(frames, work)
+        return x
 
     def frame(self, block: Block, x: Tensor, rope: Rope) -> Tensor:
-        every = x.flatten(0, 1)
+        def work(piece: slice) -> None:
+            x[:, piece] = block(x[:, piece].flatten(0, 1), rope).unflatten(0, (len(x), -1))
+
+        self._by_pieces(x.shape[1], work)
+        return x
+
+    def mask(self, head: nn.Module, x: Tensor, grid: tuple[int, int], special: int) -> Tensor:
+        """Key bias (B, S*P): the mask head looks at each frame alone."""
+        bias = x.new_empty(x.shape[:3], dtype=accumulation_dtype(x.dtype))
 
         def work(piece: slice) -> None:
-            every[piece] = block(every[piece], rope)
+            bias[:, piece] = head(x[:, piece], grid, special).unflatten(1, (-1, x.shape[2]))
 
-        self._by_pieces(len(every), work)
-        return x
+        self._by_pieces(x.shape[1], work)
+        return bias.flatten(1)
 
     def across(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None) -> Tensor:
         """A global block: attention over all frames, the rest by pieces of frames."""
@@ -71,15 +81,13 @@ class Lean:
 
     def _project(self, block: Block, x: Tensor, rope: Rope) -> list[Tensor]:
         """q, k, v (B, H, S*P, D) of the normalised tokens."""
-        batch, frames, per_frame = x.shape[:3]
+        batch, frames, per_frame, dim = x.shape
         attention = block.attn
-        whole: list[Tensor] = []
+        shape = (batch, attention.num_heads, frames * per_frame, dim // attention.num_heads)
+        whole = [x.new_empty(shape, dtype=self.dtype) for _ in range(3)]
 
         def work(piece: slice) -> None:
             parts = attention.project(block.norm1(x[:, piece].flatten(1, 2)), rope)
-            if not whole:
-                shape = (batch, attention.num_heads, frames * per_frame, parts[0].shape[-1])
-                whole.extend([parts[0].new_empty(shape) for _ in parts])
             for full, part in zip(whole, parts, strict=True):
                 full[:, :, piece.start * per_frame : piece.stop * per_frame] = part
 
@@ -88,8 +96,12 @@ class Lean:
 
     def keep_frame(self, x: Tensor) -> None:
         """Remember x as the frame half of a layer that the heads read."""
-        where = {"device": "cpu", "pin_memory": self.device.type == "cuda"} if self.plan.offload else {"device": self.device}
-        self.kept.append(torch.empty(2, *x.shape, dtype=self.dtype, **where))
+
+        def room() -> Tensor:
+            where = {"device": "cpu", "pin_memory": self.device.type == "cuda"} if self.plan.offload else {"device": self.device}
+            return torch.empty(2, *x.shape, dtype=self.dtype, **where)
+
+        self.kept.append(self._with_room(room))
         self._store(self.kept[-1][0], x)
 
     def keep(self, x: Tensor) -> None:
@@ -99,7 +111,7 @@ class Lean:
     def layers(self) -> list[Tensor]:
         """The kept layers (B, S, P, 2, C)."""
         if self.copies is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.copies)
+            self.copies.synchronize()  # the host itself may read them next: a part that is not contiguous is gathered there
         return [layer.movedim(0, -2) for layer in self.kept]
 
     def _store(self, half: Tensor, x: Tensor) -> None:
@@ -128,10 +140,10 @@ class Lean:
         """`work`, once more with the kept layers moved to the host if it runs out of memory."""
         try:
             return work()
-        except torch.OutOfMemoryError:
-            if self.device.type == "cpu" or self.plan.offload:
+        except (RuntimeError, MemoryError) as error:
+            if self.device.type == "cpu" or self.plan.offload or not out_of_memory(error):
                 raise
-            self.plan = halved(self.plan, self.work, offload=True)
+            self.plan = offloaded(self.plan, self.work)
             log.warning("out of memory in spite of the plan: going on with %s", self.plan)
             self.kept = [layer.cpu() for layer in self.kept]
         return work()
@@ -151,6 +163,9 @@ class Plain:
 
     def frame(self, block: Block, x: Tensor, rope: Rope) -> Tensor:
         return self.run(block, x.flatten(0, 1), rope).view_as(x)
+
+    def mask(self, head: nn.Module, x: Tensor, grid: tuple[int, int], special: int) -> Tensor:
+        return head(x, grid, special)
 
     def across(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None) -> Tensor:
         return self.run(block, x.flatten(1, 2), rope, modulation).view_as(x)

@@ -7,8 +7,9 @@ counted by the tensors that are alive at its worst moment.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -65,35 +66,43 @@ class Plan:
 
 
 def make_plan(work: Workload, budget: int | None, can_offload: bool = False) -> Plan:
-    """The fastest plan whose bytes fit the budget; the leanest if none does. Without a budget, the fastest."""
-    plan = Plan(0, 0)
-    for plan in _plans(work, can_offload):
-        plan = replace(plan, bytes=predicted_bytes(work, plan))
+    """The first of these whose bytes fit the budget: large pieces, smaller ones where that saves memory, the same with kept layers on the
+    host; the leanest if none does. Without a budget, large pieces.
+    """
+    trunk = min(max(1, PIECE_TOKENS // (work.per_frame * work.batch)), work.frames)
+    found = []
+    for offload in (False, True) if can_offload else (False,):
+        plan = _priced(work, Plan(trunk, min(HEAD_FRAMES, work.all_frames), offload))
+        while budget is not None and plan.bytes > budget:
+            fewer = replace(plan, head_frames=max(1, plan.head_frames // 2)), replace(plan, trunk_frames=max(1, plan.trunk_frames // 2))
+            leaner = [other for other in (_priced(work, plan) for plan in fewer) if other.bytes < plan.bytes]
+            if not leaner:
+                break
+            plan = leaner[0]
         if budget is None or plan.bytes <= budget:
-            break
-    return plan
+            return plan
+        found.append(plan)
+    return min(found, key=lambda plan: plan.bytes)
 
 
-def _plans(work: Workload, can_offload: bool) -> Iterator[Plan]:
-    """From fast to lean."""
-    trunk = min(max(1, PIECE_TOKENS // work.per_frame), work.frames)
-    heads = min(HEAD_FRAMES, work.all_frames)
-    while True:
-        yield Plan(trunk, heads)
-        if trunk == heads == 1:
-            break
-        heads = max(1, heads // 2)
-        if heads == 1:
-            trunk = max(1, trunk // 2)
-    if can_offload:
-        yield Plan(1, 1, offload=True)
+def _priced(work: Workload, plan: Plan) -> Plan:
+    return replace(plan, bytes=predicted_bytes(work, plan))
 
 
-def halved(plan: Plan, work: Workload, offload: bool = False) -> Plan:
-    """The plan with pieces of half as many frames, and with the kept layers in the host's memory if that is asked for."""
-    frames = {"trunk_frames": max(1, plan.trunk_frames // 2), "head_frames": max(1, plan.head_frames // 2)}
-    smaller = replace(plan, **frames, offload=plan.offload or offload)
-    return replace(smaller, bytes=predicted_bytes(work, smaller))
+def halved(plan: Plan, work: Workload) -> Plan:
+    """The plan with pieces of half as many frames."""
+    return _priced(work, replace(plan, trunk_frames=max(1, plan.trunk_frames // 2), head_frames=max(1, plan.head_frames // 2)))
+
+
+def offloaded(plan: Plan, work: Workload) -> Plan:
+    """The plan with the kept layers in the host's memory."""
+    return _priced(work, replace(plan, offload=True))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what an allocator says that has no memory left: the CPU's and that of pinned memory raise any RuntimeError."""
+    said = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "out of memory" in str(error))
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def by_pieces(count: int, frames: int, work: Callable[[slice], None], smaller: Callable[[int], int]) -> None:
@@ -106,8 +115,8 @@ def by_pieces(count: int, frames: int, work: Callable[[slice], None], smaller: C
         piece = slice(first, min(first + frames, count))
         try:
             work(piece)
-        except torch.OutOfMemoryError:
-            if frames == 1:
+        except (RuntimeError, MemoryError) as error:
+            if frames == 1 or not out_of_memory(error):
                 raise
             frames = smaller(frames)
             continue
@@ -124,7 +133,9 @@ def predicted_bytes(work: Workload, plan: Plan) -> int:
     pixels = height * width
     images = work.all_frames * 3 * pixels * 4 if work.images_here else 0
     stream = 4 * row
-    kept = 0 if plan.offload else work.kept * 2 * item * row
+    kept = work.kept * 2 * item * row
+    if plan.offload:  # one half on its way to the host
+        kept = min(kept, item * row)
 
     low = 0 if item == 4 else item  # a copy in low precision of what goes into a product
     mlp = 4 + low + 4 + config.mlp_ratio * item * 2  # normalised, cast, the residual, hidden before and after GELU
@@ -186,16 +197,42 @@ def track_bytes(work: Workload, track: TrackHeadConfig, frames: int) -> int:
     return max(extracting, following)
 
 
+def can_offload(work: Workload, device: torch.device) -> bool:
+    """Whether kept layers may go to the host: from a GPU, if there is room for twice their size: pinned memory comes in powers of two."""
+    room = budget_of(torch.device("cpu"))
+    tokens = work.all_frames * work.per_frame * work.config.embed_dim
+    return device.type == "cuda" and (room is None or work.kept * 2 * work.itemsize * tokens * 2 <= room)
+
+
 def budget_of(device: torch.device) -> int | None:
-    """Bytes to plan for: most of what is free on a GPU, or of the memory that the system says is available. None if nobody knows."""
+    """Bytes to plan for: most of what is free on a GPU, or of the memory that the system or the container has. None if nobody knows."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(SPARE * (free + reusable))
+    free_here = [x for x in (_free_of_system(), free_of_container(Path("/sys/fs/cgroup"))) if x is not None]
+    return int(SPARE * min(free_here)) if free_here else None
+
+
+def _free_of_system() -> int | None:
     try:
-        with open("/proc/meminfo") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-        return int(SPARE * 1024 * int(available.split()[1]))
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     except (OSError, StopIteration):
-        pages = getattr(os, "sysconf", lambda _: 0)("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-        return int(SPARE * pages * os.sysconf("SC_PAGE_SIZE") / 2) if pages else None
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names else 0
+        return pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages else None
+
+
+def free_of_container(group: Path) -> int | None:
+    """What the control group at this path may still take, files in its cache not counted; None if it has no limit."""
+    for limit, usage, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, used = int((group / limit).read_text()), int((group / usage).read_text())
+            stat = dict(line.split() for line in (group / limit).with_name("memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+        return max(0, most - used + int(stat.get(cache, 0)))
+    return None

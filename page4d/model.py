@@ -19,7 +19,7 @@ from .heads.dense import Allocate
 from .heads.track import UpdateFormer
 from .layers import Conv2d, Linear
 from .lean import Lean
-from .memory import HEAD_FRAMES, Plan, Workload, budget_of, make_plan
+from .memory import HEAD_FRAMES, Plan, Workload, budget_of, can_offload, make_plan
 from .prediction import Prediction
 
 OUTPUTS = ("camera", "depth", "points", "mask")  # tracks come with query points
@@ -151,8 +151,7 @@ class Page4D(nn.Module):
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             points = 0 if query_points is None else query_points.shape[1]
             work = self._workload(images.shape, wanted, images.device == device, allocate is None, points)
-            plan = make_plan(work, budget_of(device) if memory_budget is None else memory_budget, device.type == "cuda")
-            run = Lean(plan, work, device, aggregator.compute_dtype)
+            run = Lean(self._plan(work, memory_budget), work, device, aggregator.compute_dtype)
         features = aggregator(images, mask_strength=strength, layers=layers, want_mask="mask" in wanted, run=run)
         frames = HEAD_FRAMES if run is None else run.plan.head_frames
         with torch.autocast(device.type, enabled=False):
@@ -180,8 +179,11 @@ class Page4D(nn.Module):
         """
         wanted = self._wanted(outputs, None) | ({"track"} if points else set())
         work = self._workload(shape, wanted, images_here, results_here, points)
+        return self._plan(work, memory_budget)
+
+    def _plan(self, work: Workload, memory_budget: int | None) -> Plan:
         device = self.aggregator.camera_token.device
-        return make_plan(work, budget_of(device) if memory_budget is None else memory_budget, device.type == "cuda")
+        return make_plan(work, budget_of(device) if memory_budget is None else memory_budget, can_offload(work, device))
 
     def _workload(self, shape: Sequence[int], outputs: Collection[str], images_here: bool, results_here: bool, points: int) -> Workload:
         batch, frames, _, height, width = shape
