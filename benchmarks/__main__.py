@@ -45,7 +45,9 @@ def measure(
             verdict = gate(case, variant, inputs(case, device, small=True))
             row |= dataclasses.asdict(verdict)
             if not row["reason"]:
-                runs[variant.name] = prepare(case, variant, inputs(case, device))
+                run = prepare(case, variant, inputs(case, device))
+                run()  # warms up, and shows whether there is memory for the whole size
+                runs[variant.name] = run
         except RuntimeError as error:  # it cannot serve this, has no memory, does not compile: the others are measured all the same
             row["reason"] = str(error).strip().splitlines()[0]
     with contextlib.ExitStack() as stack:
@@ -80,10 +82,11 @@ def _official_row(
     return row | {"reason": "", "official_peak": process.peak, "difference": difference}
 
 
-def resident_peak(case: Case, variant: str) -> int:
-    """The most memory that a process of its own holds which makes the inputs and weights and calls a variant once."""
+def resident_peak(case: Case, variant: str) -> int | None:
+    """The most memory that a process of its own holds that makes the inputs and weights and calls a variant once; None if it fails."""
     command = [sys.executable, "-m", "benchmarks", "peak", case.name, variant]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    result = subprocess.run(command, capture_output=True, text=True)
+    return int(result.stdout) if result.returncode == 0 else None
 
 
 def save(results: dict[str, Any], path: Path) -> None:

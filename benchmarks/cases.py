@@ -169,9 +169,9 @@ def _rope_inputs(case: Case, device: str, frames: int) -> list[Tensor]:
     return [*(x.to(device, case.dtype) for x in (qkv, *vectors)), *rope_tables(GRID, case.head_dim, device=device)]
 
 
-def _rope(tensors: list[Tensor], backend: str) -> Tensor:
+def _rope(tensors: list[Tensor], backend: str) -> Any:
     q, k, _ = qk_norm_rope(*tensors, grid=GRID, special_tokens=SPECIAL, backend=backend)
-    return torch.stack([q, k]) if torch.is_grad_enabled() else q
+    return torch.stack([q, k]) if torch.is_grad_enabled() else (q, k)
 
 
 def _residual_inputs(case: Case, device: str, frames: int) -> list[Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from page4d_kernels import registries
+
 from .memory import budget_of
 from .model import Page4D
 from .prediction import Prediction
@@ -47,7 +49,8 @@ class GraphedPage4D:
         if device.type != "cuda" or torch.is_grad_enabled() or not short:
             return self.model(**inputs, **options)
         shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
-        key = (shapes, str(options), self.model.aggregator.compute_dtype)
+        backends = tuple(registry.requested() for registry in registries().values())  # a graph is that of the backends it was captured with
+        key = (shapes, str(options), self.model.aggregator.compute_dtype, torch.is_autocast_enabled(device.type), backends)
         if key not in self._graphs:
             self._graphs[key] = _capture(self.model, inputs, options)
         return self._graphs[key](**inputs)
@@ -57,21 +60,24 @@ def _capture(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]) 
     """The pass for these shapes: copies new inputs into those of the capture, replays, and clones what came out."""
     device = model.aggregator.camera_token.device
     budget = budget_of(device)  # asked for once: a capture had better not ask the driver
-    static = {name: x.detach().to(device, copy=True) for name, x in inputs.items()}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            model(**static, **options, memory_budget=budget)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = model(**static, **options, memory_budget=budget)
+    with torch.inference_mode(False):  # an inference tensor could not be written to by a later call outside of that mode
+        static = {name: torch.empty_like(x, device=device).copy_(x.detach()) for name, x in inputs.items()}
+    with torch.cuda.device(device):  # streams and graphs belong to the current one
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                model(**static, **options, memory_budget=budget)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(**static, **options, memory_budget=budget)
 
     def replay(**given: Tensor) -> Prediction:
-        for name, x in given.items():
-            static[name].copy_(x)
-        graph.replay()
+        with torch.cuda.device(device):
+            for name, x in given.items():
+                static[name].copy_(x)
+            graph.replay()
         return Prediction(**{name: x.clone() for name, x in captured.tensors().items()})
 
     return replay

@@ -227,6 +227,22 @@ def test_report(tmp_path, monkeypatch):
     assert (tmp_path / "results" / "machine" / "some-trunk-forward-float32.png").stat().st_size > 5000
 
 
+def test_a_variant_that_fails_at_full_size_stops_no_other(monkeypatch):
+    case = SMALL[0]
+
+    def fails_at_full_size(tensors):
+        if tensors[0].shape[1] == case.frames and fails_at_full_size.gated:
+            raise torch.OutOfMemoryError("CUDA out of memory\nmore detail")
+        fails_at_full_size.gated = True
+        return data._head(tensors, "reference")
+
+    fails_at_full_size.gated = False
+    found = [data.Variant("large", fails_at_full_size), data.Variant("reference", lambda tensors: data._head(tensors, "reference"))]
+    monkeypatch.setattr(command, "variants", lambda case, device: found)
+    rows = command.measure(case, "cpu", 0.0, LIMITS)
+    assert rows[0]["reason"] == "CUDA out of memory" and "median" not in rows[0] and rows[1]["median"] > 0
+
+
 def test_a_process_does_not_start_with_the_peak_of_its_parent():
     large = torch.ones(200_000_000)  # 800 MB
     here = peak_bytes(torch.device("cpu"))

@@ -381,6 +381,9 @@ class TestGraphs:
             assert call() == call() == "replayed" and len(captures) == count
         graphed(torch.zeros(3, 3, 28, 42), outputs=["camera", "depth"])
         assert len(captures) == 7
+        with use_backend("reference"):  # a graph is that of the backends it was captured with
+            graphed(torch.zeros(3, 3, 28, 42))
+        assert len(captures) == 8
 
     def test_what_goes_to_the_model(self, captures, model):
         graphed = graphs.GraphedPage4D(self.OnCuda(), max_frames=3)

@@ -46,7 +46,7 @@ def _why_not(problem: AttentionProblem) -> list[str]:
     if problem.head_dim not in HEAD_DIMS:
         reasons.append(f"it takes head dims {' and '.join(map(str, HEAD_DIMS))}, not {problem.head_dim}")
     if not problem.aligned:
-        reasons.append("q, k and v have to start and step by multiples of 16 bytes")
+        reasons.append("q, k and v have to step by multiples of 16 bytes")
     if problem.layout is not None and problem.layout.special_tokens > MAX_SPECIAL_TOKENS:
         reasons.append(f"it takes at most {MAX_SPECIAL_TOKENS} special tokens in a frame, not {problem.layout.special_tokens}")
     if problem.needs_grad:

@@ -25,7 +25,7 @@ class AttentionProblem:
     layout: TokenLayout | None = None
     needs_grad: frozenset[str] = frozenset()  # of "q", "k", "v", "query_gate", "key_bias"
     need_lse: bool = False
-    aligned: bool = True  # heads of tokens of q, k and v start at multiples of 16 bytes, as far as strides say
+    aligned: bool = True  # q, k and v step by multiples of 16 bytes
 
 
 HALF = (torch.float16, torch.bfloat16)
