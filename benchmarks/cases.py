@@ -31,6 +31,7 @@ from . import model as whole
 
 GRID, SPECIAL = (24, 37), 5  # 336 x 518 pixels in patches of 14
 PER_FRAME = SPECIAL + GRID[0] * GRID[1]
+HIDDEN = 256  # of the mask head
 FRAMES = (1, 2, 4, 8, 10, 20, 50, 100, 200, 500, 1000)  # of the whole model
 DENSE_BYTES = 8 << 30  # a dense N x N bias larger than this is left out
 BF16_ERROR = {"forward": 2e-2, "backward": 6e-2}  # relative to the norm; the official arithmetic rounds the gate as well
@@ -59,11 +60,13 @@ class Case:
         matrix = limits.get(f"products_flops_{dtype}") or limits.get(f"matrix_flops_{dtype}", limits["matrix_flops_bfloat16"])
         if self.op in whole.OUTPUTS or self.op == "block":
             return {"flops": matrix}
+        if self.op != "mask_attention":
+            return {"flops": matrix, "bytes": limits["copy_bytes"]}
         per_exp2 = formulas.attention_flops(1, 1, 1, 1, self.head_dim, self.direction)
         return {"flops": min(matrix, limits["exp2"] * per_exp2), "bytes": limits["copy_bytes"]}
 
     def work(self) -> dict[str, float]:
-        """Flops or bytes of one call, whichever binds it."""
+        """Flops and bytes of one call, as far as they can bind it."""
         if self.op in whole.OUTPUTS:
             config = preset("page4d-mask")
             parts = formulas.trunk_flops(config, self.frames, whole.SIZE) | formulas.heads_flops(config, self.frames, whole.SIZE)
@@ -72,7 +75,11 @@ class Case:
             return {"flops": formulas.block_flops(preset("page4d-mask"), self.tokens, self.direction)}
         if self.op == "mask_attention":
             return {"flops": formulas.attention_flops(1, self.heads, self.tokens, self.tokens, self.head_dim, self.direction)}
-        return {"bytes": OTHERS[self.op].bytes(self)}
+        work = {"bytes": OTHERS[self.op].bytes(self)}
+        if self.op == "mask_head":
+            patches = self.frames * GRID[0] * GRID[1]
+            work["flops"] = formulas.mask_head_flops(patches, self.heads * self.head_dim, HIDDEN, self.direction)
+        return work
 
 
 def cases() -> list[Case]:
@@ -151,7 +158,7 @@ def attention_case(case: Case, device: str, heads: int) -> AttentionInputs:
 
 def _head_inputs(case: Case, device: str, frames: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    channels, hidden = case.heads * case.head_dim, 256
+    channels, hidden = case.heads * case.head_dim, HIDDEN
     tokens = torch.randn(1, frames, PER_FRAME, channels, generator=generator) * 3 + 1
     shapes = [(channels, 1, 3, 3), (channels,), (hidden, channels, 1, 1), (hidden,), (1, hidden, 1, 1), (1,)]
     parameters = [torch.randn(shape, generator=generator) * 0.1 for shape in shapes]
@@ -212,7 +219,7 @@ OTHERS = {
         _rope_inputs,
         _rope,
         slice(5),
-        lambda case: formulas.qk_norm_rope_bytes(case.tokens, case.heads, case.head_dim, case.dtype.itemsize),
+        lambda case: formulas.qk_norm_rope_bytes(case.tokens, case.heads, case.head_dim, case.dtype.itemsize, case.direction),
     ),
     "residual_norm": Other(
         RESIDUAL_NORM,

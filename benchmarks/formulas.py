@@ -20,9 +20,14 @@ def mask_head_bytes(tokens: int, channels: int, itemsize: int) -> float:
     return 2.0 * tokens * channels * itemsize
 
 
-def qk_norm_rope_bytes(tokens: int, heads: int, head_dim: int, itemsize: int) -> float:
-    """q and k, read once and written once; v stays where it is."""
-    return 4.0 * tokens * heads * head_dim * itemsize
+def mask_head_flops(tokens: int, channels: int, hidden: int, direction: str) -> float:
+    """The product with W2, nine taps and the last layer; the backward, from the tokens alone, does it again and has two more of each."""
+    return {"forward": 1, "backward": 3}[direction] * 2.0 * tokens * (channels * hidden + 9 * channels + hidden)
+
+
+def qk_norm_rope_bytes(tokens: int, heads: int, head_dim: int, itemsize: int, direction: str) -> float:
+    """q and k, read once and written once; v stays where it is. Backward: both and their gradients read, the projection's written."""
+    return {"forward": 4.0, "backward": 7.0}[direction] * tokens * heads * head_dim * itemsize
 
 
 def residual_norm_bytes(tokens: int, channels: int, itemsize: int, direction: str) -> float:

@@ -28,22 +28,23 @@ GRID, SPECIAL = (SIZE[0] // 14, SIZE[1] // 14), 5
 
 @dataclass(frozen=True)
 class Given:
-    """Images for a preset, and the dtype of the trunk's products."""
+    """Images for a preset, the dtype of the trunk's products, and the memory it may take."""
 
     preset: str
     images: Tensor
     dtype: torch.dtype
     outputs: tuple[str, ...]
+    budget: int | None = None
 
     def to(self, dtype: torch.dtype) -> Given:
-        return Given(self.preset, self.images.to(dtype), dtype, self.outputs)
+        return Given(self.preset, self.images.to(dtype), dtype, self.outputs, self.budget)
 
 
 def make_inputs(op: str, frames: int, dtype: torch.dtype, device: str, small: bool) -> Given:
-    """`small`: all 24 layers at width 128, one frame of 56 x 84, for the gate."""
+    """`small`: all 24 layers at width 128, three frames of 56 x 84 in pieces of one, for the gate."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(1, 1 if small else frames, 3, *(SMALL if small else SIZE), generator=generator)
-    return Given("tiny" if small else "page4d-mask", images.to(device), dtype, OUTPUTS[op])
+    images = torch.rand(1, 3 if small else frames, 3, *(SMALL if small else SIZE), generator=generator)
+    return Given("tiny" if small else "page4d-mask", images.to(device), dtype, OUTPUTS[op], 0 if small else None)
 
 
 @functools.lru_cache(maxsize=3)
@@ -73,17 +74,30 @@ def as_official(device: str, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def ours(given: Given) -> Tensor:
+def our_model(given: Given) -> Page4D:
     everything = torch.float64 if given.dtype == torch.float64 else torch.float32
-    model = random_model(given.preset, given.dtype, everything, given.images.device.type)
+    return random_model(given.preset, given.dtype, everything, given.images.device.type)
+
+
+def official_model(given: Given) -> Page4D:
+    return random_model(given.preset, torch.float32, torch.float32, given.images.device.type)
+
+
+MODELS = {"page4d": our_model, "official arithmetic": official_model}  # by variant
+
+
+def ours(given: Given) -> Tensor:
+    model = our_model(given)
     with torch.inference_mode():
-        return joined(model(given.images, outputs=given.outputs).tensors())
+        return joined(model(given.images, outputs=given.outputs, memory_budget=given.budget).tensors())
 
 
 def official_arithmetic(given: Given) -> Tensor:
-    device = given.images.device.type
-    model = random_model(given.preset, torch.float32, torch.float32, device)
-    with as_official(device, given.dtype), torch.enable_grad():  # whole tensors: no parameter asks for a gradient, so none is made
+    model = official_model(given)
+    with (
+        as_official(given.images.device.type, given.dtype),
+        torch.enable_grad(),
+    ):  # whole tensors: no parameter asks for a gradient, so none is made
         return joined(model(given.images, outputs=given.outputs).tensors())
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from page4d.checkpoint import save_official
-from page4d_kernels.nvtx import peak_bytes
+from page4d_kernels.nvtx import peak_bytes, reset_peak
 
 from .model import Given, joined, random_model
 
@@ -87,6 +87,7 @@ def serve(clone: str, name: str, device: str, folder: Path) -> None:
         raise ValueError(f"the weights do not fit {name}: missing {missing[:3]} ... ({len(missing)}), {len(unexpected)} unexpected")
     model = model.to(device).eval()
     low = dtype != torch.float32
+    reset_peak(torch.device(device))  # on the CPU the mapped file of the weights counts while they are read
     before = peak_bytes(torch.device(device)) if device == "cuda" else 0
     print(f"\n{MARK}ready", flush=True)
     for _ in sys.stdin:

@@ -152,6 +152,8 @@ class Page4D(nn.Module):
             points = 0 if query_points is None else query_points.shape[1]
             work = self._workload(images.shape, wanted, images.device == device, allocate is None, points)
             run = Lean(self._plan(work, memory_budget), work, device, aggregator.compute_dtype)
+            if allocate is not None:
+                allocate = self._allocated(work, allocate)
         features = aggregator(images, mask_strength=strength, layers=layers, want_mask="mask" in wanted, run=run)
         frames = HEAD_FRAMES if run is None else run.plan.head_frames
         with torch.autocast(device.type, enabled=False):
@@ -180,6 +182,15 @@ class Page4D(nn.Module):
         wanted = self._wanted(outputs, None) | ({"track"} if points else set())
         work = self._workload(shape, wanted, images_here, results_here, points)
         return self._plan(work, memory_budget)
+
+    def _allocated(self, work: Workload, allocate: Allocate) -> Allocate:
+        """`allocate`, asked before the trunk: what has no room says so at once."""
+        heads = {"depth": self.depth_head, "points": self.point_head}
+        made: dict[str, Tensor] = {}
+        for output, head in heads.items():
+            if output in work.outputs and head is not None:
+                made |= {name: allocate(name, (work.all_frames, *work.size, *rest)) for name, rest in head.results}
+        return lambda name, shape: made.pop(name)
 
     def _plan(self, work: Workload, memory_budget: int | None) -> Plan:
         device = self.aggregator.camera_token.device

@@ -53,6 +53,15 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def reset_peak(device: torch.device) -> None:
+    """`peak_bytes` starts again from what is held now, where the system lets it (CUDA and Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 @contextlib.contextmanager
 def record(device: torch.device | str) -> Iterator[Recording]:
     """Measure every `stage` run inside. Synchronises a CUDA device at both ends of each stage: for reports, not for benchmarks."""

@@ -171,6 +171,11 @@ class DenseHead(DensePredictor):
         predict = nn.Sequential(Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), Conv2d(32, channels, 1))
         self.scratch.add_module("output_conv2", predict)
 
+    @property
+    def results(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names of map and confidence, and what their shapes have after frames, height and width."""
+        return [("depth", (1,)), ("depth_conf", ())] if self.kind == "depth" else [("world_points", (3,)), ("world_points_conf", ())]
+
     def forward(self, layers: list[Tensor], special_tokens: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Tokens (n, P, 2C) of each of the four layers -> map (n, H, W, 1 or 3), confidence (n, H, W)."""
         features = self.features(layers, special_tokens, image_size, image_size)
@@ -191,10 +196,9 @@ class DenseHead(DensePredictor):
         `frames` are done at a time; without gradients each piece goes straight to its place in what `allocate` made.
         """
         shape = layers[0].shape[:2]
-        names = ("depth", "depth_conf") if self.kind == "depth" else ("world_points", "world_points_conf")
 
         def make(index: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-            return allocate(names[index], shape) if allocate else like.new_empty(shape)
+            return allocate(self.results[index][0], shape) if allocate else like.new_empty(shape)
 
         found = gather(shape.numel(), frames, lambda piece: self(self.piece(layers, piece), special_tokens, image_size), make)
         return found[0].unflatten(0, shape), found[1].unflatten(0, shape)

@@ -296,6 +296,15 @@ def test_results_go_where_they_are_allocated(model):
         assert getattr(found, name).data_ptr() == value.data_ptr() and value.isfinite().all(), name
 
 
+def test_results_without_room_are_noticed_before_the_trunk(model, monkeypatch):
+    def allocate(name, shape):
+        raise InputError(f"no room for {name}")
+
+    monkeypatch.setattr(model.aggregator, "forward", None)  # not called
+    with torch.no_grad(), pytest.raises(InputError, match="no room for depth"):
+        model(torch.rand(3, 3, 56, 84), outputs=["depth"], allocate=allocate)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("budget", [None, 1])
 def test_the_plan_is_what_a_gpu_allocates(budget):
