@@ -211,7 +211,7 @@ def test_memory_budget(tmp_path, capsys):
         assert main([*arguments, "--memory-budget", budget]) == 0
         depths.append(np.load(tmp_path / name / "predictions.npz")["depth"])
         said = capsys.readouterr().err
-        assert f"beyond the weights, {3 if name == 'much' else 1} frames at a time" in said
+        assert f"beyond the weights, 3 frames at a time, {3 if name == 'much' else 1} in the heads" in said
         assert ("more than the 0.00 GiB of the budget, and as little as it gets" in said) == (name == "little")
         assert [path.name for path in (tmp_path / name).iterdir()] == ["predictions.npz"]  # nothing is left of where results were kept
     assert np.allclose(*depths, rtol=1e-4)
