@@ -98,6 +98,8 @@ def serve(clone: str, name: str, device: str, folder: Path) -> None:
         if not (folder / "peak.json").exists():
             torch.save(joined(found).cpu(), folder / "outputs.pt")
             (folder / "peak.json").write_text(json.dumps(peak_bytes(torch.device(device)) - before))
+        if device == "cuda":
+            torch.cuda.empty_cache()  # or our passes would plan with what this process keeps for its next one
         print(f"\n{MARK}done", flush=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,8 @@ def residual_norm(
     _check(x, branch, {"scale": scale, "weight": weight, "bias": bias}, dtype)
     inputs = (x, branch, scale, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    problem = ResidualNormProblem(x.device.type, x.dtype, x.numel() // x.shape[-1], x.shape[-1], needs_grad)
+    widest = functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs), dtype)
+    problem = ResidualNormProblem(x.device.type, widest, x.numel() // x.shape[-1], x.shape[-1], needs_grad)
     chosen = BACKENDS.choose(problem, backend)
     total, normal = torch.ops.page4d.residual_norm(*inputs, eps, dtype, chosen.name)
     return total, normal

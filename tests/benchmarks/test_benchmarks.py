@@ -216,6 +216,7 @@ def test_report(tmp_path, monkeypatch):
         for frames in (1, 4)
         for variant, factor in (("page4d", 1.0), ("other", 2.0))
     ]
+    rows.append(rows[0] | {"case": "trunk-forward-8x893-float32"})
     rows.append({"case": "trunk-forward-8x893-float32", "variant": "other", "reason": "out of memory"})
     made = dict.fromkeys(("device", "torch", "triton", "python", "commit", "date", "command"), "x")
     (tmp_path / "results" / "machine").mkdir(parents=True)
@@ -231,7 +232,7 @@ def test_report(tmp_path, monkeypatch):
     page = (tmp_path / "RESULTS.md").read_text()
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n<!-- results -->\n\n| frames | `page4d` | `other` |") and readme.endswith("-->\nafter\n")
-    assert "| 4 | 4000 ms, 50% | 8000 ms, 25% |" in readme and "old" not in readme
+    assert "| 4 | 4000 ms, 50% | 8000 ms, 25% |" in readme and "| 8 | 1000 ms, 50% |  |" in readme and "old" not in readme
     assert "## machine: some" in page and "![by frames](results/machine/some-trunk-forward-float32.png)" in page
     assert "| trunk-forward-4x893-float32 | page4d | 4000.000 (3600.000 to 4400.000) | 1.00 TFLOP/s | 50% | 3 |  |" in page
     assert "| trunk-forward-8x893-float32 | other | out of memory | | | | |" in page

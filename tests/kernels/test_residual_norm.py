@@ -120,6 +120,14 @@ def test_strided(backend):
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_what_is_float64_anywhere_is_not_for_triton():
+    if "triton" not in NAMES or home("triton") == "cuda":
+        pytest.skip("needs the interpreter")
+    for tensors, dtype in ((make((2, 8), branch=torch.float64), None), (make((2, 8)), torch.float64)):
+        with pytest.raises(BackendError, match="not float64"):
+            residual_norm(*tensors, dtype=dtype, backend="triton")
+
+
 def test_too_many_channels_for_triton():
     if "triton" not in NAMES or home("triton") == "cuda":
         pytest.skip("needs the interpreter")

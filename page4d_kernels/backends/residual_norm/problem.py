@@ -10,7 +10,7 @@ import torch
 @dataclass(frozen=True)
 class ResidualNormProblem:
     device: str
-    dtype: torch.dtype  # of the residual stream
+    dtype: torch.dtype  # the widest of what goes in and what comes out
     rows: int
     channels: int
     needs_grad: bool = False
