@@ -1,7 +1,8 @@
 """The whole model and its parts at the official size, against the official arithmetic.
 
 The official release is not part of this repository; its arithmetic is: weights in fp32 under autocast, bias by padded heads, QK-norm and
-RoPE one operation after the other, every tensor whole. Weights are random, of the official shapes.
+RoPE one operation after the other, every tensor whole; heads in fp32, as it runs them on a GPU (its autocast on a CPU includes them).
+Weights are random, of the official shapes.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def official_arithmetic(given: Given) -> Tensor:
     with (
         as_official(given.images.device.type, given.dtype),
         torch.enable_grad(),
-    ):  # whole tensors: no parameter asks for a gradient, so none is made
+    ):  # whole tensors, and torch's own products in linear layers: no parameter asks for a gradient, so none is made
         return joined(model(given.images, outputs=given.outputs).tensors())
 
 
