@@ -115,7 +115,9 @@ def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
         if key in limits:
             limit = {row["frames"]: limits[key](row) * unit for row in rows}
             axes.plot(ticks, [limit[frames] for frames in ticks], "k--", linewidth=1, label="limit")
-        axes.set(xscale="log", yscale="linear" if key == "rate" else "log", xlabel="frames of 336 x 518", ylabel=label)
+        values = [row[key] for row in rows if row[key]]
+        wide = key != "rate" and max(values) > 10 * min(values)  # a logarithmic axis has no labels within a power of ten
+        axes.set(xscale="log", yscale="log" if wide else "linear", xlabel="frames of 336 x 518", ylabel=label)
         axes.set_xticks(ticks, [str(frames) for frames in ticks])
         axes.minorticks_off()
     every[0].legend(fontsize=7)
