@@ -25,6 +25,7 @@ from .model import Page4D
 
 ALIGNMENT = 64  # bytes, as of memory that torch allocates
 CONFIG_KEY = "page4d_config"
+BUNDLED = {"nano": Path(__file__).parent / "assets" / "nano.safetensors"}  # see docs/nano.md
 TRACK_HEAD = "track_head."
 MASK_HEAD = "aggregator.spatial_mask_head."
 
@@ -99,13 +100,26 @@ def load_pretrained(name_or_path: str | Path, config: Page4DConfig | None = None
 
 
 def local_file(path: str | Path) -> Path:
-    """The path of a weights file that exists."""
+    """The path of a weights file that exists, or of the bundled weights of that name."""
+    if str(path) in BUNDLED:
+        bundled = BUNDLED[str(path)]
+        if not bundled.is_file():
+            raise CheckpointError(f"weights {str(path)!r}: {bundled} is missing from this installation; install page4d again")
+        return bundled
     path = Path(path)
     if path.is_file():
         return path
     what = "is a directory" if path.is_dir() else "does not exist"
-    advice = f"random:{path} gives that preset random weights" if str(path) in PRESETS else f"or one of {', '.join(HUB)}"
+    advice = f"random:{path} gives that preset random weights" if str(path) in PRESETS else f"or one of {', '.join([*BUNDLED, *HUB])}"
     raise CheckpointError(f"weights {str(path)!r}: the file {what}; give a .pt or .safetensors file, {advice}")
+
+
+def stored_config(name_or_path: str | Path) -> Page4DConfig | None:
+    """The configuration of weights, without reading them: None if the file carries none, as official ones do."""
+    if str(name_or_path) in HUB:
+        return preset(str(name_or_path))
+    path = local_file(name_or_path)
+    return _config_in(path, _metadata(path)) if path.suffix == ".safetensors" else None
 
 
 def _fit_heads(config: Page4DConfig, state: dict[str, Tensor]) -> Page4DConfig:
@@ -156,14 +170,32 @@ def zipfile_format(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Page4DConfig | None]:
+    metadata = _metadata(path)
+    try:
+        state = safetensors.torch.load_file(path)
+    except UNREADABLE as error:
+        raise _damaged(path, error) from None
+    return _weights(path, state), _config_in(path, metadata)
+
+
+UNREADABLE = (safetensors.SafetensorError, OSError, ValueError)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path.name} cannot be read as safetensors, it may be truncated ({error}); fetch it again")
+
+
+def _metadata(path: Path) -> dict[str, str]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        state = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be read as safetensors, it may be truncated ({error}); fetch it again") from None
+            return file.metadata() or {}
+    except UNREADABLE as error:
+        raise _damaged(path, error) from None
+
+
+def _config_in(path: Path, metadata: dict[str, str]) -> Page4DConfig | None:
     try:
-        return _weights(path, state), Page4DConfig.from_json(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
+        return Page4DConfig.from_json(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
     except ConfigError as error:
         raise CheckpointError(f"{path.name}: its metadata holds {error}") from None
 

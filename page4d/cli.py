@@ -16,8 +16,8 @@ from page4d_kernels import env, mask_attention, registries, use_backend
 from page4d_kernels.nvtx import Recording, peak_bytes, record, stage
 
 from .command_line import (
+    DEFAULT_WEIGHTS,
     DTYPES,
-    RANDOM,
     WEIGHTS_HELP,
     check_weights,
     guarded,
@@ -41,18 +41,16 @@ DEFAULT_FRAMES = 32
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Cameras, depth, points, tracks and the dynamics mask of a video, in one forward pass.")
     parser.add_argument("input", nargs="*", help="a video, a folder of images, or image files; the bundled clip if there is none")
-    parser.add_argument(
-        "--weights",
-        default=RANDOM,
-        help=WEIGHTS_HELP,
-    )
+    parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=WEIGHTS_HELP)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
     parser.add_argument(
         "--frames", type=int, help=f"at most so many, evenly spaced (default: {DEFAULT_FRAMES}, or all with --stride or --fps)"
     )
     parser.add_argument("--stride", type=int, help="every so many frames")
     parser.add_argument("--fps", type=float, help="about so many frames per second of video")
-    parser.add_argument("--size", type=parse_size, help="network input: a width, or HEIGHTxWIDTH; multiples of 14 (default: 518 wide)")
+    parser.add_argument(
+        "--size", type=parse_size, help="network input: a width, or HEIGHTxWIDTH; multiples of 14 (default: what suits the weights)"
+    )
     parser.add_argument("--fit", choices=("crop", "pad"), default="crop", help="cut what does not fit the size, or pad with white")
     parser.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the trunk's matrix products (default: half precision on cuda, else fp32)")
@@ -89,9 +87,9 @@ def run(args: argparse.Namespace) -> str:
         registry.requested()
     env.flag("PAGE4D_NVTX"), env.flag("PAGE4D_DEBUG")
     check_writable(args.out)
-    check_weights(args.weights)
+    config = check_weights(args.weights)
     with record(device) as recording, use_backend(args.attn) if args.attn else contextlib.nullcontext():
-        frames = _frames(args)
+        frames = _frames(args, config.image_size)
         model = open_model(args.weights, device, DTYPES[args.dtype] if args.dtype else default_dtype(device))
         queries = _query_points(args, frames)
         outputs = _outputs(model, args.export, queries is not None)
@@ -132,16 +130,17 @@ def run(args: argparse.Namespace) -> str:
     return summary(frames, recording, seconds, device, facts, files)
 
 
-def _frames(args: argparse.Namespace) -> Frames:
-    size, limit = args.size, args.frames
+def _frames(args: argparse.Namespace, image_size: int) -> Frames:
+    limit = args.frames
     if limit is None and args.stride is None and args.fps is None:
         limit = DEFAULT_FRAMES
     inputs: list[str | Path] = list(args.input)
     if not inputs:
         inputs = [bundled_clip()]
         say("no input given: running the bundled clip, a rendered scene with a moving camera and moving objects")
-        size = size or BUNDLED_SIZE
+        image_size = min(image_size, BUNDLED_SIZE)
     with stage("preprocess"):
+        size = image_size if args.size is None else args.size
         frames = load_frames(inputs, size=size, mode=args.fit, max_frames=limit, stride=args.stride, fps=args.fps, progress=True)
     height, width = frames.images.shape[-2:]
     say(f"{count(frames)} at {height} x {width}{_cut(frames)}")

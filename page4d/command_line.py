@@ -13,15 +13,17 @@ import torch
 from page4d_kernels import BackendError
 from page4d_kernels.env import VariableError
 
-from .checkpoint import HUB, local_file
-from .config import preset
+from .checkpoint import stored_config
+from .config import Page4DConfig, preset
 from .errors import InputError, UserError
 from .memory import out_of_memory
 from .model import Page4D, default_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RANDOM = "random"
-WEIGHTS_HELP = "page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET] (default: random:small)"
+RANDOM, RANDOM_PRESET = "random", "small"
+DEFAULT_WEIGHTS = "nano"
+RELEASED = "--weights page4d, page4d-mask, vggt or a file"
+WEIGHTS_HELP = "nano (bundled, the default), page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET]"
 
 
 def say(text: str) -> None:
@@ -88,21 +90,26 @@ def open_device(name: str | None) -> torch.device:
     return device
 
 
-def check_weights(weights: str) -> None:
-    """InputError or CheckpointError if `weights` names a file that is not there; nothing is read yet."""
-    if weights not in HUB and not weights.startswith(RANDOM):
-        local_file(weights)
+def check_weights(weights: str) -> Page4DConfig:
+    """What the weights that an option names are made for; a CheckpointError if they are not there. No weight is read yet."""
+    kind, _, name = weights.partition(":")
+    if kind == RANDOM:
+        return preset(name or RANDOM_PRESET)
+    return stored_config(weights) or preset("page4d")
 
 
 def open_model(weights: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Page4D:
     """A model with the weights that an option names, "random:PRESET" included, in eval mode."""
     kind, _, name = weights.partition(":")
+    if weights == DEFAULT_WEIGHTS:
+        say(f"weights: {weights}, a small model trained on rendered scenes alone (docs/nano.md); for real videos use {RELEASED}")
     if kind != RANDOM:
         return Page4D.from_pretrained(weights, device=device, dtype=dtype)
-    config = preset(name or "small")
+    name = name or RANDOM_PRESET
+    config = preset(name)
     say(
-        f"RANDOM WEIGHTS ({name or 'small'} preset, {device.type}): the outputs are noise and only show that everything runs; "
-        "for real results use --weights page4d, page4d-mask, vggt or a file"
+        f"RANDOM WEIGHTS ({name} preset, {device.type}): the outputs are noise and only show that everything runs; "
+        f"for real results use {RELEASED}"
     )
     torch.manual_seed(seed)
     return Page4D(config).set_compute_dtype(dtype).to(device).eval()

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..command_line import DTYPES, RANDOM, WEIGHTS_HELP, check_weights, guarded, open_device, open_model, parse_names, parse_size
-from ..data.preprocess import DEFAULT_SIZE
+from ..command_line import DEFAULT_WEIGHTS, DTYPES, WEIGHTS_HELP, check_weights, guarded, open_device, open_model, parse_names, parse_size
 from ..errors import InputError
 from ..files import check_writable
 from ..model import default_dtype
@@ -31,16 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "data", nargs="+", help="synthetic:static, synthetic:dynamic, sintel:FOLDER, tum:FOLDER, bonn:FOLDER; several are averaged apart"
     )
-    parser.add_argument(
-        "--weights",
-        default=RANDOM,
-        help=WEIGHTS_HELP,
-    )
+    parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=WEIGHTS_HELP)
     parser.add_argument("--tasks", type=parse_names, help=f"comma-separated, of {','.join(TASKS)} (default: all that apply, but mono)")
     parser.add_argument("--frames", type=int, help="at most so many per sequence (default: what the data set's protocol says)")
     parser.add_argument("--sequences", type=int, help="only so many of each data set")
     parser.add_argument(
-        "--size", type=parse_size, default=DEFAULT_SIZE, help="network input: the longer side, or HEIGHTxWIDTH to fit in (default: 518)"
+        "--size", type=parse_size, help="network input: the longer side, or HEIGHTxWIDTH to fit in (default: what suits the weights)"
     )
     parser.add_argument("--align", type=parse_names, default=["scale"], help=f"of video depth, of {','.join(ALIGNMENTS)} (default: scale)")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic scenes, the compared points and random weights")
@@ -61,13 +56,14 @@ def run(args: argparse.Namespace) -> str:
     """The table. What can be checked before the work is checked before it."""
     if args.out is not None:
         check_writable(args.out.parent)
-    check_weights(args.weights)
-    protocol = Protocol(args.size, args.official_protocol, tuple(args.align), args.mask_strength, seed=args.seed)
+    config = check_weights(args.weights)
+    size = config.image_size if args.size is None else args.size
+    protocol = Protocol(size, args.official_protocol, tuple(args.align), args.mask_strength, seed=args.seed)
     unknown = sorted(set(args.tasks or ()) - set(TASKS))
     if unknown:
         raise InputError(f"unknown task {', '.join(unknown)}: choose from {', '.join(TASKS)}")
     tasks = set(args.tasks) if args.tasks else None
-    options = {"tasks": tasks, "frames": args.frames, "size": args.size, "seed": args.seed, "sequences": args.sequences}
+    options = {"tasks": tasks, "frames": args.frames, "size": size, "seed": args.seed, "sequences": args.sequences}
     sets = [open_dataset(spec, **options) for spec in args.data]
     device = open_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)

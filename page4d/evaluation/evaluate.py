@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -51,18 +52,20 @@ def evaluate(
     Args:
         model: put into eval mode for the time being.
         tasks: of "pose", "depth", "mono", "points", "tracks", "mask". None = all but mono that model and sample have what it takes for.
-        protocol: how to run and compare; `Protocol()` if there is none.
+        protocol: how to run and compare; by default at the size that the model was trained for.
         rules: what counts in this data set.
         progress: the title of a progress bar.
 
     Returns:
-        {"sequences": [{"name", "frames", "metrics": {group: {metric: value}}}], "mean": {group: {metric: value}}}. A group is a task, with
-        what it was aligned by or made from behind a colon. Means are over sequences, of depth weighted by their valid pixels ("pixels").
+        {"sequences": [{"name", "frames", "metrics": {group: {metric: value}}, "not_finite": [output]}],
+        "mean": {group: {metric: value}}, "failed": n}. A group is a task, with what it was aligned by or made from behind a colon. Means
+        are over sequences, of depth weighted by their valid pixels ("pixels"). A sequence with outputs that are not finite has failed:
+        tasks that need them have no metrics there.
 
     Raises:
         InputError: a task is unknown, or named although the model or the data has nothing for it.
     """
-    protocol, rules = protocol or Protocol(), rules or Rules()
+    protocol, rules = protocol or Protocol(model.config.image_size), rules or Rules()
     unknown = sorted(set(tasks or ()) - set(TASKS))
     if unknown or (tasks is not None and not tasks):
         raise InputError(f"unknown task {', '.join(unknown) or 'of no name'}: choose from {', '.join(TASKS)}")
@@ -71,9 +74,10 @@ def evaluate(
         for sample in tqdm(samples, desc=progress, unit="sequence", disable=True if progress is None else None):
             chosen = _possible(model, sample, tasks, protocol.official)
             chosen = [task for task in chosen if rules.counts(task, sample.name, protocol.official)]
-            metrics = sequence_metrics(model, sample, chosen, protocol, rules)
-            sequences.append({"name": sample.name, "frames": len(sample.images), "metrics": metrics})
-    return {"sequences": sequences, "mean": mean_metrics([sequence["metrics"] for sequence in sequences])}
+            metrics, broken = sequence_metrics(model, sample, chosen, protocol, rules)
+            sequences.append({"name": sample.name, "frames": len(sample.images), "metrics": metrics, "not_finite": broken})
+    mean = mean_metrics([sequence["metrics"] for sequence in sequences])
+    return {"sequences": sequences, "mean": mean, "failed": sum(bool(sequence["not_finite"]) for sequence in sequences)}
 
 
 @contextmanager
@@ -117,20 +121,35 @@ def _has(sample: Sample, name: str) -> bool:
     return value is not None and (name != "track_visible" or bool(value[0].any()))
 
 
-def sequence_metrics(model: Page4D, sample: Sample, tasks: Collection[str], protocol: Protocol, rules: Rules) -> Metrics:
-    """All metrics of one sequence: one forward pass, and for mono one per frame."""
+# output: what of a prediction is compared
+COMPARED = {"camera": ("pose_enc",), "depth": ("depth",), "points": ("world_points",), "track": ("track", "vis"), "mask": ("mask",)}
+
+
+def _without_broken(prediction: Prediction) -> tuple[Prediction, list[str]]:
+    """The prediction without outputs that are not finite, and the names of those."""
+    values = {output: [getattr(prediction, field) for field in fields] for output, fields in COMPARED.items()}
+    broken = [output for output, found in values.items() if any(x is not None and not bool(x.isfinite().all()) for x in found)]
+    nothing: dict[str, Any] = {field: None for output in broken for field in COMPARED[output]}
+    return replace(prediction, **nothing), broken
+
+
+def sequence_metrics(model: Page4D, sample: Sample, tasks: Collection[str], protocol: Protocol, rules: Rules) -> tuple[Metrics, list[str]]:
+    """All metrics of one sequence: one forward pass, and for mono one per frame; and the outputs that are not finite."""
     sample = sample.to("cpu")
     available = model.available & {"camera", "depth", "points", "mask"}
     joint = [task for task in tasks if task != "mono"]
     outputs = {name for task in joint for need in _needed(task, protocol.official) if need <= model.available for name in need} & available
     found: Metrics = {}
+    broken: list[str] = []
     if joint:
         queries = None
         if "tracks" in tasks and sample.tracks is not None and sample.track_visible is not None:
             queried = sample.track_visible[0]
             queries = sample.tracks[0, queried]
             sample = replace(sample, tracks=sample.tracks[:, queried], track_visible=sample.track_visible[:, queried])
-        prediction = predict(model, sample, outputs, protocol, queries)
+        prediction, broken = _without_broken(predict(model, sample, outputs, protocol, queries))
+        sound = model.available - set(broken)
+        tasks = [task for task in tasks if task == "mono" or any(need <= sound for need in _needed(task, protocol.official))]
         if "pose" in tasks:
             found["pose"] = pose_metrics(prediction.cameras.extrinsics[0], sample.extrinsics)
         if "depth" in tasks:
@@ -142,8 +161,12 @@ def sequence_metrics(model: Page4D, sample: Sample, tasks: Collection[str], prot
         if "mask" in tasks:
             found["mask"] = _mask(prediction, sample)
     if "mono" in tasks:
-        found["mono:median"] = _mono(model, sample, protocol, rules)
-    return found
+        depth = predict_frames(model, sample, protocol)
+        if depth.isfinite().all():
+            found["mono:median"] = _mono(depth, sample, protocol, rules)
+        else:
+            broken.append("mono")
+    return found, broken
 
 
 def _valid(sample: Sample, rules: Rules) -> tuple[Tensor, Tensor]:
@@ -173,10 +196,10 @@ def _video_depth(prediction: Prediction, sample: Sample, protocol: Protocol, rul
     return found
 
 
-def _mono(model: Page4D, sample: Sample, protocol: Protocol, rules: Rules) -> dict[str, float]:
+def _mono(depth: Tensor, sample: Sample, protocol: Protocol, rules: Rules) -> dict[str, float]:
     """Each frame aligned by its median; means weighted by the frames' valid pixels."""
     true, valid = _valid(sample, rules)
-    predicted = resize_depth(predict_frames(model, sample, protocol), (true.shape[1], true.shape[2]), "bicubic")
+    predicted = resize_depth(depth, (true.shape[1], true.shape[2]), "bicubic")
     frames = []
     for p, g in ((p[v], g[v]) for p, g, v in zip(predicted, true, valid, strict=True) if v.any()):
         frames.append(_compare_depth(p, g, align_median(p, g), protocol, rules))

@@ -20,7 +20,7 @@ HEADLINES = {  # what the table shows of each task; the JSON has all
 
 
 def table(results: dict[str, dict]) -> str:
-    """One row per sequence and one per data set's mean, of results by the data set's name."""
+    """One row per sequence and one per data set's mean, of results by the data set's name; what failed is said below."""
     groups = dict.fromkeys(group for result in results.values() for group in result["mean"])
     columns = [(group, metric, title) for group in groups for metric, title in HEADLINES[group.partition(":")[0]].items()]
     lines = ["| sequence | " + " | ".join(f"{group} {title}" for group, _, title in columns) + " |", "|---|" + "---:|" * len(columns)]
@@ -29,6 +29,10 @@ def table(results: dict[str, dict]) -> str:
         for row, metrics in [*rows, (f"**mean of {name}**", result["mean"])]:
             cells = [_number(metrics.get(group, {}).get(metric, math.nan)) for group, metric, _ in columns]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    for name, result in results.items():
+        if result["failed"]:
+            count = len(result["sequences"])
+            lines.append(f"\n**{result['failed']} of {count} sequences of {name} failed**: outputs are not finite, and not in the means.")
     return "\n".join(lines)
 
 

@@ -48,8 +48,9 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; each learning rate rises linearly over its warm-up (a share of all steps) and falls to `floor` along a half cosine."""
+    """Each learning rate rises linearly over its warm-up (a share of all steps) and falls to `floor` along a half cosine."""
 
+    kind: str = "adamw"  # or muon: for the matrices of the blocks, and AdamW for the rest
     lr: float = 1e-5
     warmup: float = 0.05
     weight_decay: float = 0.01
@@ -94,6 +95,8 @@ class RunConfig:
 
         expect(self.trainable in ("all", "middle"), f"trainable: {self.trainable!r} is neither all nor middle")
         expect(self.precision in ("fp32", "bf16"), f"precision: {self.precision!r} is neither fp32 nor bf16")
+        kind = self.optimizer.kind
+        expect(kind in ("adamw", "muon"), f"optimizer.kind: {kind!r} is neither adamw nor muon")
         values = flatten(self.to_dict())
         for name in ("steps", "accumulation", "log_every", "save_every", "data.supersample"):
             expect(values[name] >= 1, f"{name}: {values[name]} has to be at least 1")
@@ -109,7 +112,7 @@ class RunConfig:
         expect(1 <= least <= most, f"data.frames: {self.data.frames} has to be [least, most] with 1 <= least <= most")
         expect(self.data.images >= most, f"data.images: {self.data.images} does not hold one sequence of {most} frames")
         for name, value in values.items():
-            if name.startswith(("loss.", "optimizer.", "mask.")):
+            if name.startswith(("loss.", "optimizer.", "mask.")) and name != "optimizer.kind":
                 expect(0 <= value < math.inf, f"{name}: {value} has to be at least 0, and finite")
         expect(self.optimizer.clip > 0, "optimizer.clip: 0 would stop all learning")
         for name in ("lr", "mask_lr"):

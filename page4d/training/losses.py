@@ -133,7 +133,7 @@ def track_loss(track_list: Tensor, visibility: Tensor, target: Sample) -> Tensor
     """
     assert target.tracks is not None and target.track_visible is not None
     seen, count = target.track_visible, len(track_list)
-    total = F.binary_cross_entropy(visibility.float().clamp(1e-6, 1 - 1e-6), seen.float())
+    total = _cross_entropy(visibility, seen.float())
     for i, track in enumerate(track_list):
         error = (track - target.tracks)[seen].abs() / max(target.images.shape[-2:])
         total = total + 0.8 ** (count - 1 - i) * fix(error).sum() / max(error.numel(), 1) / count
@@ -147,7 +147,13 @@ def mask_loss(mask: Tensor, target: Sample) -> Tensor:
     """
     assert target.dynamic is not None
     moving = F.adaptive_avg_pool2d(target.dynamic.flatten(0, 1)[:, None].float(), (mask.shape[-2], mask.shape[-1])).view_as(mask)
-    return F.binary_cross_entropy((mask.float() + 0.5).clamp(1e-6, 1 - 1e-6), 1 - moving)
+    return _cross_entropy(mask + 0.5, 1 - moving)
+
+
+def _cross_entropy(probability: Tensor, truth: Tensor) -> Tensor:
+    """Mean binary cross-entropy. By hand, as torch's asserts on NaN, where the trainer has something to say."""
+    p = probability.float().clamp(1e-6, 1 - 1e-6)
+    return -(truth * p.log() + (1 - truth) * (-p).log1p()).mean()
 
 
 def total_loss(prediction: Prediction, target: Sample, weights: LossConfig) -> dict[str, Tensor]:

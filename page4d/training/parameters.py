@@ -34,14 +34,22 @@ def choose_trainable(model: Page4D, which: str) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Of the parameters that take gradients. Groups: mask head, and the rest; vectors (biases, norms, layer scales) are not decayed."""
+def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Of the parameters that take gradients: AdamW, or Muon for the matrices of transformer blocks and AdamW for the rest.
+
+    AdamW's groups: mask head, and the rest; vectors (biases, norms, layer scales) are not decayed. Muon (Jordan et al. 2024) makes a
+    matrix' momentum orthogonal before the step; steps are scaled to AdamW's root mean square, so that one learning rate serves both.
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    matrices: list[nn.Parameter] = []
     for name, parameter in named:
         if parameter.requires_grad:
             mask_head = name.startswith("aggregator.spatial_mask_head.")
-            groups.setdefault((mask_head, parameter.dim() > 1), []).append(parameter)
-    return torch.optim.AdamW(
+            if config.kind == "muon" and parameter.dim() == 2 and ("blocks." in name or "trunk." in name):
+                matrices.append(parameter)
+            else:
+                groups.setdefault((mask_head, parameter.dim() > 1), []).append(parameter)
+    adamw = torch.optim.AdamW(
         {
             "params": parameters,
             "lr": config.mask_lr if mask_head else config.lr,
@@ -51,6 +59,12 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerC
         }
         for (mask_head, decays), parameters in groups.items()
     )
+    if not matrices:
+        return [adamw]
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f"optimizer.kind: muon needs torch 2.9 or newer, and this is {torch.__version__}: use adamw")
+    schedule = {"lr": config.lr, "peak": config.lr, "warmup": config.warmup, "weight_decay": config.weight_decay}
+    return [adamw, torch.optim.Muon([{"params": matrices, **schedule}], adjust_lr_fn="match_rms_adamw")]
 
 
 def learning_rate(progress: float, peak: float, warmup: float, floor: float) -> float:
@@ -60,6 +74,6 @@ def learning_rate(progress: float, peak: float, warmup: float, floor: float) -> 
     return floor + (peak - floor) * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9))) / 2
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, progress: float, floor: float) -> None:
-    for group in optimizer.param_groups:
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], progress: float, floor: float) -> None:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = learning_rate(progress, group["peak"], group["warmup"], floor)

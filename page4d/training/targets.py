@@ -25,18 +25,20 @@ def normalise(batch: Sample) -> Sample:
     """Cameras and points relative to the first camera, lengths in units of the mean distance of the scene's points.
 
     With E_i the extrinsics and X the valid world points of a sequence: E_i <- E_i E_0^-1, X <- E_0 X, and t, X and depth are divided by
-    sum |X| / (n + 1e-3), kept within [1e-6, 1e6]. What is not finite becomes 0; a sequence whose first frame has no valid pixel loses
-    all of them. Batched, (B, S, ...). Source: training of VGGT / PAGE-4D.
+    sum |X| / (n + 1e-3), kept within [1e-6, 1e6]. Lengths that are not finite become 0; a sequence whose first frame has no valid pixel,
+    or with a rotation that is not finite, loses all of its pixels. Batched, (B, S, ...). Source: training of VGGT / PAGE-4D.
     """
     batch = batch.to(torch.float32)
     depth, points, valid = batch.depth, batch.world_points, batch.valid
     assert depth is not None and points is not None and valid is not None
     rotation, translation = batch.extrinsics[..., :3], batch.extrinsics[..., 3]
+    known = rotation.isfinite().flatten(1).all(1)  # (B,)
+    rotation = torch.where(known[:, None, None, None], rotation, torch.eye(3, device=rotation.device))
     first, origin = rotation[:, :1], translation[:, :1]
     points = torch.einsum("bij,bshwj->bshwi", first[:, 0], points) + origin[:, :, None, None]
     turned = rotation @ first.transpose(-1, -2)
     moved = translation - torch.einsum("bsij,bsj->bsi", turned, origin.expand_as(translation))
-    valid = valid & valid[:, 0].flatten(1).any(1)[:, None, None, None]
+    valid = valid & (known & valid[:, 0].flatten(1).any(1))[:, None, None, None]
     distance = torch.where(valid, points.norm(dim=-1), 0.0).nan_to_num(0, 0, 0)
     scale = (distance.flatten(1).sum(1) / (valid.flatten(1).sum(1) + 1e-3)).clamp(1e-6, 1e6)
 

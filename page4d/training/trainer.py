@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..checkpoint import load_pretrained, save_pretrained
+from ..checkpoint import load_pretrained, save_pretrained, stored_config
 from ..config import Page4DConfig, preset
 from ..data.sample import Sample
-from ..errors import InputError, UserError
+from ..errors import ConfigError, InputError, UserError
 from ..files import AtomicFiles, check_writable
 from ..mask_head import mask_schedule
 from ..model import Page4D
@@ -28,7 +28,7 @@ from .batches import Batches, loader
 from .config import LossConfig, RunConfig, flatten
 from .losses import total_loss
 from .matching import Matching
-from .parameters import choose_trainable, make_optimizer, set_learning_rates
+from .parameters import choose_trainable, make_optimizers, set_learning_rates
 from .scratch import start_from_scratch
 
 TRACKS = 64  # points followed, if tracks or matches are trained
@@ -45,6 +45,18 @@ def own_device(name: str | None) -> str | None:
     local = os.environ.get("LOCAL_RANK")
     any_gpu = name == "cuda" or (name is None and torch.cuda.is_available())
     return f"cuda:{local}" if local is not None and any_gpu else name
+
+
+def check_fits(weights: str, name: str) -> None:
+    """ConfigError if a weights file says that it is of another model than the preset `name`; its keys alone would not always tell."""
+    stored = stored_config(weights)
+    if stored is None:
+        return
+    free = ("mask_strength", "image_size", "mask_hidden", "track")  # a run sets the first two; files may lack the heads
+    before, now = ({**vars(config), **dict.fromkeys(free)} for config in (stored, preset(name)))
+    changed = [key for key in now if before[key] != now[key]]
+    if changed:
+        raise ConfigError(f"weights: {weights} is not of the preset {name!r} ({', '.join(changed)} differ): name its preset as model")
 
 
 class Objective(nn.Module):
@@ -99,6 +111,7 @@ class Trainer:
         if state is not None:
             self.model = Page4D(Page4DConfig.from_json(state["model_config"]))
         elif config.weights:
+            check_fits(config.weights, config.model)
             self.model = load_pretrained(config.weights, preset(config.model))
         else:
             self.model = Page4D(preset(config.model))
@@ -107,13 +120,14 @@ class Trainer:
         self.trained = choose_trainable(self.model, config.trainable)
         self.model.aggregator.checkpoint_activations = config.checkpoint_activations
         extra = objective.matching.named_parameters() if objective.matching is not None else ()
-        self.optimizer = make_optimizer([*self.model.named_parameters(), *extra], config.optimizer)
+        self.optimizers = make_optimizers([*self.model.named_parameters(), *extra], config.optimizer)
         self.step = 0
         if state is not None:
             self.model.load_state_dict(state["model"])
             if objective.matching is not None:
                 objective.matching.load_state_dict(state["matching"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             self.step = state["step"]
         self.matching = objective.matching
         wrapped = DistributedDataParallel(objective, find_unused_parameters=True) if self.ranks > 1 else objective
@@ -137,7 +151,7 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes of it
             raise InputError(f"{path} cannot be read ({type(error).__name__}): restore it, or start again in another folder") from None
-        if not isinstance(state, dict) or not {"model", "matching", "optimizer", "step", "config", "model_config", "ranks"} <= set(state):
+        if not isinstance(state, dict) or not {"model", "matching", "optimizers", "step", "config", "model_config", "ranks"} <= set(state):
             raise InputError(f"{path} is not the state of a run: restore it, or start again in another folder")
         before, now = flatten(state["config"]), flatten(self.config.to_dict())
         changed = [key for key in now if key not in HARMLESS and before.get(key) != now[key]]
@@ -184,7 +198,7 @@ class Trainer:
         config, images = self.config, 0
         totals: dict[str, float] = {}
         strength = self.mask_strength(self.step)
-        set_learning_rates(self.optimizer, self.step / config.steps, config.optimizer.floor)
+        set_learning_rates(self.optimizers, self.step / config.steps, config.optimizer.floor)
         for micro in range(config.accumulation):
             batch = next(stream).to(self.device)
             images += batch.images.shape[0] * batch.images.shape[1] * self.ranks
@@ -198,13 +212,14 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / config.accumulation
         if not math.isfinite(totals["loss"]):
             raise TrainingError(f"the loss at step {self.step} is not finite ({totals}): lower the learning rate, or look at the data")
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(nn.utils.clip_grad_norm_(trained, config.optimizer.clip))
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        norm = float(nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], config.optimizer.clip))
         if not math.isfinite(norm):
             raise TrainingError(f"the gradient's norm is {norm} at step {self.step}: lower the learning rate, or look at the data")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return totals | {"gradient_norm": norm, "lr": max(g["lr"] for g in self.optimizer.param_groups), "mask_strength": strength}, images
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return totals | {"gradient_norm": norm, "lr": max(group["lr"] for group in groups), "mask_strength": strength}, images
 
     def close(self) -> None:
         """Leave the group of processes. Not after an error: that would wait for the others."""
@@ -243,14 +258,15 @@ class Trainer:
             writer.writerow(row)
 
     def save(self) -> None:
-        """state.pt, to go on from, and model.safetensors, to use with the mask as strong as it was in the last step."""
+        """state.pt, to go on from, and model.safetensors, to use at the size and with the mask as strong as in the last step."""
         if self.rank > 0:
             return
-        self.model.config = self.model.config.replace(mask_strength=self.mask_strength(max(self.step - 1, 0)))
+        strength = self.mask_strength(max(self.step - 1, 0))
+        self.model.config = self.model.config.replace(mask_strength=strength, image_size=max(self.config.data.size))
         state = {
             "model": self.model.state_dict(),
             "matching": self.matching.state_dict() if self.matching is not None else {},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "ranks": self.ranks,
             "config": self.config.to_dict(),

@@ -20,20 +20,24 @@ from page4d.command_line import parse_bytes
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def check_outputs(out: Path, frames: int, size: tuple[int, int], original: tuple[int, int], tracks: int) -> None:
-    """Shapes, finiteness and formats of everything, read back with other readers than the writers."""
+def check_outputs(out: Path, frames: int, size: tuple[int, int], original: tuple[int, int], tracks: int, nano: bool = False) -> None:
+    """Shapes, finiteness and formats of everything, read back with other readers than the writers.
+
+    `nano` has patches of 7 pixels, and no point head.
+    """
     height, width = size
+    patch = 7 if nano else 14
     with np.load(out / "predictions.npz", allow_pickle=False) as file:
         arrays = dict(file)
     shapes = {
         "images": (1, frames, 3, height, width),
-        "mask": (1, frames, height // 14, width // 14),
+        "mask": (1, frames, height // patch, width // patch),
         "pose_enc": (1, frames, 9),
         "depth": (1, frames, height, width, 1),
         "depth_conf": (1, frames, height, width),
-        "world_points": (1, frames, height, width, 3),
-        "world_points_conf": (1, frames, height, width),
     }
+    if not nano:
+        shapes |= {"world_points": (1, frames, height, width, 3), "world_points_conf": (1, frames, height, width)}
     if tracks:
         shapes |= {"track": (1, frames, tracks, 2), "vis": (1, frames, tracks), "conf": (1, frames, tracks)}
     for name, shape in shapes.items():
@@ -82,8 +86,15 @@ def run_script(*args) -> str:
 @pytest.mark.slow
 def test_bundled_clip(tmp_path):
     """What a first user runs, on fewer frames."""
-    printed = run_script("--frames", "3", "--track-grid", "3", "--profile", "--out", tmp_path / "out")
-    assert "running the bundled clip" in printed
+    printed = run_script("--frames", "3", "--out", tmp_path / "out")
+    assert "running the bundled clip" in printed and "weights: nano, a small model" in printed and "mask strength 64" in printed
+    assert "3 frames at 56 x 84" in printed
+    check_outputs(tmp_path / "out", 3, (56, 84), (252, 336), 0, nano=True)
+
+
+@pytest.mark.slow
+def test_everything_with_random_weights(tmp_path):
+    printed = run_script("--weights", "random", "--frames", "3", "--track-grid", "3", "--profile", "--out", tmp_path / "out")
     assert "RANDOM WEIGHTS" in printed and "noise" in printed
     assert "3 frames at 252 x 336" in printed and "frames/s" in printed and "attention by sdpa (" in printed
     for stage in ("preprocess", "encoder", "frame blocks", "global blocks", "mask head", "camera head", "track head", "export"):

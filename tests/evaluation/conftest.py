@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from page4d.config import preset
 from page4d.data.sample import Sample
 from page4d.geometry import encode_pose, unproject
 from page4d.prediction import Prediction
@@ -58,6 +59,7 @@ class Oracle(nn.Module):
         self.samples, self.unit, self.calls = list(samples), unit, []
         self.available = available or {"camera", "depth", "points", "mask", "track"}
         self.dropout = nn.Dropout()
+        self.config = preset("page4d")
 
     def forward(self, images, query_points=None, *, outputs, mask_strength=None):
         frames, size = images.shape[1], (images.shape[-2], images.shape[-1])

@@ -10,6 +10,7 @@ from page4d import Page4D, preset
 from page4d.errors import InputError
 from page4d.evaluation import TASKS, Protocol, Rules, evaluate
 from page4d.evaluation.protocol import network_images, network_size, resize_depth
+from page4d.evaluation.report import table
 
 
 @pytest.mark.parametrize("size", [56, 112, (42, 84)])
@@ -193,6 +194,39 @@ def test_protocol_mistakes():
         Protocol(size=50)
     with pytest.raises(InputError, match="unknown alignment best: choose from scale"):
         Protocol(alignments=("best",))
+
+
+def test_predictions_that_are_not_finite(scene, oracle):
+    """They are counted, and what they spoil is left out; the rest of the sequence stays."""
+    sample = scene(size=(56, 56))
+
+    class Broken(oracle):
+        broken: tuple[str, ...] = ()
+
+        def forward(self, images, *args, **options):
+            found = super().forward(images, *args, **options)
+            for field in self.broken:
+                if getattr(found, field) is not None:
+                    getattr(found, field).view(-1)[3] = math.nan
+            return found
+
+    model = Broken([sample])
+    tasks = ["pose", "depth", "mono", "points", "mask"]
+    assert evaluate(model, [sample], tasks, protocol=Protocol(size=56))["failed"] == 0
+    for broken, names, left in (
+        ("pose_enc", ["camera"], {"depth:scale", "points:head", "mask", "mono:median"}),
+        ("depth", ["depth", "mono"], {"pose", "points:head", "mask"}),
+        ("world_points", ["points"], {"pose", "depth:scale", "points:depth", "mask", "mono:median"}),
+        ("mask", ["mask"], {"pose", "depth:scale", "points:depth", "points:head", "mono:median"}),
+    ):
+        model.broken = (broken,)
+        result = evaluate(model, [sample, sample], tasks, protocol=Protocol(size=56))
+        assert result["failed"] == 2 and result["sequences"][0]["not_finite"] == names and set(result["mean"]) == left
+        assert "**2 of 2 sequences of it failed**" in table({"it": result})
+    model.broken = ("pose_enc",)
+    assert "depth:scale" not in evaluate(model, [sample], ["depth"], protocol=Protocol(size=56, official=True))["mean"]
+    model.available, model.broken = {"camera"}, ("pose_enc",)
+    assert evaluate(model, [sample])["mean"] == {}
 
 
 def test_a_real_model(scene):

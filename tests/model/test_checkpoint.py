@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from page4d import Page4D, preset
-from page4d.checkpoint import HUB, compare_keys, save_official, save_pretrained
+from page4d import Page4D, checkpoint, preset
+from page4d.checkpoint import HUB, compare_keys, save_official, save_pretrained, stored_config
 from page4d.errors import CheckpointError
 
 OFFICIAL = Path(__file__).parent / "official_state_dict.txt"
@@ -233,6 +233,28 @@ class TestErrors:
     def test_damaged_configuration(self, tmp_path):
         save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", {"page4d_config": "{"})
         assert "not a model configuration" in refuse(tmp_path / "w.safetensors")
+
+
+class TestBundled:
+    def test_nano(self):
+        """Small enough to travel with the source: at most 12 M parameters in 24 MB. It says what it was trained for."""
+        assert stored_config("nano") == preset("nano") == load("nano").config
+        assert sum(p.numel() for p in load("nano").parameters()) == 4_287_909
+        assert checkpoint.BUNDLED["nano"].stat().st_size < 24e6
+
+    def test_an_installation_without_it(self, monkeypatch, tmp_path):
+        monkeypatch.setitem(checkpoint.BUNDLED, "nano", tmp_path / "nano.safetensors")
+        assert "missing from this installation; install page4d again" in refuse("nano")
+
+    def test_what_a_file_says_without_being_read(self, tiny, golden_weights, tmp_path):
+        save_pretrained(tiny, tmp_path / "w.safetensors")
+        save_official(tiny, tmp_path / "w.pt")
+        save_file(golden_weights, tmp_path / "other.safetensors")
+        assert stored_config(tmp_path / "w.safetensors") == tiny.config and stored_config("vggt") == preset("vggt")
+        assert stored_config(tmp_path / "w.pt") is None and stored_config(tmp_path / "other.safetensors") is None
+        (tmp_path / "w.safetensors").write_bytes(b"broken")
+        with pytest.raises(CheckpointError, match="may be truncated"):
+            stored_config(tmp_path / "w.safetensors")
 
 
 class TestHub:

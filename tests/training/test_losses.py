@@ -86,6 +86,11 @@ def test_normalise_bad_data():
     both = normalise(collate([broken, nothing]))
     assert all(torch.isfinite(x).all() for x in (both.extrinsics, both.world_points, both.depth))
     assert not both.valid[1].any() and both.valid[0].any()
+    turned = sequence(2)
+    turned.extrinsics[1, 0, 0] = torch.nan
+    both = normalise(collate([turned, sequence(3)]))
+    assert all(torch.isfinite(x).all() for x in (both.extrinsics, both.world_points, both.depth))
+    assert not both.valid[0].any() and both.valid[1].any()
 
 
 @pytest.mark.parametrize("size, scale", [(1e-9, 1e-6), (1e9, 1e6)])
@@ -235,6 +240,8 @@ def test_mask_loss(batch):
     mask = torch.rand(B, S, 3, 2) - 0.5
     expected = -((1 - moving) * (mask + 0.5).log() + moving * (0.5 - mask).log()).mean()
     assert abs(float(mask_loss(mask, batch)) - float(expected)) < 1e-5
+    mask[0, 0, 0, 0] = math.nan  # the trainer says so, not an assertion
+    assert math.isnan(float(mask_loss(mask, batch)))
 
 
 def test_weights(batch):

@@ -22,7 +22,7 @@ from page4d.training import Trainer, load_config
 from page4d.training.__main__ import main
 from page4d.training.batches import Batches, jitter, loader
 from page4d.training.config import DataConfig, OptimizerConfig
-from page4d.training.parameters import choose_trainable, learning_rate, make_optimizer
+from page4d.training.parameters import choose_trainable, learning_rate, make_optimizers
 from page4d.training.trainer import TrainingError, own_device
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -44,7 +44,8 @@ def logged(folder):
 def gradients(trainer):
     """Gradients of every optimiser step from now on, before they are clipped if `optimizer.clip` is large."""
     found = []
-    trainer.optimizer.register_step_pre_hook(
+    (optimizer,) = trainer.optimizers
+    optimizer.register_step_pre_hook(
         lambda optimizer, *_: found.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
     )
     return found
@@ -55,12 +56,44 @@ def test_official_size_dry_run():
     with torch.device("meta"):
         model = Page4D(PRESETS["page4d-mask"].replace(track=None))
     assert choose_trainable(model, "middle") == 252_243_457
-    groups = make_optimizer(model.named_parameters(), OptimizerConfig()).param_groups
+    (optimizer,) = make_optimizers(model.named_parameters(), OptimizerConfig())
+    groups = optimizer.param_groups
     assert sum(p.numel() for g in groups for p in g["params"]) == 252_243_457
     assert {(g["peak"], g["weight_decay"]) for g in groups} == {(2e-5, 0.02), (2e-5, 0.0), (1e-5, 0.01), (1e-5, 0.0)}
     aggregator = model.aggregator
     assert aggregator.global_blocks[10].training and not aggregator.global_blocks[9].training and not model.camera_head.training
     assert choose_trainable(model, "all") == sum(p.numel() for p in model.parameters())
+
+
+def test_muon_takes_the_matrices_of_blocks():
+    """All of them, and nothing else; its steps are as large as AdamW's, whatever the shape and the size of the gradient."""
+    model = Page4D(preset("nano"))
+    adamw, muon = make_optimizers(model.named_parameters(), OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.0))
+    matrices = {id(p) for group in muon.param_groups for p in group["params"]}
+    blocks = (
+        *model.aggregator.frame_blocks,
+        *model.aggregator.global_blocks,
+        *model.aggregator.patch_embed.blocks,
+        *model.camera_head.trunk,
+    )
+    wanted = {id(p) for block in blocks for p in block.parameters() if p.dim() == 2}
+    rest = [p for group in adamw.param_groups for p in group["params"]]
+    assert matrices == wanted and not wanted & {id(p) for p in rest}
+    assert len(rest) + len(wanted) == sum(p.requires_grad for p in model.parameters())
+    weight = model.aggregator.frame_blocks[0].mlp.fc1.weight
+    before = weight.detach().clone()
+    weight.grad = 1e-6 * torch.randn_like(weight)
+    muon.step()
+    moved = (weight.detach() - before) / 1e-2
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.2, rel=0.2)
+    values = torch.linalg.svdvals(moved)
+    assert float(values.max() / values.min()) < 4 < 10 * float(torch.linalg.cond(weight.grad))
+
+
+def test_muon_without_torch_2_9(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ConfigError, match=r"muon needs torch 2\.9 or newer"):
+        make_optimizers(Page4D(preset("nano")).named_parameters(), OptimizerConfig(kind="muon"))
 
 
 def test_middle_needs_masked_blocks():
@@ -87,20 +120,22 @@ def test_mask_schedule_and_learning_rates_follow_the_steps(tmp_path):
     assert [float(row["mask_strength"]) for row in rows] == pytest.approx(wanted, abs=1e-3)
 
 
-def test_resuming_is_exact(tmp_path):
+@pytest.mark.parametrize("options", [[], ["optimizer.kind=muon", "precision=bf16"]], ids=["adamw", "muon"])
+def test_resuming_is_exact(tmp_path, options):
     """8 steps are 4 steps, a new process' worth of state, and 4 steps; to the bit."""
-    straight = run(tmp_path, name="straight")
+    straight = run(tmp_path, *options, name="straight")
     straight.train()
-    run(tmp_path, name="halves").train(until=4)
-    second = run(tmp_path, name="halves", resume=True)
+    run(tmp_path, *options, name="halves").train(until=4)
+    second = run(tmp_path, *options, name="halves", resume=True)
     assert second.step == 4
     second.train()
     for (name, a), b in zip(straight.model.state_dict().items(), second.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    for a, b in zip(straight.optimizer.state_dict()["state"].values(), second.optimizer.state_dict()["state"].values(), strict=True):
-        assert torch.equal(a["exp_avg"], b["exp_avg"]) and torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+    states = [[s for o in trainer.optimizers for s in o.state_dict()["state"].values()] for trainer in (straight, second)]
+    for a, b in zip(*states, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     weights = load_pretrained(tmp_path / "halves" / "model.safetensors")
-    assert weights.config == preset("nano")
+    assert weights.config == preset("nano").replace(image_size=42)
     static = run(tmp_path, "mask.strength=0", "steps=1", name="static")
     static.train()
     assert load_pretrained(tmp_path / "static" / "model.safetensors").config.mask_strength == 0  # used as it was trained
@@ -127,7 +162,7 @@ def test_micro_batches_are_averaged(tmp_path):
     batches = [Batches(trainer.config.data, 0).batch(i) for i in (0, 1)]
     losses = [trainer.objective(batch, 64.0)["loss"] for batch in batches]
     mean = sum(losses) / 2
-    parameters = [p for g in trainer.optimizer.param_groups for p in g["params"]]
+    parameters = [p for g in trainer.optimizers[0].param_groups for p in g["params"]]
     wanted = [g for g in torch.autograd.grad(mean, parameters, allow_unused=True) if g is not None]
     seen = gradients(trainer)
     assert trainer.train()["loss"] == pytest.approx(mean.item(), rel=1e-5)
@@ -172,7 +207,7 @@ def test_fine_tuning_starts_from_a_file_and_leaves_it_alone(tmp_path, suffix):
         trainer.model.aggregator.frame_blocks[first].attn.proj.weight, model.aggregator.frame_blocks[first].attn.proj.weight
     )
     assert path.read_bytes() == content
-    with pytest.raises(ValueError, match="does not fit the model"):
+    with pytest.raises(ValueError, match=r"is not of the preset 'tiny'|does not fit the model"):
         run(tmp_path, f"weights={path}", "model=tiny", name="other")
 
 
@@ -355,8 +390,8 @@ def test_two_processes(tmp_path):
     torch.nn.utils.clip_grad_norm_(list(trainer.model.parameters()), 1.0)
     from page4d.training.parameters import set_learning_rates
 
-    set_learning_rates(trainer.optimizer, 0.0, trainer.config.optimizer.floor)
-    trainer.optimizer.step()
+    set_learning_rates(trainer.optimizers, 0.0, trainer.config.optimizer.floor)
+    trainer.optimizers[0].step()
     found = torch.load(tmp_path / "two" / "state.pt", weights_only=True)["model"]
     start = Page4D(preset("nano")).state_dict()
     for name, value in trainer.model.state_dict().items():
@@ -375,6 +410,7 @@ def test_configuration(tmp_path):
         "stepz=5": "unknown key stepz", "data=3": "data is a group", "data.frames=[4, 2]": "data.frames",
         "steps": "is no override", "steps=many": "steps has to be of type int", "optimizer.lr=-1": "optimizer.lr",
         "precision=fp8": "precision", "data.images=1": "does not hold one sequence", "data.kind=moving": "data.kind: 'moving'",
+        "optimizer.kind=sgd": "optimizer.kind: 'sgd' is neither adamw nor muon",
         "data.workers=-1": "data.workers", "data.noise=.nan": "data.noise", "data.noise=-0.1": "data.noise",
         "data.jitter=1.5": "data.jitter",
         "data.size=[28, 40]": "multiples of 14", "data.size=[0, 14]": "multiples of 14", "data.supersample=0": "data.supersample",
@@ -462,6 +498,19 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     assert [own_device(name) for name in (None, "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert own_device(None) is None
+
+
+def test_weights_of_another_model(tmp_path):
+    """What differs is named, even where every key would fit; what a run sets itself may differ."""
+    other = preset("nano").replace(masked_blocks=(2, 4), rope_base=10.0)
+    save_pretrained(Page4D(other), tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match=r"is not of the preset 'nano' \(rope_base, masked_blocks differ\): name its preset as model"):
+        run(tmp_path, f"weights={tmp_path / 'other.safetensors'}")
+    run(tmp_path, "mask.strength=0", "steps=1", name="first").train()
+    weights = tmp_path / "first" / "model.safetensors"
+    run(tmp_path, f"weights={weights}", name="second")
+    save_official(Page4D(preset("nano")), tmp_path / "official.pt")
+    run(tmp_path, f"weights={tmp_path / 'official.pt'}", name="third")
 
 
 def test_a_loss_without_its_head(tmp_path):
