@@ -446,6 +446,18 @@ def test_preview(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: images of 1 x 1 pixels show nothing")
 
 
+@pytest.mark.gpu
+def test_rendering_on_a_gpu():
+    """The same scene, but for rounding: a pixel on an edge may fall to either side."""
+    options = {"frames": 3, "size": (56, 84), "seed": 5, "tracks": 16}
+    here, there = (SyntheticScenes("dynamic", **options, device=device)[1] for device in ("cpu", "cuda"))
+    assert there.images.device.type == "cuda"
+    there = there.to("cpu")
+    for name in ("images", "depth", "world_points", "object_id", "extrinsics", "tracks"):
+        a, b = getattr(here, name).float(), getattr(there, name).float()
+        assert ((a - b).abs() < 1e-2).float().mean() > 0.99, name
+
+
 def test_look_at():
     rotation = look_at(torch.tensor([[0.0, -5.0, 0.0]]), torch.zeros(1, 3), torch.zeros(1))[0]
     assert torch.allclose(rotation, torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]), atol=1e-6)

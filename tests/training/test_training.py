@@ -53,10 +53,11 @@ def gradients(trainer):
 
 def test_official_size_dry_run():
     """What the paper fine-tunes of an official checkpoint: 252 243 457 of its parameters."""
+    config = load_config(os.path.join(ROOT, "configs", "page4d_finetune.yaml"))
     with torch.device("meta"):
-        model = Page4D(PRESETS["page4d-mask"].replace(track=None))
-    assert choose_trainable(model, "middle") == 252_243_457
-    (optimizer,) = make_optimizers(model.named_parameters(), OptimizerConfig())
+        model = Page4D(preset(config.model).replace(track=None))
+    assert choose_trainable(model, config.trainable) == 252_243_457
+    (optimizer,) = make_optimizers(model.named_parameters(), config.optimizer)
     groups = optimizer.param_groups
     assert sum(p.numel() for g in groups for p in g["params"]) == 252_243_457
     assert {(g["peak"], g["weight_decay"]) for g in groups} == {(2e-5, 0.02), (2e-5, 0.0), (1e-5, 0.01), (1e-5, 0.0)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,5 @@ def stream(scenes: SyntheticScenes, start: int = 0) -> Iterator[Sample]:
     """Sequences start, start + 1, ... without end; each worker of a DataLoader takes every so-manieth."""
     worker = torch.utils.data.get_worker_info()
     step, first = (worker.num_workers, worker.id) if worker else (1, 0)
-    i = start + first
-    while True:
+    for i in itertools.count(start + first, step):
         yield scenes[i]
-        i += step
