@@ -28,7 +28,9 @@ from .command_line import (
     parse_size,
     say,
 )
+from .config import Page4DConfig
 from .data import Frames, bundled_clip, load_frames
+from .data.preprocess import DEFAULT_SIZE
 from .errors import InputError
 from .export import EXPORTERS, NEEDED, export
 from .files import AtomicFiles, check_writable, on_disk
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> str:
     check_writable(args.out)
     config = check_weights(args.weights)
     with record(device) as recording, use_backend(args.attn) if args.attn else contextlib.nullcontext():
-        frames = _frames(args, config.image_size)
+        frames = _frames(args, config)
         model = open_model(args.weights, device, DTYPES[args.dtype] if args.dtype else default_dtype(device))
         queries = _query_points(args, frames)
         outputs = _outputs(model, args.export, queries is not None)
@@ -130,17 +132,18 @@ def run(args: argparse.Namespace) -> str:
     return summary(frames, recording, seconds, device, facts, files)
 
 
-def _frames(args: argparse.Namespace, image_size: int) -> Frames:
+def _frames(args: argparse.Namespace, config: Page4DConfig) -> Frames:
     limit = args.frames
     if limit is None and args.stride is None and args.fps is None:
         limit = DEFAULT_FRAMES
     inputs: list[str | Path] = list(args.input)
+    default = DEFAULT_SIZE
     if not inputs:
         inputs = [bundled_clip()]
         say("no input given: running the bundled clip, a rendered scene with a moving camera and moving objects")
-        image_size = min(image_size, BUNDLED_SIZE)
+        default = BUNDLED_SIZE
     with stage("preprocess"):
-        size = image_size if args.size is None else args.size
+        size = (config.image_size or default) if args.size is None else args.size
         frames = load_frames(inputs, size=size, mode=args.fit, max_frames=limit, stride=args.stride, fps=args.fps, progress=True)
     height, width = frames.images.shape[-2:]
     say(f"{count(frames)} at {height} x {width}{_cut(frames)}")
@@ -195,6 +198,8 @@ FIELDS = {"camera": {"pose_enc"}, "depth": {"depth", "depth_conf"}, "points": {"
 def _outputs(model: Page4D, formats: list[str] | None, tracks: bool) -> list[str]:
     """What to compute: everything, or what the formats need. Says what they lack before minutes of work, not after."""
     outputs = [name for name in OUTPUTS if name in model.available]
+    if tracks and "track" not in model.available:
+        raise InputError("these weights have no track head: for tracks use weights that have one, such as --weights vggt")
     if formats is None:
         return outputs
     have = set().union(*(FIELDS[name] for name in outputs), {"track"} if tracks else set())

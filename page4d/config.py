@@ -66,7 +66,7 @@ class Page4DConfig:
     depth: int = 24
     mlp_ratio: int = 4
     patch_size: int = 14
-    image_size: int = 518  # longer side of the images that the weights were trained on: what programs use unless told otherwise
+    image_size: tuple[int, int] | None = None  # (height, width) of the images of all training, if one: what programs then use
     register_tokens: int = 4
     rope_base: float = 100.0
     layer_scale: float = 0.01  # initial value; the released weights were trained from this one
@@ -90,8 +90,8 @@ class Page4DConfig:
         _check_numbers(self, "")
         for name, heads in (("num_heads", self.num_heads), ("encoder.num_heads", self.encoder.num_heads)):
             _expect(self.embed_dim % heads == 0, f"embed_dim {self.embed_dim} is not a multiple of {name} {heads}")
-        whole = self.image_size % self.patch_size == 0
-        _expect(whole, f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        pair = self.image_size is None or (isinstance(self.image_size, tuple) and len(self.image_size) == 2)
+        _expect(pair, f"image_size has to be (height, width), not {self.image_size!r}")
         head_dim = self.embed_dim // self.num_heads
         _expect(head_dim % 4 == 0, f"the head dim {head_dim} has to be a multiple of 4 for 2-D RoPE")
         first, end = self.masked_blocks
@@ -179,7 +179,7 @@ def _nano() -> Page4DConfig:
     """
     return Page4DConfig(
         patch_size=7,
-        image_size=84,
+        image_size=(56, 84),
         embed_dim=128,
         num_heads=2,
         depth=6,

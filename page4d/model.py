@@ -67,7 +67,8 @@ class Page4D(nn.Module):
         """A model with weights, in eval mode.
 
         Args:
-            name_or_path: "page4d", "page4d-mask" or "vggt" (downloaded from the Hugging Face hub), or a local .pt or .safetensors file.
+            name_or_path: "nano" (bundled), "page4d", "page4d-mask" or "vggt" (downloaded from the Hugging Face hub), or a local .pt or
+                .safetensors file.
             config: of a local file that carries none (official .pt files); the official size by default.
             device: cuda if there is one, else mps, else cpu.
             dtype: of the trunk's matrix products; see `set_compute_dtype`. bf16 (fp16 on older GPUs) on cuda, fp32 elsewhere.

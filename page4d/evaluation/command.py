@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__
 from ..command_line import DEFAULT_WEIGHTS, DTYPES, WEIGHTS_HELP, check_weights, guarded, open_device, open_model, parse_names, parse_size
+from ..data.preprocess import DEFAULT_SIZE
 from ..errors import InputError
 from ..files import check_writable
 from ..model import default_dtype
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> str:
     if args.out is not None:
         check_writable(args.out.parent)
     config = check_weights(args.weights)
-    size = config.image_size if args.size is None else args.size
+    size = (config.image_size or DEFAULT_SIZE) if args.size is None else args.size
     protocol = Protocol(size, args.official_protocol, tuple(args.align), args.mask_strength, seed=args.seed)
     unknown = sorted(set(args.tasks or ()) - set(TASKS))
     if unknown:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.preprocess import DEFAULT_SIZE
 from ..data.sample import Sample
 from ..errors import InputError
 from ..geometry import unproject
@@ -59,13 +60,13 @@ def evaluate(
     Returns:
         {"sequences": [{"name", "frames", "metrics": {group: {metric: value}}, "not_finite": [output]}],
         "mean": {group: {metric: value}}, "failed": n}. A group is a task, with what it was aligned by or made from behind a colon. Means
-        are over sequences, of depth weighted by their valid pixels ("pixels"). A sequence with outputs that are not finite has failed:
-        tasks that need them have no metrics there.
+        are over sequences, of depth weighted by their valid pixels ("pixels"). A sequence with outputs that are not finite, or depth that
+        cannot be aligned, has failed: tasks that need them have no metrics there.
 
     Raises:
         InputError: a task is unknown, or named although the model or the data has nothing for it.
     """
-    protocol, rules = protocol or Protocol(model.config.image_size), rules or Rules()
+    protocol, rules = protocol or Protocol(model.config.image_size or DEFAULT_SIZE), rules or Rules()
     unknown = sorted(set(tasks or ()) - set(TASKS))
     if unknown or (tasks is not None and not tasks):
         raise InputError(f"unknown task {', '.join(unknown) or 'of no name'}: choose from {', '.join(TASKS)}")
@@ -128,6 +129,8 @@ COMPARED = {"camera": ("pose_enc",), "depth": ("depth",), "points": ("world_poin
 def _without_broken(prediction: Prediction) -> tuple[Prediction, list[str]]:
     """The prediction without outputs that are not finite, and the names of those."""
     values = {output: [getattr(prediction, field) for field in fields] for output, fields in COMPARED.items()}
+    if prediction.pose_enc is not None:
+        values["camera"].append(prediction.cameras.extrinsics)  # a quaternion of 0 is no rotation
     broken = [output for output, found in values.items() if any(x is not None and not bool(x.isfinite().all()) for x in found)]
     nothing: dict[str, Any] = {field: None for output in broken for field in COMPARED[output]}
     return replace(prediction, **nothing), broken
@@ -166,7 +169,10 @@ def sequence_metrics(model: Page4D, sample: Sample, tasks: Collection[str], prot
             found["mono:median"] = _mono(depth, sample, protocol, rules)
         else:
             broken.append("mono")
-    return found, broken
+    undefined = [group for group, metrics in found.items() if metrics.get("pixels") and math.isnan(metrics["abs_rel"])]
+    for group in undefined:  # no alignment: depth of 0, say
+        del found[group]
+    return found, broken + undefined
 
 
 def _valid(sample: Sample, rules: Rules) -> tuple[Tensor, Tensor]:

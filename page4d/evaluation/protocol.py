@@ -6,7 +6,8 @@ The official evaluation scripts differ in ways that are reproduced with `officia
   - predictions of Sintel are cut at 70 after alignment, its market_5 is left out of video depth;
   - scale & shift is fitted by a thousand small steps of Adam.
 Not reproduced, as no result is meant to depend on it: models left in training mode, whose step counter switches the mask off after
-some sequences (mask_strength=0 repeats what those then see); "delta < 1", which is always 0; points computed for poses and thrown away; images of all cameras against the poses of one.
+some sequences (mask_strength=0 repeats what the later ones get); "delta < 1", which is always 0; points computed for poses and thrown
+away; images of all cameras against the poses of one.
 Averages are those of the official scripts either way.
 """
 

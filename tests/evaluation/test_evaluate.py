@@ -225,8 +225,26 @@ def test_predictions_that_are_not_finite(scene, oracle):
         assert "**2 of 2 sequences of it failed**" in table({"it": result})
     model.broken = ("pose_enc",)
     assert "depth:scale" not in evaluate(model, [sample], ["depth"], protocol=Protocol(size=56, official=True))["mean"]
+    model.broken = ("depth",)
+    assert "failed" in table({"it": evaluate(model, [sample], ["depth"], protocol=Protocol(size=56))}).splitlines()[-1]
     model.available, model.broken = {"camera"}, ("pose_enc",)
     assert evaluate(model, [sample])["mean"] == {}
+
+
+def test_predictions_that_cannot_be_compared(scene, oracle):
+    """Finite, but a camera without a rotation, and depth that nothing aligns."""
+    sample = scene(size=(56, 56))
+
+    class Degenerate(oracle):
+        def forward(self, images, *args, **options):
+            found = super().forward(images, *args, **options)
+            if found.pose_enc is not None:
+                found.pose_enc[0, 1, 3:7] = 0
+            return found if found.depth is None else replace(found, depth=torch.zeros_like(found.depth))
+
+    protocol = Protocol(size=56, alignments=("median",))
+    result = evaluate(Degenerate([sample]), [sample], ["pose", "depth", "mono", "points"], protocol=protocol)
+    assert result["sequences"][0]["not_finite"] == ["camera", "depth:median", "mono:median"] and set(result["mean"]) == {"points:head"}
 
 
 def test_a_real_model(scene):

@@ -240,7 +240,7 @@ class TestBundled:
         """Small enough to travel with the source: at most 12 M parameters in 24 MB. It says what it was trained for."""
         assert stored_config("nano") == preset("nano") == load("nano").config
         assert sum(p.numel() for p in load("nano").parameters()) == 4_287_909
-        assert checkpoint.BUNDLED["nano"].stat().st_size < 24e6
+        assert checkpoint.BUNDLED["nano"].stat().st_size < 10e6
 
     def test_an_installation_without_it(self, monkeypatch, tmp_path):
         monkeypatch.setitem(checkpoint.BUNDLED, "nano", tmp_path / "nano.safetensors")

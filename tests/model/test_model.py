@@ -269,7 +269,7 @@ def test_heads_that_are_not_there(golden_weights):
         ({"mask_after": -1}, "mask_after has to be at least 0"),
         ({"num_heads": 0}, "num_heads has to be positive"),
         ({"patch_size": 0}, "patch_size has to be positive"),
-        ({"image_size": 500}, "image_size 500 is not a multiple of patch_size 14"),
+        ({"image_size": 518}, r"image_size has to be \(height, width\), not 518"),
         ({"depth": 24.5}, "depth has to be a whole number"),
         ({"mask_strength": float("nan")}, "mask_strength has to be a finite number"),
         ({"kept_layers": (4, 11, 17.5, 23)}, "kept_layers has to be a whole number"),

@@ -32,6 +32,9 @@ QUICK = [
 ]  # fmt: skip
 
 
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+
+
 def run(tmp_path, *overrides, name="run", **options):
     return Trainer(load_config(None, [*QUICK, f"out={tmp_path / name}", *overrides]), device="cpu", **options)
 
@@ -66,6 +69,7 @@ def test_official_size_dry_run():
     assert choose_trainable(model, "all") == sum(p.numel() for p in model.parameters())
 
 
+@needs_muon
 def test_muon_takes_the_matrices_of_blocks():
     """All of them, and nothing else; its steps are as large as AdamW's, whatever the shape and the size of the gradient."""
     model = Page4D(preset("nano"))
@@ -83,16 +87,16 @@ def test_muon_takes_the_matrices_of_blocks():
     assert len(rest) + len(wanted) == sum(p.requires_grad for p in model.parameters())
     weight = model.aggregator.frame_blocks[0].mlp.fc1.weight
     before = weight.detach().clone()
-    weight.grad = 1e-6 * torch.randn_like(weight)
+    weight.grad = 1e-6 * torch.randn_like(weight) * torch.logspace(0, -1, weight.shape[1])
     muon.step()
     moved = (weight.detach() - before) / 1e-2
     assert float(moved.square().mean().sqrt()) == pytest.approx(0.2, rel=0.2)
     values = torch.linalg.svdvals(moved)
-    assert float(values.max() / values.min()) < 4 < 10 * float(torch.linalg.cond(weight.grad))
+    assert float(values.max() / values.min()) < 4 and float(torch.linalg.cond(weight.grad)) > 10
 
 
 def test_muon_without_torch_2_9(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(ConfigError, match=r"muon needs torch 2\.9 or newer"):
         make_optimizers(Page4D(preset("nano")).named_parameters(), OptimizerConfig(kind="muon"))
 
@@ -121,7 +125,10 @@ def test_mask_schedule_and_learning_rates_follow_the_steps(tmp_path):
     assert [float(row["mask_strength"]) for row in rows] == pytest.approx(wanted, abs=1e-3)
 
 
-@pytest.mark.parametrize("options", [[], ["optimizer.kind=muon", "precision=bf16"]], ids=["adamw", "muon"])
+MUON = pytest.param(["optimizer.kind=muon", "precision=bf16"], marks=needs_muon, id="muon")
+
+
+@pytest.mark.parametrize("options", [pytest.param([], id="adamw"), MUON])
 def test_resuming_is_exact(tmp_path, options):
     """8 steps are 4 steps, a new process' worth of state, and 4 steps; to the bit."""
     straight = run(tmp_path, *options, name="straight")
@@ -136,7 +143,7 @@ def test_resuming_is_exact(tmp_path, options):
     for a, b in zip(*states, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     weights = load_pretrained(tmp_path / "halves" / "model.safetensors")
-    assert weights.config == preset("nano").replace(image_size=42)
+    assert weights.config == preset("nano").replace(image_size=(28, 42))
     static = run(tmp_path, "mask.strength=0", "steps=1", name="static")
     static.train()
     assert load_pretrained(tmp_path / "static" / "model.safetensors").config.mask_strength == 0  # used as it was trained
@@ -503,15 +510,16 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
 
 def test_weights_of_another_model(tmp_path):
     """What differs is named, even where every key would fit; what a run sets itself may differ."""
-    other = preset("nano").replace(masked_blocks=(2, 4), rope_base=10.0)
+    other = preset("nano").replace(masked_blocks=(2, 4), rope_base=10.0, layer_scale=0.01)
     save_pretrained(Page4D(other), tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=r"is not of the preset 'nano' \(rope_base, masked_blocks differ\): name its preset as model"):
+    with pytest.raises(ConfigError, match=r"is not of the preset 'nano', see rope_base, masked_blocks: set model"):
         run(tmp_path, f"weights={tmp_path / 'other.safetensors'}")
     run(tmp_path, "mask.strength=0", "steps=1", name="first").train()
     weights = tmp_path / "first" / "model.safetensors"
     run(tmp_path, f"weights={weights}", name="second")
-    save_official(Page4D(preset("nano")), tmp_path / "official.pt")
-    run(tmp_path, f"weights={tmp_path / 'official.pt'}", name="third")
+    save_official(Page4D(preset("tiny")), tmp_path / "official.pt")
+    run(tmp_path, f"weights={tmp_path / 'official.pt'}", "model=tiny", "steps=1", name="third").train()
+    assert load_pretrained(tmp_path / "third" / "model.safetensors").config.image_size is None  # it knows more than this one
 
 
 def test_a_loss_without_its_head(tmp_path):
