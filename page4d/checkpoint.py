@@ -223,7 +223,11 @@ def save_pretrained(model: Page4D, path: str | Path, dtype: torch.dtype | None =
     state = {key: _stored(value, dtype) for key, value in model.state_dict().items()}
     metadata = {"format": "pt", CONFIG_KEY: model.config.to_json()}
     with AtomicFiles() as files:
-        safetensors.torch.save_file(state, files.add(path), metadata)
+        file = files.add(path)
+        file.touch()
+        mode = file.stat().st_mode
+        safetensors.torch.save_file(state, file, metadata)
+        file.chmod(mode)  # safetensors makes files that nobody else may read
     return path
 
 

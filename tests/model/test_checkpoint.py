@@ -249,6 +249,7 @@ class TestBundled:
     def test_what_a_file_says_without_being_read(self, tiny, golden_weights, tmp_path):
         save_pretrained(tiny, tmp_path / "w.safetensors")
         save_official(tiny, tmp_path / "w.pt")
+        assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "w.pt").stat().st_mode
         save_file(golden_weights, tmp_path / "other.safetensors")
         assert stored_config(tmp_path / "w.safetensors") == tiny.config and stored_config("vggt") == preset("vggt")
         assert stored_config(tmp_path / "w.pt") is None and stored_config(tmp_path / "other.safetensors") is None
