@@ -25,6 +25,7 @@ from .model import Page4D
 
 ALIGNMENT = 64  # bytes, as of memory that torch allocates
 CONFIG_KEY = "page4d_config"
+UNREADABLE = (safetensors.SafetensorError, OSError, ValueError)  # what a damaged safetensors file raises
 BUNDLED = {"nano": Path(__file__).parent / "assets" / "nano.safetensors"}  # see docs/nano.md
 TRACK_HEAD = "track_head."
 MASK_HEAD = "aggregator.spatial_mask_head."
@@ -176,9 +177,6 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Page4DConfig | Non
     except UNREADABLE as error:
         raise _damaged(path, error) from None
     return _weights(path, state), _config_in(path, metadata)
-
-
-UNREADABLE = (safetensors.SafetensorError, OSError, ValueError)
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

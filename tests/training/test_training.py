@@ -215,7 +215,8 @@ def test_fine_tuning_starts_from_a_file_and_leaves_it_alone(tmp_path, suffix):
         trainer.model.aggregator.frame_blocks[first].attn.proj.weight, model.aggregator.frame_blocks[first].attn.proj.weight
     )
     assert path.read_bytes() == content
-    with pytest.raises(ValueError, match=r"is not of the preset 'tiny'|does not fit the model"):
+    says_whose_it_is = suffix == ".safetensors"
+    with pytest.raises(ValueError, match="is not of the preset 'tiny'" if says_whose_it_is else "does not fit the model"):
         run(tmp_path, f"weights={path}", "model=tiny", name="other")
 
 
