@@ -79,6 +79,7 @@ class RunConfig:
     accumulation: int = 1  # micro-batches of a step
     seed: int = 0  # of the random weights
     precision: str = "fp32"  # or bf16, by autocast
+    average: float = 0.0  # decay per step of the mean of all weights so far, which is what model.safetensors then holds; 0 = the last ones
     checkpoint_activations: bool = False
     log_every: int = 10
     save_every: int = 500
@@ -97,6 +98,7 @@ class RunConfig:
         expect(self.precision in ("fp32", "bf16"), f"precision: {self.precision!r} is neither fp32 nor bf16")
         kind = self.optimizer.kind
         expect(kind in ("adamw", "muon"), f"optimizer.kind: {kind!r} is neither adamw nor muon")
+        expect(0 <= self.average < 1, f"average: {self.average} has to be at least 0 and less than 1")
         values = flatten(self.to_dict())
         for name in ("steps", "accumulation", "log_every", "save_every", "data.supersample"):
             expect(values[name] >= 1, f"{name}: {values[name]} has to be at least 1")

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..model import Page4D
 from .config import OptimizerConfig
+from .muon import Muon
 
 
 def choose_trainable(model: Page4D, which: str) -> int:
@@ -37,8 +38,7 @@ def choose_trainable(model: Page4D, which: str) -> int:
 def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Of the parameters that take gradients: AdamW, or Muon for the matrices of transformer blocks and AdamW for the rest.
 
-    AdamW's groups: mask head, and the rest; vectors (biases, norms, layer scales) are not decayed. Muon (Jordan et al. 2024) makes a
-    matrix' momentum orthogonal before the step; steps are scaled to AdamW's root mean square, so that one learning rate serves both.
+    AdamW's groups: mask head, and the rest; vectors (biases, norms, layer scales) are not decayed.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     matrices: list[nn.Parameter] = []
@@ -61,10 +61,8 @@ def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], config: Optimizer
     )
     if not matrices:
         return [adamw]
-    if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(f"optimizer.kind: muon needs torch 2.9 or newer, and this is {torch.__version__}: use adamw")
     schedule = {"lr": config.lr, "peak": config.lr, "warmup": config.warmup, "weight_decay": config.weight_decay}
-    return [adamw, torch.optim.Muon([{"params": matrices, **schedule}], adjust_lr_fn="match_rms_adamw")]
+    return [adamw, Muon([{"params": matrices, **schedule}])]
 
 
 def learning_rate(progress: float, peak: float, warmup: float, floor: float) -> float:

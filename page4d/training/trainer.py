@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ..checkpoint import load_pretrained, save_pretrained, stored_config
@@ -60,6 +61,15 @@ def check_fits(weights: str, name: str) -> None:
         raise ConfigError(
             f"weights: {weights} is not of the preset {name!r}, see {', '.join(changed)}: set model to the preset that it is of"
         )
+
+
+def averaged(model: Page4D, decay: float) -> AveragedModel:
+    """The running mean of a model's weights: of all steps at first, then an exponential one with this decay per step."""
+
+    def update(mean: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        torch._foreach_lerp_(mean, current, max(1 - decay, 1 / (int(count) + 1)))
+
+    return AveragedModel(model, multi_avg_fn=update)
 
 
 class Objective(nn.Module):
@@ -124,11 +134,14 @@ class Trainer:
         self.model.aggregator.checkpoint_activations = config.checkpoint_activations
         extra = objective.matching.named_parameters() if objective.matching is not None else ()
         self.optimizers = make_optimizers([*self.model.named_parameters(), *extra], config.optimizer)
+        self.average = averaged(self.model, config.average) if config.average else None
         self.step = 0
         if state is not None:
             self.model.load_state_dict(state["model"])
             if objective.matching is not None:
                 objective.matching.load_state_dict(state["matching"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.step = state["step"]
@@ -154,7 +167,7 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes of it
             raise InputError(f"{path} cannot be read ({type(error).__name__}): restore it, or start again in another folder") from None
-        if not isinstance(state, dict) or not {"model", "matching", "optimizers", "step", "config", "model_config", "ranks"} <= set(state):
+        if not isinstance(state, dict) or not {"model", "average", "matching", "optimizers", "step", "config", "model_config", "ranks"} <= set(state):
             raise InputError(f"{path} is not the state of a run: restore it, or start again in another folder")
         before, now = flatten(state["config"]), flatten(self.config.to_dict())
         changed = [key for key in now if key not in HARMLESS and before.get(key) != now[key]]
@@ -222,6 +235,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return totals | {"gradient_norm": norm, "lr": max(group["lr"] for group in groups), "mask_strength": strength}, images
 
     def close(self) -> None:
@@ -261,7 +276,7 @@ class Trainer:
             writer.writerow(row)
 
     def save(self) -> None:
-        """state.pt, to go on from, and model.safetensors, to use with the mask as strong as in the last step.
+        """state.pt, to go on from, and model.safetensors, to use: averaged if the run averages, the mask as strong as in the last step.
 
         And at this run's size, unless it fine-tunes weights that know more than one.
         """
@@ -272,6 +287,7 @@ class Trainer:
         self.model.config = self.model.config.replace(mask_strength=strength, image_size=self.config.data.size if fixed else None)
         state = {
             "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else {},
             "matching": self.matching.state_dict() if self.matching is not None else {},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
@@ -281,4 +297,6 @@ class Trainer:
         }
         with AtomicFiles() as files:
             torch.save(state, files.add(self.out / STATE))
-        save_pretrained(self.model, self.out / WEIGHTS)
+        best: Page4D = self.average.module if self.average is not None else self.model
+        best.config = self.model.config
+        save_pretrained(best, self.out / WEIGHTS)
