@@ -167,7 +167,8 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes of it
             raise InputError(f"{path} cannot be read ({type(error).__name__}): restore it, or start again in another folder") from None
-        if not isinstance(state, dict) or not {"model", "average", "matching", "optimizers", "step", "config", "model_config", "ranks"} <= set(state):
+        keys = {"model", "average", "matching", "optimizers", "step", "config", "model_config", "ranks"}
+        if not isinstance(state, dict) or not keys <= set(state):
             raise InputError(f"{path} is not the state of a run: restore it, or start again in another folder")
         before, now = flatten(state["config"]), flatten(self.config.to_dict())
         changed = [key for key in now if key not in HARMLESS and before.get(key) != now[key]]

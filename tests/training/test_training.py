@@ -22,6 +22,7 @@ from page4d.training import Trainer, load_config
 from page4d.training.__main__ import main
 from page4d.training.batches import Batches, jitter, loader
 from page4d.training.config import DataConfig, OptimizerConfig
+from page4d.training.muon import Muon, orthogonalise
 from page4d.training.parameters import choose_trainable, learning_rate, make_optimizers
 from page4d.training.trainer import TrainingError, own_device
 
@@ -30,9 +31,6 @@ QUICK = [
     "data.size=[28, 42]", "data.frames=[2, 3]", "data.images=4", "data.kind=dynamic", "steps=8", "log_every=1",
     "optimizer.lr=1e-3", "optimizer.mask_lr=1e-3", "trainable=all",
 ]  # fmt: skip
-
-
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 
 
 def run(tmp_path, *overrides, name="run", **options):
@@ -69,7 +67,6 @@ def test_official_size_dry_run():
     assert choose_trainable(model, "all") == sum(p.numel() for p in model.parameters())
 
 
-@needs_muon
 def test_muon_takes_the_matrices_of_blocks():
     """All of them, and nothing else; its steps are as large as AdamW's, whatever the shape and the size of the gradient."""
     model = Page4D(preset("nano"))
@@ -95,10 +92,30 @@ def test_muon_takes_the_matrices_of_blocks():
     assert float(values.max() / values.min()) < 4 and float(torch.linalg.cond(weight.grad)) > 10
 
 
-def test_muon_without_torch_2_9(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(ConfigError, match=r"muon needs torch 2\.9 or newer"):
-        make_optimizers(Page4D(preset("nano")).named_parameters(), OptimizerConfig(kind="muon"))
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (16, 16)], ids=str)
+def test_orthogonalise(shape):
+    """Singular vectors stay, singular values of very different size become about 1; 0 stays 0."""
+    (u, _, vt), values = torch.linalg.svd(torch.randn(shape), full_matrices=False), torch.logspace(0, -1.5, 16)
+    found = u.mT @ orthogonalise(u @ values.diag() @ vt) @ vt.mT
+    assert torch.allclose(found, found.diagonal().diag(), atol=1e-4)
+    assert found.diagonal().min() > 0.65 and found.diagonal().max() < 1.25
+    assert not orthogonalise(torch.zeros(shape)).any()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48)], ids=str)
+def test_muon_is_that_of_torch(shape):
+    """Five steps with weight decay are torch's, but for its products in bf16."""
+    start = torch.randn(shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    options = {"lr": 0.02, "weight_decay": 0.5, "momentum": 0.95}
+    optimizers = Muon([{"params": [ours]}], **options), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+    for _ in range(5):
+        gradient = torch.randn(shape)
+        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.01 * (theirs - start).norm()
 
 
 def test_middle_needs_masked_blocks():
@@ -125,10 +142,7 @@ def test_mask_schedule_and_learning_rates_follow_the_steps(tmp_path):
     assert [float(row["mask_strength"]) for row in rows] == pytest.approx(wanted, abs=1e-3)
 
 
-MUON = pytest.param(["optimizer.kind=muon", "precision=bf16"], marks=needs_muon, id="muon")
-
-
-@pytest.mark.parametrize("options", [pytest.param([], id="adamw"), MUON])
+@pytest.mark.parametrize("options", [[], ["optimizer.kind=muon", "precision=bf16", "average=0.6"]], ids=["adamw", "muon, averaged"])
 def test_resuming_is_exact(tmp_path, options):
     """8 steps are 4 steps, a new process' worth of state, and 4 steps; to the bit."""
     straight = run(tmp_path, *options, name="straight")
@@ -147,7 +161,25 @@ def test_resuming_is_exact(tmp_path, options):
     static = run(tmp_path, "mask.strength=0", "steps=1", name="static")
     static.train()
     assert load_pretrained(tmp_path / "static" / "model.safetensors").config.mask_strength == 0  # used as it was trained
-    assert torch.equal(weights.camera_head.embed_pose.weight, second.model.camera_head.embed_pose.weight)
+    other = load_pretrained(tmp_path / "straight" / "model.safetensors")
+    for (name, a), b in zip(weights.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    unchanged = torch.equal(weights.camera_head.embed_pose.weight, second.model.camera_head.embed_pose.weight)
+    assert unchanged == (not second.config.average)
+
+
+def test_the_mean_of_the_weights_is_kept(tmp_path):
+    """Of all steps at first, then with weights that fall by `average` per step."""
+    trainer, seen = run(tmp_path, "average=0.6", "steps=4"), []
+    for step in range(1, 5):
+        trainer.train(until=step)
+        seen.append(trainer.model.camera_head.embed_pose.weight.detach().double())
+    mean = seen[0]
+    for share, weight in zip((1 / 2, 0.4, 0.4), seen[1:], strict=True):
+        mean = mean + share * (weight - mean)
+    kept = load_pretrained(tmp_path / "run" / "model.safetensors")
+    assert torch.allclose(kept.camera_head.embed_pose.weight.double(), mean, atol=1e-7, rtol=1e-6)
+    assert not torch.allclose(mean, seen[-1], atol=1e-5) and kept.config == trainer.model.config
 
 
 def test_one_step_with_clipped_gradients(tmp_path):
@@ -424,7 +456,7 @@ def test_configuration(tmp_path):
         "data.jitter=1.5": "data.jitter",
         "data.size=[28, 40]": "multiples of 14", "data.size=[0, 14]": "multiples of 14", "data.supersample=0": "data.supersample",
         "data.seed=-1": "data.seed", "seed=4294967296": "seed", "optimizer.warmup=2": "optimizer.warmup",
-        "optimizer.lr=nan": "optimizer.lr",
+        "optimizer.lr=nan": "optimizer.lr", "average=1": "average",
         "optimizer.floor=1": "optimizer.lr has to be at least", "optimizer.clip=0": "optimizer.clip", "mask.strength=.inf": "mask.strength",
         "steps=2020-02-31": "not YAML",
     }.items():  # fmt: skip
