@@ -74,7 +74,7 @@ class MaskConfig:
 class RunConfig:
     model: str = "nano"  # a preset
     weights: str | None = None  # to start from: nano, a hub name or a file that fits the preset; random without
-    trainable: str = "middle"  # all; middle = the masked blocks and the mask head, as the paper fine-tunes
+    trainable: str = "middle"  # the masked blocks and the mask head, as the paper fine-tunes; dense = the depth and point heads; or all
     steps: int = 1000
     accumulation: int = 1  # micro-batches of a step
     seed: int = 0  # of the random weights
@@ -94,7 +94,7 @@ class RunConfig:
             if not condition:
                 raise ConfigError(message)
 
-        expect(self.trainable in ("all", "middle"), f"trainable: {self.trainable!r} is neither all nor middle")
+        expect(self.trainable in ("all", "middle", "dense"), f"trainable: {self.trainable!r} is none of all, middle, dense")
         expect(self.precision in ("fp32", "bf16"), f"precision: {self.precision!r} is neither fp32 nor bf16")
         kind = self.optimizer.kind
         expect(kind in ("adamw", "muon"), f"optimizer.kind: {kind!r} is neither adamw nor muon")
@@ -119,6 +119,8 @@ class RunConfig:
         expect(self.optimizer.clip > 0, "optimizer.clip: 0 would stop all learning")
         for name in ("lr", "mask_lr"):
             expect(values[f"optimizer.{name}"] >= self.optimizer.floor, f"optimizer.{name} has to be at least optimizer.floor")
+        dense = self.loss.depth or self.loss.points
+        expect(self.trainable != "dense" or bool(dense), "trainable: dense learns from loss.depth and loss.points, and both are 0")
         expect(self.mask.hold_start <= self.mask.hold_end, "mask.hold_start has to be at most mask.hold_end")
         expect(any(values[f"loss.{name}"] for name in HEADS), f"loss: the weights of {', '.join(HEADS)} are all 0: no head would learn")
 

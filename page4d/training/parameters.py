@@ -15,22 +15,24 @@ from .muon import Muon
 
 
 def choose_trainable(model: Page4D, which: str) -> int:
-    """Freeze all but what `which` names ("all", or "middle": the masked blocks and the mask head); the number of trained parameters.
+    """Freeze all but what `which` names; the number of trained parameters.
+
+    "all", "middle" (the masked blocks and the mask head) or "dense" (the depth and point heads: cameras and mask stay as they are).
 
     Frozen modules go to eval mode, the others to training mode.
     """
     aggregator = model.aggregator
     first, end = model.config.masked_blocks
     if which == "all":
-        chosen: list[nn.Module] = [model]
+        chosen: list[nn.Module | None] = [model]
+    elif which == "dense":
+        chosen = [model.depth_head, model.point_head]
     elif first == end:
         raise ConfigError("trainable: middle needs a model with masked blocks, and this one has none: use all")
     else:
-        chosen = [*aggregator.frame_blocks[first:end], *aggregator.global_blocks[first:end]]
-        if aggregator.spatial_mask_head is not None:
-            chosen.append(aggregator.spatial_mask_head)
+        chosen = [*aggregator.frame_blocks[first:end], *aggregator.global_blocks[first:end], aggregator.spatial_mask_head]
     model.requires_grad_(False).eval()
-    for module in chosen:
+    for module in (module for module in chosen if module is not None):
         module.requires_grad_(True).train()
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 

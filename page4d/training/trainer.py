@@ -35,6 +35,7 @@ from .scratch import start_from_scratch
 TRACKS = 64  # points followed, if tracks or matches are trained
 STATE, WEIGHTS, LOG = "state.pt", "model.safetensors", "log.csv"
 HARMLESS = ("out", "log_every", "save_every", "checkpoint_activations", "data.workers")  # a resumed run may change them
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class TrainingError(UserError):
@@ -66,7 +67,7 @@ def check_fits(weights: str, name: str) -> None:
 def averaged(model: Page4D, decay: float) -> AveragedModel:
     """The running mean of a model's weights: of all steps at first, then an exponential one with this decay per step."""
 
-    def update(mean: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def update(mean: Tensors, current: Tensors, count: Tensor | int) -> None:
         torch._foreach_lerp_(mean, current, max(1 - decay, 1 / (int(count) + 1)))
 
     return AveragedModel(model, multi_avg_fn=update)
@@ -298,6 +299,7 @@ class Trainer:
         }
         with AtomicFiles() as files:
             torch.save(state, files.add(self.out / STATE))
-        best: Page4D = self.average.module if self.average is not None else self.model
-        best.config = self.model.config
-        save_pretrained(best, self.out / WEIGHTS)
+        kept = self.average.module if self.average is not None else self.model
+        assert isinstance(kept, Page4D)
+        kept.config = self.model.config
+        save_pretrained(kept, self.out / WEIGHTS)

@@ -232,6 +232,16 @@ def test_middle_leaves_the_rest_alone(tmp_path):
         assert p.requires_grad == inside, name
 
 
+def test_dense_trains_the_depth_head_alone(tmp_path):
+    """Nothing that cameras or the mask depend on moves."""
+    trainer = run(tmp_path, "trainable=dense", "loss.camera=0", "steps=2")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(name.startswith("depth_head.") for name in moved)
+    assert trainer.trained == sum(p.numel() for p in trainer.model.depth_head.parameters())
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_fine_tuning_starts_from_a_file_and_leaves_it_alone(tmp_path, suffix):
     torch.manual_seed(5)
@@ -456,7 +466,7 @@ def test_configuration(tmp_path):
         "data.jitter=1.5": "data.jitter",
         "data.size=[28, 40]": "multiples of 14", "data.size=[0, 14]": "multiples of 14", "data.supersample=0": "data.supersample",
         "data.seed=-1": "data.seed", "seed=4294967296": "seed", "optimizer.warmup=2": "optimizer.warmup",
-        "optimizer.lr=nan": "optimizer.lr", "average=1": "average",
+        "optimizer.lr=nan": "optimizer.lr", "average=1": "average", "trainable=some": "none of all, middle, dense",
         "optimizer.floor=1": "optimizer.lr has to be at least", "optimizer.clip=0": "optimizer.clip", "mask.strength=.inf": "mask.strength",
         "steps=2020-02-31": "not YAML",
     }.items():  # fmt: skip
