@@ -1,7 +1,7 @@
 """Muon: momentum for matrices, made orthogonal before the step.
 
-torch has had one since 2.9. Its products are bf16 wherever it runs, and a processor without bf16 products takes ten times as long
-for the step as for the whole of a small model.
+torch has one from 2.9 on, in bf16 wherever it runs: a processor without bf16 products then spends four fifths of a training step of nano
+on it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for weight in (w for w in group["params"] if w.grad is not None):
