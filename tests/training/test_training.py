@@ -98,7 +98,7 @@ def test_orthogonalise(shape):
     (u, _, vt), values = torch.linalg.svd(torch.randn(shape), full_matrices=False), torch.logspace(0, -1.5, 16)
     found = u.mT @ orthogonalise(u @ values.diag() @ vt) @ vt.mT
     assert torch.allclose(found, found.diagonal().diag(), atol=1e-4)
-    assert found.diagonal().min() > 0.65 and found.diagonal().max() < 1.25
+    assert found.diagonal().min() > 0.68 and found.diagonal().max() < 1.21
     assert not orthogonalise(torch.zeros(shape)).any()
 
 
