@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from ..command_line import guarded, open_device, say
 from .config import load_config
 from .trainer import WEIGHTS, Trainer, own_device
@@ -28,6 +30,8 @@ def run(args: argparse.Namespace) -> str:
         trainer.close()
         return f"the run is finished: all of its {config.steps} steps are done, see {trainer.out / WEIGHTS}"
     say(f"{trainer.trained:,} parameters are trained, on {trainer.device}; results go to {trainer.out}")
+    if config.precision == "bf16" and trainer.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        say("this processor has no bf16 products: precision=fp32 would be several times as fast")
     values = trainer.train()
     trainer.close()
     return f"step {trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())

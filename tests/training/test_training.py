@@ -510,6 +510,16 @@ def test_a_run_is_not_overwritten(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: cannot read")
 
 
+@pytest.mark.parametrize(("capability", "precision"), [("AVX2", "bf16"), ("AVX2", "fp32"), ("AVX512", "bf16")])
+def test_bf16_without_bf16_products_is_said_to_be_slow(tmp_path, monkeypatch, capsys, capability, precision):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    config = tmp_path / "run.yaml"
+    config.write_text(f"out: {tmp_path / 'run'}\n")
+    assert main([str(config), *QUICK, "--device", "cpu", "steps=1", f"precision={precision}"]) == 0
+    said = "precision=fp32 would be several times as fast" in "".join(capsys.readouterr())
+    assert said == (capability == "AVX2" and precision == "bf16")
+
+
 def test_what_a_resumed_run_may_change(tmp_path, monkeypatch, capsys):
     """What does not affect results; not the number of processes. A finished run says so, whatever the order on the command line."""
     run(tmp_path, "steps=1").train()
