@@ -173,9 +173,8 @@ void refusals() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-    int highest = static_cast<int>(best_level());
-    if (argc > 1 && std::strcmp(argv[1], "--emulated-amx") == 0) highest = static_cast<int>(Level::amx);
+int main() {
+    const int highest = static_cast<int>(best_level());
     for (int i = 0; i <= highest; ++i) {
         const Level level = static_cast<Level>(i);
         for (const DType dtype : {DType::f32, DType::bf16})
