@@ -2,7 +2,7 @@
 
 import sys
 
-from page4d.cli import main
+from page4d.cli.infer import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -75,6 +75,6 @@ def heads_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dic
             with FlopCounterMode(display=False) as counter:
                 for head in (model.depth_head, model.point_head):
                     if head is not None:
-                        head.stream(layers, config.special_tokens, size)
+                        head.forward_chunked(layers, config.special_tokens, size)
             found["dense heads"] = float(frames * counter.get_total_flops())
     return found

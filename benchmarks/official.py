@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from page4d.checkpoint import save_official
+from page4d.model.checkpoint import save_official
 from page4d_kernels.nvtx import peak_bytes, reset_peak
 
 from .model import Given, joined, random_model

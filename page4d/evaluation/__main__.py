@@ -1,8 +1,8 @@
-"""The command line of the evaluation."""
+"""`python -m page4d.evaluation ...` is `page4d eval ...`."""
 
 import sys
 
-from .command import main
+from ..cli.eval import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m page4d.evaluation"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from page4d_kernels import TokenLayout, mask_attention, qk_norm_rope, rope_tables
@@ -26,7 +27,7 @@ class Rope:
 
 @cache_tensors
 def rope(grid: tuple[int, int], special_tokens: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype) -> Rope:
-    """Made once per grid, device and dtype."""
+    """Cached per grid, device and dtype."""
     cos, sin = rope_tables(grid, head_dim, base, device, dtype)
     return Rope(cos, sin, grid, special_tokens)
 
@@ -57,8 +58,8 @@ class Attention(nn.Module):
         return self.merge(self.attend(*self.project(x, rope), modulation))
 
     def project(self, x: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v (B, H, N, D) of tokens (B, N, C), or of some frames of them."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        """q, k, v (B, H, N, D) of tokens (B, N, C). N may be all frames or some of them."""
+        qkv = rearrange(self.qkv(x), "b n (qkv h d) -> b n qkv h d", qkv=3, h=self.num_heads)
         if self.q_norm is not None and self.k_norm is not None and rope is not None:
             return qk_norm_rope(
                 qkv,
@@ -72,19 +73,19 @@ class Attention(nn.Module):
                 special_tokens=rope.special_tokens,
                 eps=self.q_norm.eps,
             )
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = rearrange(qkv, "b n qkv h d -> qkv b h n d")
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, modulation: Modulation | None = None) -> Tensor:
-        """(B, H, N, D)"""
+        """The heads' outputs (B, H, N, D)."""
         if modulation is None:
             out = mask_attention(q, k, v, backend=self.backend)
         else:
             gate, bias = (vector.to(accumulation_dtype(q.dtype)) for vector in (modulation.query_gate, modulation.key_bias))
             out = mask_attention(q, k, v, gate, bias, layout=modulation.layout, backend=self.backend)
-        assert isinstance(out, Tensor)  # no log-sum-exp was asked for
+        assert isinstance(out, Tensor)  # a pair only with return_lse
         return out
 
     def merge(self, out: Tensor) -> Tensor:
-        """The heads' outputs (B, H, n, D) -> (B, n, C)."""
-        return self.proj(out.transpose(1, 2).flatten(2))
+        """The output projection of the heads' outputs: (B, H, N, D) -> (B, N, C)."""
+        return self.proj(rearrange(out, "b h n d -> b n (h d)"))

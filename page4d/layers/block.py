@@ -45,7 +45,7 @@ class Block(nn.Module):
         return self.finish(x, self.attn(self.norm1(x), rope, modulation))
 
     def finish(self, x: Tensor, branch: Tensor) -> Tensor:
-        """The block from the output of its attention on: tokens (B, n, C), all of them or some."""
+        """The rest of the block after attention. Tokens x and the attention output `branch` are (B, N, C)."""
         norm = self.norm2
         x, normal = residual_norm(x, branch, self.ls1.gamma, norm.weight, norm.bias, eps=norm.eps, dtype=self.mlp.fc1.weight.dtype)
         return x + self.ls2(self.mlp(normal))

@@ -1,41 +1,8 @@
-"""python -m page4d.training CONFIG.yaml [KEY=VALUE ...] [--resume]"""
+"""`python -m page4d.training ...` is `page4d train ...`."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 
-import torch
-
-from ..command_line import guarded, open_device, say
-from .config import load_config
-from .trainer import WEIGHTS, Trainer, own_device
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m page4d.training", description="Train or fine-tune a model on synthetic scenes.")
-    parser.add_argument("config", help="a YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as steps=2000 data.seed=3")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in its folder stopped")
-    parser.add_argument("--device", help="cuda or cpu (default: the best there is)")
-    args = parser.parse_intermixed_args(argv)  # overrides may follow options
-    return guarded(lambda: run(args), save_memory="set a smaller data.images or data.size, or checkpoint_activations=true")
-
-
-def run(args: argparse.Namespace) -> str:
-    config = load_config(args.config, args.overrides)
-    trainer = Trainer(config, resume=args.resume, device=open_device(own_device(args.device)))
-    if trainer.step >= config.steps:
-        trainer.close()
-        return f"the run is finished: all of its {config.steps} steps are done, see {trainer.out / WEIGHTS}"
-    say(f"{trainer.trained:,} parameters are trained, on {trainer.device}; results go to {trainer.out}")
-    if config.precision == "bf16" and trainer.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        say("this processor has no bf16 products: precision=fp32 would be several times as fast")
-    values = trainer.train()
-    trainer.close()
-    return f"step {trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-
+from ..cli.train import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m page4d.training"))

@@ -1,4 +1,4 @@
-"""Which parameters are trained, in which group, and at which learning rate."""
+"""Which parameters are trained, in which optimizer group, and the schedules of learning rate and mask strength."""
 
 from __future__ import annotations
 
@@ -77,3 +77,12 @@ def learning_rate(progress: float, peak: float, warmup: float, floor: float) -> 
 def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], progress: float, floor: float) -> None:
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = learning_rate(progress, group["peak"], group["warmup"], floor)
+
+
+def mask_schedule(step: float, hold_start: float, hold_end: float, strength: float = 64.0) -> float:
+    """Mask strength at a training step: `strength` before `hold_start`, 0 from `hold_end` on, a half cosine in between."""
+    if step < hold_start:
+        return strength
+    if step >= hold_end:
+        return 0.0
+    return strength * (1 + math.cos(math.pi * (step - hold_start) / (hold_end - hold_start))) / 2

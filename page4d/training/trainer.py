@@ -18,19 +18,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ..checkpoint import load_pretrained, save_pretrained, stored_config
 from ..config import Page4DConfig, preset
 from ..data.sample import Sample
 from ..errors import ConfigError, InputError, UserError
 from ..files import AtomicFiles, check_writable
-from ..mask_head import mask_schedule
 from ..model import Page4D
+from ..model.checkpoint import save_pretrained, stored_config
 from .batches import Batches, loader
 from .config import LossConfig, RunConfig, flatten
+from .init_from_scratch import start_from_scratch
 from .losses import total_loss
 from .matching import Matching
-from .parameters import choose_trainable, make_optimizers, set_learning_rates
-from .scratch import start_from_scratch
+from .parameters import choose_trainable, make_optimizers, mask_schedule, set_learning_rates
 
 TRACKS = 64  # points followed, if tracks or matches are trained
 STATE, WEIGHTS, LOG = "state.pt", "model.safetensors", "log.csv"
@@ -126,7 +125,7 @@ class Trainer:
             self.model = Page4D(Page4DConfig.from_json(state["model_config"]))
         elif config.weights:
             check_fits(config.weights, config.model)
-            self.model = load_pretrained(config.weights, preset(config.model))
+            self.model = Page4D.from_pretrained(config.weights, config=preset(config.model), device="cpu", dtype=torch.float32).train()
         else:
             self.model = Page4D(preset(config.model))
             start_from_scratch(self.model)

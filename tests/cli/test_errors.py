@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from page4d.cli import main
+from page4d.cli.infer import main
 from page4d_kernels.backends.mask_attention import BACKENDS
 
 
@@ -66,10 +66,10 @@ BAD_OPTIONS = [
     (["--weights", "random:huge"], "unknown preset 'huge'"),
     (["--weights", "nowhere.pt"], "does not exist"),
     (["--mask-strength", "-1"], "at least 0"),
-    (["--memory-budget", "lots"], "'lots' is no amount of memory: give bytes, or a number with K, M or G such as 6G"),
-    (["--memory-budget", "0"], "no amount of memory"),
+    (["--memory-budget", "lots"], "'lots' is not an amount of memory: give bytes, or a number with K, M or G such as 6G"),
+    (["--memory-budget", "0"], "not an amount of memory"),
     (["--memory-budget", "-1G"], "expected one argument"),
-    (["--memory-budget", "infG"], "no amount of memory"),
+    (["--memory-budget", "infG"], "not an amount of memory"),
     (["--no-such-option"], "unrecognized arguments"),
 ]
 
@@ -154,7 +154,7 @@ class TestInputs:
 )
 def test_bad_variable(variable, value, words, image, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(variable, value)
-    monkeypatch.setattr("page4d.cli.load_frames", None)  # said before any work
+    monkeypatch.setattr("page4d.cli.infer.load_frames", None)  # said before any work
     assert words in refuse(capsys, image, "--out", tmp_path / "out")
 
 

@@ -14,8 +14,8 @@ import torch
 import trimesh
 from PIL import Image
 
-from page4d.cli import main
-from page4d.command_line import parse_bytes
+from page4d.cli.common import parse_bytes
+from page4d.cli.infer import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -193,7 +193,7 @@ def test_only_the_exports_asked_for(tmp_path, capsys):
 
 def test_weights_from_a_file_and_mask_strength(tmp_path, capsys):
     from page4d import Page4D, preset
-    from page4d.checkpoint import save_pretrained
+    from page4d.model.checkpoint import save_pretrained
 
     torch.manual_seed(1)
     weights = save_pretrained(Page4D(preset("tiny")), tmp_path / "w.safetensors")

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from page4d.cli.preview import main as preview
 from page4d.data import InputError, load_frames
 from page4d.data.frames import Frames, sample
 from page4d.data.preprocess import preprocess, stack
-from page4d.data.synthetic.__main__ import main as preview
 
 sides = st.integers(60, 700)
 multiples = st.integers(1, 20).map(lambda k: 14 * k)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from page4d.cli.preview import main
 from page4d.data.synthetic import SyntheticScenes, random_scene, render, seeded, stream
-from page4d.data.synthetic.__main__ import main
 from page4d.data.synthetic.camera import PATHS, CameraPath, look_at, random_path
 from page4d.data.synthetic.render import _normals, _pixels, _rays, trace
 from page4d.data.synthetic.scene import BOX, CLEARANCE, CYLINDER, ROOM, SHEET, SPHERE, Scene, _ground_path, _Random, _solid

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from page4d.evaluation.command import main
+from page4d.cli.eval import main
 
 
 @pytest.fixture

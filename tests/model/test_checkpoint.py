@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from page4d import Page4D, checkpoint, preset
-from page4d.checkpoint import HUB, compare_keys, save_official, save_pretrained, stored_config
+from page4d import Page4D, preset
 from page4d.errors import CheckpointError
+from page4d.model import checkpoint
+from page4d.model.checkpoint import HUB, compare_keys, save_official, save_pretrained, stored_config
 
 OFFICIAL = Path(__file__).parent / "official_state_dict.txt"
 TINY = preset("tiny")

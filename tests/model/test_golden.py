@@ -87,7 +87,7 @@ def test_batch_of_two_equals_each_alone(tiny, golden_case):
 @pytest.mark.parametrize("budget", [None, 1])
 def test_without_gradients(tiny, golden_case, budget, monkeypatch):
     """In pieces of all frames, and of one."""
-    monkeypatch.setattr("page4d.heads.track.SAMPLES_IN_FLIGHT", 1)
+    monkeypatch.setattr("page4d.model.heads.track.SAMPLES_IN_FLIGHT", 1)
     compare(run_lean(tiny, golden_case, memory_budget=budget), golden_case, 10)
 
 

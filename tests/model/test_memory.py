@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from page4d.config import preset
 from page4d.errors import InputError
-from page4d.lean import Lean
-from page4d.memory import Plan, Workload, budget_of, can_offload, free_of_container, make_plan, predicted_bytes
+from page4d.execution.memory import MemoryPlan, Workload, budget_of, can_offload, free_of_container, make_plan, predicted_bytes
+from page4d.execution.runners import StreamedRunner
 from page4d.model import Page4D
 from page4d_kernels import use_backend
 
@@ -67,7 +67,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_is_what_is_allocated(model, case, dtype, budget, monkeypatch):
-    monkeypatch.setattr("page4d.memory.PIECE_TOKENS", 300)
+    monkeypatch.setattr("page4d.execution.memory.CHUNK_TOKENS", 300)
     batch, frames, size, outputs = CASES[case]
     images = torch.rand(batch, frames, 3, *size)
     model.set_compute_dtype(dtype)
@@ -93,7 +93,7 @@ def tracker():
 def test_the_plan_with_tracks(tracker, case, budget, monkeypatch):
     """Bound by the extractor, by the sampled windows, by the maps and by the transformer over points."""
     frames, points, samples = case
-    for module in ("memory", "heads.track"):
+    for module in ("execution.memory", "model.heads.track"):
         monkeypatch.setattr(f"page4d.{module}.SAMPLES_IN_FLIGHT", samples)
     images, queries = torch.rand(1, frames, 3, 140, 140), torch.rand(1, points, 2) * 100
     with torch.no_grad(), use_backend("sdpa"):
@@ -110,11 +110,11 @@ def work(model, frames=12, size=(112, 154), outputs=("camera", "depth", "points"
 
 
 def test_plans_get_leaner_until_they_fit(model, monkeypatch):
-    monkeypatch.setattr("page4d.memory.PIECE_TOKENS", 1000)
+    monkeypatch.setattr("page4d.execution.memory.CHUNK_TOKENS", 1000)
     fast, lean, away = make_plan(work(model), None), make_plan(work(model), 1), make_plan(work(model), 1, can_offload=True)
     assert (fast.trunk_frames, fast.head_frames, fast.offload) == (10, 8, False)
-    assert lean.bytes == predicted_bytes(work(model), Plan(1, 1)) and not lean.offload
-    assert away.bytes == predicted_bytes(work(model), Plan(1, 1, offload=True)) and away.offload
+    assert lean.bytes == predicted_bytes(work(model), MemoryPlan(1, 1)) and not lean.offload
+    assert away.bytes == predicted_bytes(work(model), MemoryPlan(1, 1, offload=True)) and away.offload
     assert away.bytes < lean.bytes < fast.bytes
     for budget in range(away.bytes, fast.bytes, (fast.bytes - away.bytes) // 50):
         assert make_plan(work(model), budget, can_offload=True).bytes <= budget
@@ -125,7 +125,7 @@ def test_plans_get_leaner_until_they_fit(model, monkeypatch):
 def test_pieces_are_only_made_smaller_where_that_saves_memory():
     """1 000 frames at the official size: what is there for all frames rules, and the host takes some of it off, at any size of pieces."""
     config = preset("page4d-mask")
-    long = Workload(config, 1, 1000, (336, 518), 2, frozenset({"camera", "depth"}), images_here=False, results_here=False)
+    long = Workload(config, 1, 1000, (336, 518), 2, frozenset({"camera", "depth"}), images_on_device=False, results_on_device=False)
     whole = make_plan(long, None)
     assert make_plan(long, whole.bytes - 1).trunk_frames == whole.trunk_frames == 9
     away = make_plan(long, whole.bytes - 1, can_offload=True)
@@ -136,16 +136,16 @@ def test_pieces_are_only_made_smaller_where_that_saves_memory():
 def test_offload_needs_room_on_the_host(model, monkeypatch):
     gpu, kept = torch.device("cuda"), 4 * 2 * 2 * 12 * work(model).per_frame * model.config.embed_dim
     for room, there in ((2 * kept, True), (2 * kept - 1, False), (None, True)):
-        monkeypatch.setattr("page4d.memory.budget_of", lambda device, room=room: room)
+        monkeypatch.setattr("page4d.execution.memory.budget_of", lambda device, room=room: room)
         assert can_offload(work(model), gpu) is there
     assert not can_offload(work(model), torch.device("cpu"))
 
 
 def test_what_lies_elsewhere_is_not_counted(model):
     pixels = 12 * 112 * 154 * 4
-    here = predicted_bytes(work(model), Plan(1, 1))
-    assert here - predicted_bytes(work(model, images_here=False), Plan(1, 1)) == 3 * pixels
-    assert here - predicted_bytes(work(model, images_here=False, results_here=False), Plan(1, 1)) > 3 * pixels
+    here = predicted_bytes(work(model), MemoryPlan(1, 1))
+    assert here - predicted_bytes(work(model, images_on_device=False), MemoryPlan(1, 1)) == 3 * pixels
+    assert here - predicted_bytes(work(model, images_on_device=False, results_on_device=False), MemoryPlan(1, 1)) > 3 * pixels
 
 
 def test_memory_grows_linearly_with_frames():
@@ -153,9 +153,9 @@ def test_memory_grows_linearly_with_frames():
     config = preset("page4d")
 
     def trunk(frames, **options):
-        plan = Plan(9, 8, **options)
+        plan = MemoryPlan(9, 8, **options)
         outputs = frozenset({"camera", "depth"})
-        return predicted_bytes(Workload(config, 1, frames, (336, 518), 2, outputs, images_here=False, results_here=False), plan)
+        return predicted_bytes(Workload(config, 1, frames, (336, 518), 2, outputs, images_on_device=False, results_on_device=False), plan)
 
     per_frame, away = ((trunk(1000, **o) - trunk(500, **o)) / 500 for o in ({}, {"offload": True}))
     print(f"{per_frame / 1e6:.1f} MB per frame, {away / 1e6:.1f} with kept layers on the host")
@@ -261,25 +261,25 @@ def test_giving_up(model, monkeypatch):
 
 
 def test_attention_without_room_is_tried_again_with_kept_layers_on_the_host(model):
-    run = Lean(Plan(2, 2), work(model), torch.device("cpu"), torch.float32)
-    run.device = torch.device("meta")  # anything that has a host
-    run.kept, tries = [torch.ones(2)], []
+    runner = StreamedRunner(MemoryPlan(2, 2), work(model), torch.device("cpu"), torch.float32)
+    runner.device = torch.device("meta")  # anything that has a host
+    runner.saved, tries = [torch.ones(2)], []
 
     def attend():
-        tries.append(run.plan.offload)
-        if not run.plan.offload:
+        tries.append(runner.plan.offload)
+        if not runner.plan.offload:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.zeros(1)
 
-    run._with_room(attend)
-    assert tries == [False, True] and run.plan.trunk_frames == 2
+    runner._retry_with_offload(attend)
+    assert tries == [False, True] and runner.plan.trunk_frames == 2
 
     def broken():
         raise RuntimeError("something else")
 
-    run.plan = Plan(2, 2)
+    runner.plan = MemoryPlan(2, 2)
     with pytest.raises(RuntimeError, match="something else"):
-        run._with_room(broken)
+        runner._retry_with_offload(broken)
 
 
 def test_results_go_where_they_are_allocated(model):
@@ -317,7 +317,7 @@ def test_the_plan_is_what_a_gpu_allocates(budget):
     found = []
     for device in ("cpu", "cuda"):  # where the images are
         given = images.to(device)
-        plan = model.plan(given.shape, wanted, budget, images_here=device == "cuda")
+        plan = model.plan(given.shape, wanted, budget, images_on_device=device == "cuda")
         with torch.inference_mode():
             model(given[:, :2], outputs=wanted, memory_budget=budget)
             torch.cuda.synchronize()
@@ -340,14 +340,14 @@ def test_the_camera_head_waits_for_layers_on_their_way_to_the_host():
     images = torch.rand(1, 30, 3, 112, 154, device="cuda")
     with torch.inference_mode():
         expected = model(images, outputs=["camera"])
-        real = Lean._store
+        real = StreamedRunner._store
 
         def late(self, half, x):
             real(self, half, x)
-            with torch.cuda.stream(self.copies):
+            with torch.cuda.stream(self.offload_stream):
                 torch.cuda._sleep(200_000_000)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Lean, "_store", lambda self, half, x: late(self, half.fill_(torch.nan), x))
+            patch.setattr(StreamedRunner, "_store", lambda self, half, x: late(self, half.fill_(torch.nan), x))
             found = model(images, outputs=["camera"], memory_budget=0)
     torch.testing.assert_close(found.pose_enc, expected.pose_enc, rtol=1e-3, atol=1e-3)

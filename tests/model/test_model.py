@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from page4d import PRESETS, Page4D, Page4DConfig, Prediction, graphs, preset
+from page4d import PRESETS, Page4D, Page4DConfig, Prediction, preset
 from page4d.config import CameraHeadConfig
 from page4d.errors import ConfigError, InputError
-from page4d.mask_head import mask_schedule
+from page4d.model import cuda_graph
+from page4d.training.parameters import mask_schedule
 from page4d_kernels import nvtx, registries, use_backend
 
 IMAGES = torch.rand(1, 2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
@@ -351,7 +352,7 @@ class TestGraphs:
             made.append((inputs, options))
             return lambda **inputs: "replayed"
 
-        monkeypatch.setattr(graphs, "_capture", capture)
+        monkeypatch.setattr(cuda_graph, "_capture", capture)
         return made
 
     class OnCuda:
@@ -366,7 +367,7 @@ class TestGraphs:
 
     @torch.no_grad()
     def test_one_capture_per_shape_and_options(self, captures):
-        graphed = graphs.GraphedPage4D(self.OnCuda(), max_frames=3)
+        graphed = cuda_graph.GraphedPage4D(self.OnCuda(), max_frames=3)
         assert graphed(torch.zeros(3, 3, 28, 42)) == graphed(torch.ones(3, 3, 28, 42)) == "replayed" and len(captures) == 1
         for count, call in enumerate(
             [
@@ -387,12 +388,12 @@ class TestGraphs:
         assert len(captures) == 8
 
     def test_what_goes_to_the_model(self, captures, model):
-        graphed = graphs.GraphedPage4D(self.OnCuda(), max_frames=3)
+        graphed = cuda_graph.GraphedPage4D(self.OnCuda(), max_frames=3)
         assert graphed(torch.zeros(3, 3, 28, 42)) == "run"  # gradients
         with torch.no_grad():
             assert graphed(torch.zeros(4, 3, 28, 42)) == graphed(torch.zeros(1, 4, 3, 28, 42)) == "run"  # long
             assert graphed(torch.zeros(3, 28, 42)) == "run"  # the model says what is wrong
-            on_cpu = graphs.GraphedPage4D(model)(IMAGES, outputs=["camera"])
+            on_cpu = cuda_graph.GraphedPage4D(model)(IMAGES, outputs=["camera"])
             assert torch.equal(on_cpu.pose_enc, model(IMAGES, outputs=["camera"]).pose_enc)
         assert not captures
 
@@ -401,7 +402,7 @@ class TestGraphs:
 def test_cuda_graphs_of_the_model():
     torch.manual_seed(0)
     low = Page4D(preset("tiny").replace(track=None)).cuda().eval().set_compute_dtype(torch.bfloat16)
-    graphed = graphs.GraphedPage4D(low, max_frames=2)
+    graphed = cuda_graph.GraphedPage4D(low, max_frames=2)
     with torch.inference_mode():
         for seed, frames in ((0, 2), (1, 2), (2, 1), (3, 2), (4, 3)):
             images = torch.rand(frames, 3, 140, 140, generator=torch.Generator().manual_seed(seed)).cuda()

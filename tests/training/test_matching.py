@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from page4d.checkpoint import load_pretrained, save_pretrained
 from page4d.config import preset
 from page4d.data.synthetic import SyntheticScenes
 from page4d.errors import ConfigError
 from page4d.layers.attention import rope
 from page4d.model import Page4D
+from page4d.model.checkpoint import save_pretrained
 from page4d.training import Trainer, load_config
+from page4d.training.init_from_scratch import start_from_scratch
 from page4d.training.matching import Matching
-from page4d.training.scratch import start_from_scratch
 from page4d.training.targets import collate, normalise
 from page4d_kernels import qk_norm_rope
 
@@ -103,7 +103,9 @@ def test_a_run_resumes_exactly_and_leaves_nothing_in_the_weights(tmp_path):
     for (name, a), b in zip(straight.objective.state_dict().items(), second.objective.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert any(name.startswith("matching.displacement") for name in straight.objective.state_dict())
-    assert set(load_pretrained(tmp_path / "halves" / "model.safetensors").state_dict()) == set(Page4D(preset("nano")).state_dict())
+    assert set(Page4D.from_pretrained(tmp_path / "halves" / "model.safetensors", device="cpu").state_dict()) == set(
+        Page4D(preset("nano")).state_dict()
+    )
 
 
 def test_matching_alone_is_no_training():

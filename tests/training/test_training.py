@@ -13,13 +13,13 @@ from itertools import combinations
 import pytest
 import torch
 
-from page4d.checkpoint import load_pretrained, save_official, save_pretrained
+from page4d.cli.train import main
 from page4d.config import PRESETS, preset
 from page4d.data.synthetic import SyntheticScenes
 from page4d.errors import ConfigError, InputError
 from page4d.model import Page4D
+from page4d.model.checkpoint import save_official, save_pretrained
 from page4d.training import Trainer, load_config
-from page4d.training.__main__ import main
 from page4d.training.batches import Batches, jitter, loader
 from page4d.training.config import DataConfig, OptimizerConfig
 from page4d.training.muon import Muon, orthogonalise
@@ -156,12 +156,14 @@ def test_resuming_is_exact(tmp_path, options):
     states = [[s for o in trainer.optimizers for s in o.state_dict()["state"].values()] for trainer in (straight, second)]
     for a, b in zip(*states, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    weights = load_pretrained(tmp_path / "halves" / "model.safetensors")
+    weights = Page4D.from_pretrained(tmp_path / "halves" / "model.safetensors", device="cpu")
     assert weights.config == preset("nano").replace(image_size=(28, 42))
     static = run(tmp_path, "mask.strength=0", "steps=1", name="static")
     static.train()
-    assert load_pretrained(tmp_path / "static" / "model.safetensors").config.mask_strength == 0  # used as it was trained
-    other = load_pretrained(tmp_path / "straight" / "model.safetensors")
+    assert (
+        Page4D.from_pretrained(tmp_path / "static" / "model.safetensors", device="cpu").config.mask_strength == 0
+    )  # used as it was trained
+    other = Page4D.from_pretrained(tmp_path / "straight" / "model.safetensors", device="cpu")
     for (name, a), b in zip(weights.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     unchanged = torch.equal(weights.camera_head.embed_pose.weight, second.model.camera_head.embed_pose.weight)
@@ -177,7 +179,7 @@ def test_the_mean_of_the_weights_is_kept(tmp_path):
     mean = seen[0]
     for share, weight in zip((1 / 2, 0.4, 0.4), seen[1:], strict=True):
         mean = mean + share * (weight - mean)
-    kept = load_pretrained(tmp_path / "run" / "model.safetensors")
+    kept = Page4D.from_pretrained(tmp_path / "run" / "model.safetensors", device="cpu")
     assert torch.allclose(kept.camera_head.embed_pose.weight.double(), mean, atol=1e-7, rtol=1e-6)
     assert not torch.allclose(mean, seen[-1], atol=1e-5) and kept.config == trainer.model.config
 
@@ -572,7 +574,9 @@ def test_weights_of_another_model(tmp_path):
     run(tmp_path, f"weights={weights}", name="second")
     save_official(Page4D(preset("tiny")), tmp_path / "official.pt")
     run(tmp_path, f"weights={tmp_path / 'official.pt'}", "model=tiny", "steps=1", name="third").train()
-    assert load_pretrained(tmp_path / "third" / "model.safetensors").config.image_size is None  # it knows more than this one
+    assert (
+        Page4D.from_pretrained(tmp_path / "third" / "model.safetensors", device="cpu").config.image_size is None
+    )  # it knows more than this one
 
 
 def test_a_loss_without_its_head(tmp_path):

@@ -1,4 +1,4 @@
-"""The trunk: alternating attention within frames and across frames, the latter modulated by the dynamics mask in the middle layers."""
+"""The trunk: attention alternates between within-frame and across-frame. In middle layers the dynamics mask modulates the latter."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from page4d_kernels import TokenLayout
 from page4d_kernels.nvtx import stage
 from page4d_kernels.reference import accumulation_dtype
 
-from .config import Page4DConfig
+from ..config import Page4DConfig
+from ..execution.runners import EagerRunner, TrunkRunner
+from ..layers import Block, MaskHead, Modulation
+from ..layers.attention import rope
 from .encoder import Encoder
-from .layers import Block, Modulation
-from .layers.attention import rope
-from .lean import Lean, Plain
-from .mask_head import MaskHead
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the encoder was trained with
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the heads read: outputs (B, S, P, 2, C) of the frame and the global block of the kept layers; and the mask."""
+    """What the heads read."""
 
-    layers: list[Tensor]
+    layers: list[Tensor]  # (B, S, P, 2, C) of each kept layer: output of its frame block, output of its global block
     key_bias: Tensor | None  # (B, S*P)
     special_tokens: int
 
@@ -35,7 +34,7 @@ class Aggregator(nn.Module):
     def __init__(self, config: Page4DConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # of the blocks, in training: half as fast again, for a fraction of the memory
+        self.checkpoint_activations = False  # in training: recompute the blocks in the backward pass
         dim = config.embed_dim
         self.camera_token = nn.Parameter(torch.zeros(1, 2, 1, dim))  # [first frame, every other frame]
         self.register_token = nn.Parameter(torch.zeros(1, 2, config.register_tokens, dim))
@@ -54,7 +53,7 @@ class Aggregator(nn.Module):
         return Block(config.embed_dim, config.num_heads, config.mlp_ratio, qk_norm=True, scale_init=config.layer_scale)
 
     def reset_buffers(self) -> None:
-        """Make the constants; called again when a model made on the meta device gets its weights."""
+        """Create the constants. Called again when a model made on the meta device gets its weights."""
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
 
     @torch.no_grad()
@@ -69,7 +68,7 @@ class Aggregator(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the blocks' products run in."""
+        """The dtype of the blocks' matmuls."""
         device = self.camera_token.device.type
         block = self.global_blocks[0]
         assert isinstance(block, Block)
@@ -79,20 +78,25 @@ class Aggregator(nn.Module):
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
     def forward(
-        self, images: Tensor, *, mask_strength: float, layers: tuple[int, ...], want_mask: bool, run: Lean | None = None
+        self, images: Tensor, *, mask_strength: float, layers: tuple[int, ...], want_mask: bool, runner: TrunkRunner | None = None
     ) -> Features:
-        """Images (B, S, 3, H, W) in [0, 1]; `layers` are the rounds to keep, `mask_strength` the gate of the special tokens.
+        """Run the trunk.
 
-        `run`: how the blocks are run if there are no gradients; whole tensors without it.
+        Args:
+            images: (B, S, 3, H, W) in [0, 1].
+            mask_strength: query gate of the special tokens. 0 switches the modulation off.
+            layers: which layers to save. The trunk stops after the last of them.
+            want_mask: whether to compute the mask even if it does not modulate.
+            runner: how to run the blocks without gradients. `EagerRunner` by default.
         """
         config = self.config
         batch, frames, _, height, width = images.shape
         grid = (height // config.patch_size, width // config.patch_size)
         special = config.special_tokens
-        how = run or Plain(self._run)
+        runner = runner or EagerRunner(self._call)
         with stage("encoder"):
             tokens = [self._per_frame(token, batch, frames) for token in (self.camera_token, self.register_token)]
-            x = how.embed(self.patch_embed, self._normalise, images, torch.cat(tokens, 2))
+            x = runner.embed(self.patch_embed, self._normalise, images, torch.cat(tokens, 2))
         per_frame = x.shape[2]
         table = rope(grid, special, config.embed_dim // config.num_heads, config.rope_base, x.device, accumulation_dtype(x.dtype))
         layout = TokenLayout(frames, per_frame, special)
@@ -103,26 +107,26 @@ class Aggregator(nn.Module):
         for index, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
             assert isinstance(frame_block, Block) and isinstance(global_block, Block)
             with stage(f"frame {index}"):
-                x = how.frame(frame_block, x, table)
+                x = runner.frame_block(frame_block, x, table)
             if index == config.mask_after and self.spatial_mask_head is not None and (use_mask or want_mask):
                 with stage("mask head"):
-                    key_bias = how.mask(self.spatial_mask_head, x, grid, special)
+                    key_bias = runner.mask_head(self.spatial_mask_head, x, grid, special)
                 if use_mask:
                     modulation = Modulation(self._gate(layout, batch, mask_strength, x), key_bias, layout)
             if not layers and index == last:
                 break  # only the mask was asked for
             if index in layers:
-                how.keep_frame(x)
+                runner.save_frame_half(x)
             with stage(f"global {index}"):
                 masked = config.masked_blocks[0] <= index < config.masked_blocks[1]
-                x = how.across(global_block, x, table, modulation if masked else None)
+                x = runner.global_block(global_block, x, table, modulation if masked else None)
             if index in layers:
-                how.keep(x)
+                runner.save_global_half(x)
             if index == last:
                 break
-        return Features(how.layers(), key_bias, special)
+        return Features(runner.saved_layers(), key_bias, special)
 
-    def _run(self, block: nn.Module, *inputs) -> Tensor:
+    def _call(self, block: nn.Module, *inputs) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)

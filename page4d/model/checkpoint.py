@@ -1,8 +1,8 @@
-"""Weights in and out: official .pt files and our own .safetensors, both ways, strict.
+"""Read and write weights, strictly: official .pt files and our own .safetensors.
 
-Parameter names are the official release's in both formats, so nothing is renamed. Our files carry the model's configuration as JSON in
-their metadata. Two things may be absent as a whole: the track head (official PAGE-4D files were trained without) and the mask head
-(VGGT files); the model then has none, and asking for its output is an error. Anything else that does not fit is an error.
+Both formats use the official parameter names. Our files also carry the model's configuration, as JSON in their metadata. Two heads may be
+absent as a whole: the track head (official PAGE-4D files have none) and the mask head (VGGT files have none). The model then lacks that
+head, and asking for its output is an error. Any other missing, unexpected or mis-shaped key is an error.
 """
 
 from __future__ import annotations
@@ -11,31 +11,38 @@ import pickle
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .config import PRESETS, Page4DConfig, preset
-from .errors import CheckpointError, ConfigError
-from .files import AtomicFiles
-from .model import Page4D
+from ..config import PRESETS, Page4DConfig, preset
+from ..errors import CheckpointError, ConfigError
+from ..files import AtomicFiles
 
 ALIGNMENT = 64  # bytes, as of memory that torch allocates
 CONFIG_KEY = "page4d_config"
-UNREADABLE = (safetensors.SafetensorError, OSError, ValueError)  # what a damaged safetensors file raises
-BUNDLED = {"nano": Path(__file__).parent / "assets" / "nano.safetensors"}  # see docs/nano.md
+UNREADABLE = (safetensors.SafetensorError, OSError, ValueError)  # raised for damaged safetensors files
+BUNDLED = {"nano": Path(__file__).parents[1] / "assets" / "nano.safetensors"}  # see docs/nano.md
 TRACK_HEAD = "track_head."
 MASK_HEAD = "aggregator.spatial_mask_head."
+
+
+class Configured(Protocol):
+    """What is saved: a module with its configuration, such as `Page4D`."""
+
+    config: Page4DConfig
+
+    def state_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class HubFile:
     repository: str
     filename: str
-    kind: str  # of repository, as huggingface_hub names it
+    kind: str  # repo_type of huggingface_hub
 
 
 HUB = {
@@ -68,7 +75,7 @@ class KeyReport:
         return "; ".join(parts) or "all keys fit"
 
 
-def compare_keys(model: Page4D, state: dict[str, Tensor]) -> KeyReport:
+def compare_keys(model: nn.Module, state: dict[str, Tensor]) -> KeyReport:
     wanted = model.state_dict()
     shapes = [
         f"{key}: {tuple(state[key].shape)} instead of {tuple(value.shape)}"
@@ -78,26 +85,32 @@ def compare_keys(model: Page4D, state: dict[str, Tensor]) -> KeyReport:
     return KeyReport([key for key in wanted if key not in state], [key for key in state if key not in wanted], shapes)
 
 
-def load_pretrained(name_or_path: str | Path, config: Page4DConfig | None = None) -> Page4D:
-    """An fp32 model on the CPU; see `Page4D.from_pretrained`. Weights of an fp32 file stay mapped from it until they are moved."""
+def read_pretrained(name_or_path: str | Path, config: Page4DConfig | None = None) -> tuple[Page4DConfig, dict[str, Tensor]]:
+    """The configuration of the model that some weights need, and their state dict. See `Page4D.from_pretrained`."""
     if str(name_or_path) in HUB:
         path, config = _download(str(name_or_path)), config or preset(str(name_or_path))
     else:
         path = local_file(name_or_path)
     state, stored = read_file(path)
-    config = _fit_heads(config or stored or preset("page4d"), state)
-    with torch.device("meta"):
-        model = Page4D(config)
+    return _fit_heads(config or stored or preset("page4d"), state), state
+
+
+def assign_weights(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Give a model on the meta device its weights, in fp32 on the CPU.
+
+    Weights of an fp32 file stay memory-mapped until they are moved.
+
+    Raises:
+        CheckpointError: a key is missing, unexpected or mis-shaped. `name` is the file's name in the message.
+    """
     report = compare_keys(model, state)
     if not report.fits:
-        raise CheckpointError(f"{path.name} does not fit the model: {report}")
+        raise CheckpointError(f"{name} does not fit the model: {report}")
     model.load_state_dict(state, assign=True)
-    model.aggregator.reset_buffers()
     model.float()
     for parameter in model.parameters():
-        if parameter.data_ptr() % ALIGNMENT:  # a file may have put it anywhere; kernels, and with them the last bit, depend on it
+        if parameter.data_ptr() % ALIGNMENT:  # a file may place it anywhere, and the last bits of results depend on the alignment
             parameter.data = parameter.data.clone()
-    return model
 
 
 def local_file(path: str | Path) -> Path:
@@ -110,9 +123,9 @@ def local_file(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    what = "is a directory" if path.is_dir() else "does not exist"
+    problem = "is a directory" if path.is_dir() else "does not exist"
     advice = f"random:{path} gives that preset random weights" if str(path) in PRESETS else f"or one of {', '.join([*BUNDLED, *HUB])}"
-    raise CheckpointError(f"weights {str(path)!r}: the file {what}; give a .pt or .safetensors file, {advice}")
+    raise CheckpointError(f"weights {str(path)!r}: the file {problem}; give a .pt or .safetensors file, {advice}")
 
 
 def stored_config(name_or_path: str | Path) -> Page4DConfig | None:
@@ -213,7 +226,7 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def save_pretrained(model: Page4D, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+def save_pretrained(model: Configured, path: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Our own format: safetensors with the configuration inside. `dtype` converts every weight (bf16 or fp16 halve the file)."""
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -229,7 +242,7 @@ def save_pretrained(model: Page4D, path: str | Path, dtype: torch.dtype | None =
     return path
 
 
-def save_official(model: Page4D, path: str | Path) -> Path:
+def save_official(model: nn.Module, path: str | Path) -> Path:
     """The official release's format: {'model': fp32 state dict} by torch.save, for the official code to load."""
     path = Path(path)
     state = {key: _stored(value, torch.float32) for key, value in model.state_dict().items()}

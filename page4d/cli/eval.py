@@ -1,4 +1,4 @@
-"""`python -m page4d.evaluation`: read sequences with ground truth, run a model on them, print a table, write JSON."""
+"""`page4d eval DATA ...`: run a model on sequences with ground truth, print a table of metrics, write JSON."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..command_line import DEFAULT_WEIGHTS, DTYPES, WEIGHTS_HELP, check_weights, guarded, open_device, open_model, parse_names, parse_size
 from ..data.preprocess import DEFAULT_SIZE
 from ..errors import InputError
+from ..evaluation.depth import ALIGNMENTS
+from ..evaluation.evaluate import TASKS, evaluate
+from ..evaluation.protocol import Protocol
+from ..evaluation.readers import open_dataset
+from ..evaluation.report import table, write_json
 from ..files import check_writable
 from ..model import default_dtype
-from .depth import ALIGNMENTS
-from .evaluate import TASKS, evaluate
-from .protocol import Protocol
-from .readers import open_dataset
-from .report import table, write_json
+from .common import DEFAULT_WEIGHTS, DTYPES, WEIGHTS_HELP, check_weights, open_device, open_model, parse_names, parse_size, run_command
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m page4d.evaluation",
+        prog,
         description="Metrics of cameras, depth, points, tracks and the motion mask against ground truth.",
     )
     parser.add_argument(
@@ -48,9 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return guarded(lambda: run(args))
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    args = build_parser(prog).parse_args(argv)
+    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> str:

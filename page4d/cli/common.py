@@ -1,4 +1,4 @@
-"""What the command lines share: options' types, devices, weights, and mistakes as one line with an exit code."""
+"""Shared by the commands: option types, devices, weights, and user errors as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from page4d_kernels import BackendError
 from page4d_kernels.env import VariableError
 
-from .checkpoint import stored_config
-from .config import Page4DConfig, preset
-from .errors import InputError, UserError
-from .memory import out_of_memory
-from .model import Page4D, default_device
+from ..config import Page4DConfig, preset
+from ..errors import InputError, UserError
+from ..execution.memory import is_out_of_memory
+from ..model import Page4D, default_device
+from ..model.checkpoint import stored_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM, RANDOM_PRESET = "random", "small"
@@ -27,7 +27,7 @@ WEIGHTS_HELP = "nano (bundled, the default), page4d, page4d-mask or vggt (Huggin
 
 
 def say(text: str) -> None:
-    """What happens on the way; the report alone goes to standard output."""
+    """Print progress messages to standard error. Standard output is for the report alone."""
     print(text, file=sys.stderr)
 
 
@@ -46,7 +46,7 @@ def parse_bytes(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory: give bytes, or a number with K, M or G such as 6G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory: give bytes, or a number with K, M or G such as 6G")
     return size
 
 
@@ -54,8 +54,8 @@ def parse_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def guarded(run: Callable[[], str], save_memory: str = "use fewer --frames or a smaller --size") -> int:
-    """Print what `run` returns; the exit code. A user's mistake is one line, never a traceback."""
+def run_command(run: Callable[[], str], save_memory: str = "use fewer --frames or a smaller --size") -> int:
+    """Print the report that `run` returns, and return the exit code. A user's mistake is one line, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         report = run()
@@ -63,7 +63,7 @@ def guarded(run: Callable[[], str], save_memory: str = "use fewer --frames or a 
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         detail = (str(error).splitlines() or [""])[0]
         print(f"error: out of memory: {save_memory} ({detail})", file=sys.stderr)
@@ -71,19 +71,19 @@ def guarded(run: Callable[[], str], save_memory: str = "use fewer --frames or a 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    with contextlib.suppress(BrokenPipeError):  # nobody is reading any more; the files are written
+    with contextlib.suppress(BrokenPipeError):  # the reader has gone, but the files are written
         print(report, flush=True)
     return 0
 
 
 def open_device(name: str | None) -> torch.device:
-    """The device of that name, tried out; the best there is without one."""
+    """The device called `name`, after a trial allocation. Without a name: cuda if available, else mps, else cpu."""
     if name is None:
         return default_device()
     try:
         device = torch.device(name)
         if device.type == "meta":
-            raise RuntimeError("it computes nothing")
+            raise RuntimeError("it does not compute")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
@@ -91,7 +91,11 @@ def open_device(name: str | None) -> torch.device:
 
 
 def check_weights(weights: str) -> Page4DConfig:
-    """What the weights that an option names are made for; a CheckpointError if they are not there. No weight is read yet."""
+    """The configuration of the weights named by --weights, without reading them.
+
+    Raises:
+        CheckpointError: the file does not exist.
+    """
     kind, _, name = weights.partition(":")
     if kind == RANDOM:
         return preset(name or RANDOM_PRESET)
@@ -99,10 +103,10 @@ def check_weights(weights: str) -> Page4DConfig:
 
 
 def open_model(weights: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Page4D:
-    """A model with the weights that an option names, "random:PRESET" included, in eval mode."""
+    """A model in eval mode with the weights named by --weights; "random:PRESET" gives random weights."""
     kind, _, name = weights.partition(":")
     if weights == DEFAULT_WEIGHTS:
-        say(f"weights: {weights}, a small model trained on rendered scenes alone (docs/nano.md); for real videos use {RELEASED}")
+        say(f"weights: {weights}, a small model trained on rendered scenes only (docs/nano.md); for real videos use {RELEASED}")
     if kind != RANDOM:
         return Page4D.from_pretrained(weights, device=device, dtype=dtype)
     name = name or RANDOM_PRESET

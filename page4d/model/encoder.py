@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from .config import Page4DConfig
-from .layers import Block, Conv2d, LayerNorm, Linear
+from ..config import Page4DConfig
+from ..layers import Block, Conv2d, LayerNorm, Linear
 
 
 class PatchProjection(nn.Module):
@@ -17,7 +18,7 @@ class PatchProjection(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, h*w, C), row-major."""
-        return self.proj(images).flatten(2).transpose(1, 2)
+        return rearrange(self.proj(images), "n c h w -> n (h w) c")
 
 
 class Encoder(nn.Module):
@@ -30,7 +31,9 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, config.register_tokens, dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)  # of the released files; masked pre-training only
+        self.mask_token = nn.Parameter(
+            torch.zeros(1, dim), requires_grad=False
+        )  # unused here: it is in the released files, from masked pre-training
         self.patch_embed = PatchProjection(config.patch_size, dim)
         heads, ratio = config.encoder.num_heads, config.mlp_ratio
         blocks = (Block(dim, heads, ratio, eps=1e-6, scale_init=1.0) for _ in range(config.encoder.depth))
@@ -53,9 +56,9 @@ class Encoder(nn.Module):
         if grid == (side, side):
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        square = patches.transpose(1, 2).unflatten(2, (side, side)).float()
+        square = rearrange(patches, "n (h w) c -> n c h w", h=side).float()
         resampled = F.interpolate(square, size=grid, mode="bicubic", antialias=True, align_corners=False)
-        return torch.cat([cls, resampled.flatten(2).transpose(1, 2).to(cls.dtype)], 1)
+        return torch.cat([cls, rearrange(resampled, "n c h w -> n (h w) c").to(cls.dtype)], 1)
 
     def forward(self, images: Tensor) -> Tensor:
         count, _, height, width = images.shape

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import CameraHeadConfig
-from ..layers import Block, LayerNorm, Linear, Mlp
+from ...config import CameraHeadConfig
+from ...layers import Block, LayerNorm, Linear, Mlp
 
 POSE_SIZE = 9  # translation 3, quaternion 4, fields of view 2
 

@@ -1,4 +1,4 @@
-"""The command line behind infer.py: read frames, run the model, write files, say what it cost."""
+"""`page4d infer [INPUT ...]`: read frames, run the model, write files, report what it cost."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from tqdm import tqdm
 from page4d_kernels import env, mask_attention, registries, use_backend
 from page4d_kernels.nvtx import Recording, peak_bytes, record, stage
 
-from .command_line import (
+from ..config import Page4DConfig
+from ..data import Frames, bundled_clip, load_frames
+from ..data.preprocess import DEFAULT_SIZE
+from ..errors import InputError
+from ..execution.memory import budget_of
+from ..export import EXPORTERS, NEEDED, export
+from ..files import AtomicFiles, check_writable, on_disk
+from ..model import OUTPUTS, Page4D, default_dtype
+from .common import (
     DEFAULT_WEIGHTS,
     DTYPES,
     WEIGHTS_HELP,
     check_weights,
-    guarded,
     open_device,
     open_model,
     parse_bytes,
     parse_names,
     parse_size,
+    run_command,
     say,
 )
-from .config import Page4DConfig
-from .data import Frames, bundled_clip, load_frames
-from .data.preprocess import DEFAULT_SIZE
-from .errors import InputError
-from .export import EXPORTERS, NEEDED, export
-from .files import AtomicFiles, check_writable, on_disk
-from .memory import budget_of
-from .model import OUTPUTS, Page4D, default_dtype
 
 DEFAULT_FRAMES = 32
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Cameras, depth, points, tracks and the dynamics mask of a video, in one forward pass.")
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog, description="Cameras, depth, points, tracks and the dynamics mask of a video.")
     parser.add_argument("input", nargs="*", help="a video, a folder of images, or image files; the bundled clip if there is none")
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=WEIGHTS_HELP)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
@@ -77,9 +77,9 @@ def _formats(text: str) -> list[str]:
     return formats
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return guarded(lambda: run(args))
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    args = build_parser(prog).parse_args(argv)
+    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> str:
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> str:
         calls.clear()
 
         budget = budget_of(device) if args.memory_budget is None else args.memory_budget
-        where = {"images_here": device.type == "cpu", "results_here": False}
+        where = {"images_on_device": device.type == "cpu", "results_on_device": False}
         plan = model.plan((1, *frames.images.shape), outputs, budget, **where, points=0 if queries is None else len(queries))
         say(f"memory: {plan}")
         if budget is not None and plan.bytes > budget:

@@ -7,20 +7,21 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from page4d_kernels.nvtx import stage
 
+from ..config import Page4DConfig
+from ..errors import InputError
+from ..execution.memory import HEAD_FRAMES, MemoryPlan, Workload, budget_of, can_offload, make_plan
+from ..execution.runners import StreamedRunner
+from ..layers import Conv2d, Linear
+from ..prediction import Prediction
 from .aggregator import Aggregator
-from .config import Page4DConfig
-from .errors import InputError
 from .heads import CameraHead, DenseHead, TrackHead
 from .heads.dense import Allocate
 from .heads.track import UpdateFormer
-from .layers import Conv2d, Linear
-from .lean import Lean
-from .memory import HEAD_FRAMES, Plan, Workload, budget_of, can_offload, make_plan
-from .prediction import Prediction
 
 OUTPUTS = ("camera", "depth", "points", "mask")  # tracks come with query points
 
@@ -28,7 +29,7 @@ OUTPUTS = ("camera", "depth", "points", "mask")  # tracks come with query points
 class Page4D(nn.Module):
     """PAGE-4D: cameras, depth, point maps, tracks and the dynamics mask of a video in one forward pass.
 
-    Parameter names are those of the official release. Made from a configuration it has random weights; `from_pretrained` loads some.
+    Parameter names are those of the official release. `Page4D(config)` has random weights, `from_pretrained` loads weights.
     """
 
     def __init__(self, config: Page4DConfig):
@@ -69,25 +70,29 @@ class Page4D(nn.Module):
         Args:
             name_or_path: "nano" (bundled), "page4d", "page4d-mask" or "vggt" (downloaded from the Hugging Face hub), or a local .pt or
                 .safetensors file.
-            config: of a local file that carries none (official .pt files); the official size by default.
-            device: cuda if there is one, else mps, else cpu.
-            dtype: of the trunk's matrix products; see `set_compute_dtype`. bf16 (fp16 on older GPUs) on cuda, fp32 elsewhere.
+            config: configuration of a local file that carries none (official .pt files). The official size by default.
+            device: default: cuda if available, else mps, else cpu.
+            dtype: dtype of the trunk's matmuls, see `set_compute_dtype`. Default: bf16 (fp16 on older GPUs) on cuda, fp32 elsewhere.
 
         Raises:
-            CheckpointError: the file is missing, damaged, holds code instead of weights, or its keys do not fit, in one line each.
+            CheckpointError: the file is missing, damaged, holds code instead of weights, or its keys do not fit the model.
         """
-        from .checkpoint import load_pretrained
+        from .checkpoint import assign_weights, read_pretrained
 
-        model = load_pretrained(name_or_path, config)
+        config, state = read_pretrained(name_or_path, config)
+        with torch.device("meta"):
+            model = cls(config)
+        assign_weights(model, state, Path(name_or_path).name)
+        model.aggregator.reset_buffers()
         device = torch.device(device) if device else default_device()
         model.set_compute_dtype(dtype or default_dtype(device))
         return model.to(device).eval()
 
     def set_compute_dtype(self, dtype: torch.dtype) -> Page4D:
-        """Run the trunk's matrix products (encoder, frame and global blocks) in `dtype`, in place.
+        """Convert the weights of the trunk's matmuls (encoder, frame and global blocks) to `dtype`, in place.
 
         Norms, layer scales, tokens, the residual stream, the mask head and the prediction heads stay in fp32. For training in low
-        precision leave the parameters in fp32 and use torch.autocast, which reaches the same products.
+        precision leave the parameters in fp32 and use torch.autocast: it runs the same matmuls in low precision.
         """
         trunk = (self.aggregator.patch_embed, self.aggregator.frame_blocks, self.aggregator.global_blocks)
         for part in trunk:
@@ -97,10 +102,10 @@ class Page4D(nn.Module):
         return self
 
     def compile_parts(self) -> Page4D:
-        """Run the encoder and the dense heads through torch.compile from now on, in place. The rest of the time is in our own operators.
+        """Run the encoder and the dense heads through torch.compile from now on, in place.
 
-        The first pass takes minutes longer, as does the first with another image size; results agree up to rounding. It pays for many
-        frames on a GPU.
+        The first pass takes minutes longer, and so does the first pass with another image size. Results agree up to rounding. It is
+        meant for many frames on a GPU. Blocks are not compiled: most of their time is in our own operators.
         """
         for part in (self.aggregator.patch_embed, self.depth_head, self.point_head):
             if part is not None:
@@ -121,20 +126,21 @@ class Page4D(nn.Module):
 
         Args:
             images: (B, S, 3, H, W) or (S, 3, H, W) in [0, 1], RGB, H and W multiples of the patch size.
-            query_points: (B, N, 2) or (N, 2), x and y in pixels of frame 0 (pixel centres at integers): asks for tracks. A point that is
-                not finite has no finite track.
-            outputs: any of "camera", "depth", "points", "mask"; all that the model has by default.
-            mask_strength: gate of the special tokens, overrides the configuration's; 0 switches the modulation off.
-            memory_budget: bytes that a pass without gradients may take beyond the weights, 0 for as few as it gets; 0.9 of what is free by
-                default. `plan` tells what comes of it. Images may then lie on another device than the model, and go over a few frames at a
-                time.
-            allocate: makes the tensors that depth and points are written to, such as in the host's memory (without gradients only).
+            query_points: (B, N, 2) or (N, 2), x and y in pixels of frame 0 (pixel centres at integers). Given, the prediction has tracks.
+                A point that is not finite has no finite track.
+            outputs: any of "camera", "depth", "points", "mask". Default: all that the model has a head for.
+            mask_strength: query gate of the special tokens. Default: the configuration's. 0 switches the modulation off.
+            memory_budget: bytes that a pass without gradients may allocate beyond the weights; 0 asks for the smallest plan. Default: 0.9
+                of the free memory. `plan` returns the resulting plan. The images may lie on another device than the model: they are
+                copied a few frames at a time.
+            allocate: `allocate(name, shape)` returns the tensor that depth or points are written to, for example in host memory. Without
+                gradients only.
 
         Raises:
-            InputError (a ValueError): images or query points do not fit, or an output is asked for that the model has no head for.
+            InputError (a ValueError): images or query points do not fit, or the model has no head for an output.
         """
         if memory_budget is not None and memory_budget < 0:
-            raise InputError(f"memory_budget is a number of bytes, at least 0, not {memory_budget}")
+            raise InputError(f"memory_budget must be a number of bytes, at least 0, not {memory_budget}")
         if images.dim() == 4:
             images = images.unsqueeze(0)
         if query_points is not None and query_points.dim() == 2:
@@ -147,22 +153,21 @@ class Page4D(nn.Module):
         kept = self.config.kept_layers
         layers = kept if wanted & {"depth", "points", "track"} else kept[-1:] if "camera" in wanted else ()
         images = images.to(self.aggregator.camera_token.dtype)
-        aggregator, run = self.aggregator, None
-        device = aggregator.camera_token.device
+        device = self.aggregator.camera_token.device
+        runner: StreamedRunner | None = None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             points = 0 if query_points is None else query_points.shape[1]
-            work = self._workload(images.shape, wanted, images.device == device, allocate is None, points)
-            run = Lean(self._plan(work, memory_budget), work, device, aggregator.compute_dtype)
+            workload = self._workload(images.shape, wanted, images.device == device, allocate is None, points)
+            runner = StreamedRunner(self._plan(workload, memory_budget), workload, device, self.aggregator.compute_dtype)
             if allocate is not None:
-                allocate = self._allocated(work, allocate)
-        features = aggregator(images, mask_strength=strength, layers=layers, want_mask="mask" in wanted, run=run)
-        frames = HEAD_FRAMES if run is None else run.plan.head_frames
+                allocate = self._allocated(workload, allocate)
+        features = self.aggregator(images, mask_strength=strength, layers=layers, want_mask="mask" in wanted, runner=runner)
+        frames_per_chunk = HEAD_FRAMES if runner is None else runner.plan.head_frames
         with torch.autocast(device.type, enabled=False):
-            found = self._heads(wanted, features.layers, images, query_points, frames, allocate)
+            found = self._heads(wanted, features.layers, images, query_points, frames_per_chunk, allocate)
         if "mask" in wanted and features.key_bias is not None:
-            frames = images.shape[1]
-            grid = (images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size)
-            found["mask"] = features.key_bias.unflatten(1, (frames, -1))[:, :, features.special_tokens :].unflatten(2, grid)
+            bias = rearrange(features.key_bias, "b (s p) -> b s p", s=images.shape[1])[:, :, features.special_tokens :]
+            found["mask"] = rearrange(bias, "b s (h w) -> b s h w", h=images.shape[-2] // self.config.patch_size)
         return Prediction(images=images, **found)
 
     def plan(
@@ -171,40 +176,44 @@ class Page4D(nn.Module):
         outputs: Collection[str] | None = None,
         memory_budget: int | None = None,
         *,
-        images_here: bool = True,
-        results_here: bool = True,
+        images_on_device: bool = True,
+        results_on_device: bool = True,
         points: int = 0,
-    ) -> Plan:
-        """How a pass without gradients over images of a shape (B, S, 3, H, W) goes about its memory, see `forward`.
+    ) -> MemoryPlan:
+        """The memory plan of a pass without gradients over images of shape (B, S, 3, H, W), see `forward`.
 
-        `images_here`, `results_here`: whether they lie on the model's device; dense results do not if they are allocated elsewhere.
-        `points`: tracked per sequence.
+        Args:
+            images_on_device, results_on_device: whether images, and depth and points, lie on the model's device.
+            points: how many points are tracked per sequence.
         """
         wanted = self._wanted(outputs, None) | ({"track"} if points else set())
-        work = self._workload(shape, wanted, images_here, results_here, points)
-        return self._plan(work, memory_budget)
+        workload = self._workload(shape, wanted, images_on_device, results_on_device, points)
+        return self._plan(workload, memory_budget)
 
-    def _allocated(self, work: Workload, allocate: Allocate) -> Allocate:
-        """`allocate`, asked before the trunk: what has no room says so at once."""
+    def _allocated(self, workload: Workload, allocate: Allocate) -> Allocate:
+        """Allocate outputs before the trunk runs, so that lack of space fails early."""
         heads = {"depth": self.depth_head, "points": self.point_head}
         made: dict[str, Tensor] = {}
         for output, head in heads.items():
-            if output in work.outputs and head is not None:
-                made |= {name: allocate(name, (work.all_frames, *work.size, *rest)) for name, rest in head.results}
+            if output in workload.outputs and head is not None:
+                made |= {name: allocate(name, (workload.all_frames, *workload.size, *rest)) for name, rest in head.results}
         return lambda name, shape: made.pop(name)
 
-    def _plan(self, work: Workload, memory_budget: int | None) -> Plan:
+    def _plan(self, workload: Workload, memory_budget: int | None) -> MemoryPlan:
         device = self.aggregator.camera_token.device
-        return make_plan(work, budget_of(device) if memory_budget is None else memory_budget, can_offload(work, device))
+        return make_plan(workload, budget_of(device) if memory_budget is None else memory_budget, can_offload(workload, device))
 
-    def _workload(self, shape: Sequence[int], outputs: Collection[str], images_here: bool, results_here: bool, points: int) -> Workload:
+    def _workload(
+        self, shape: Sequence[int], outputs: Collection[str], images_on_device: bool, results_on_device: bool, points: int
+    ) -> Workload:
         batch, frames, _, height, width = shape
-        itemsize = self.aggregator.compute_dtype.itemsize
-        return Workload(self.config, batch, frames, (height, width), itemsize, frozenset(outputs), images_here, results_here, points)
+        item = self.aggregator.compute_dtype.itemsize
+        size = (height, width)
+        return Workload(self.config, batch, frames, size, item, frozenset(outputs), images_on_device, results_on_device, points)
 
     @property
     def available(self) -> set[str]:
-        """The outputs that this model has a head for."""
+        """The outputs for which this model has a head."""
         heads = {
             "camera": self.camera_head,
             "depth": self.depth_head,
@@ -216,7 +225,7 @@ class Page4D(nn.Module):
 
     def _wanted(self, outputs: Collection[str] | None, query_points: Tensor | None) -> set[str]:
         if isinstance(outputs, str):
-            raise InputError(f"outputs have to be a collection of names, such as [{outputs!r}], not one string")
+            raise InputError(f"outputs must be a collection of names, such as [{outputs!r}], not one string")
         wanted = self.available & set(OUTPUTS) if outputs is None else set(outputs)
         unknown = sorted(wanted - set(OUTPUTS))
         if unknown:
@@ -236,9 +245,9 @@ class Page4D(nn.Module):
 
     def _check(self, images: Tensor, query_points: Tensor | None) -> None:
         if images.dim() != 5 or images.shape[2] != 3:
-            raise InputError(f"images have to be (B, S, 3, H, W) or (S, 3, H, W), not {tuple(images.shape)}")
+            raise InputError(f"images must be (B, S, 3, H, W) or (S, 3, H, W), not {tuple(images.shape)}")
         if not images.is_floating_point():
-            raise InputError(f"images have to be floating point in [0, 1], not {images.dtype}: convert and divide by 255")
+            raise InputError(f"images must be floating point in [0, 1], not {images.dtype}: convert and divide by 255")
         batch, frames, _, height, width = images.shape
         if batch == 0 or frames == 0:
             raise InputError(f"there is no frame in images of shape {tuple(images.shape)}")
@@ -246,19 +255,19 @@ class Page4D(nn.Module):
         if height % patch or width % patch or not height or not width:
             nearest = tuple(max(round(size / patch), 1) * patch for size in (height, width))
             raise InputError(
-                f"image height and width have to be multiples of {patch}, not {height} x {width}: resize to {nearest[0]} x {nearest[1]}"
+                f"image height and width must be multiples of {patch}, not {height} x {width}: resize to {nearest[0]} x {nearest[1]}"
             )
         if query_points is None or self.track_head is None:
             return
         if query_points.dim() != 3 or query_points.shape[0] != batch or query_points.shape[2] != 2 or not query_points.shape[1]:
-            raise InputError(f"query_points have to be ({batch}, N, 2) or (N, 2) with N >= 1, not {tuple(query_points.shape)}")
+            raise InputError(f"query_points must be ({batch}, N, 2) or (N, 2) with N >= 1, not {tuple(query_points.shape)}")
         smallest = self.track_head.smallest_image
         if min(height, width) < smallest:
             raise InputError(f"tracking needs images of at least {smallest} x {smallest} pixels, not {height} x {width}: use a larger size")
 
     def _check_mask(self, images: Tensor, strength: float, wanted: bool) -> None:
         if not 0 <= strength < math.inf:
-            raise InputError(f"mask_strength has to be at least 0 and finite, not {strength}")
+            raise InputError(f"mask_strength must be at least 0 and finite, not {strength}")
         if strength > 0 and self.aggregator.spatial_mask_head is None:
             raise InputError(f"mask_strength {strength} needs a mask head, and this model has none: use 0")
         if strength > 0 and self.config.masked_blocks[0] == self.config.masked_blocks[1]:
@@ -272,10 +281,10 @@ class Page4D(nn.Module):
         layers: list[Tensor],
         images: Tensor,
         query_points: Tensor | None,
-        frames: int,
+        frames_per_chunk: int,
         allocate: Allocate | None,
     ) -> dict[str, Tensor]:
-        """Run the heads, the dense ones so many frames at a time; the kept layers are cast to what the heads compute in."""
+        """Run the heads: dense ones `frames_per_chunk` frames at a time. The kept layers are cast to the heads' dtype."""
         size, device = (images.shape[-2], images.shape[-1]), self.aggregator.camera_token.device
         special = self.config.special_tokens
         found: dict[str, Tensor] = {}
@@ -285,15 +294,17 @@ class Page4D(nn.Module):
                 found["pose_enc"] = found["pose_enc_list"][-1]
         if "depth" in wanted and self.depth_head is not None:
             with stage("depth head"):
-                found["depth"], found["depth_conf"] = self.depth_head.stream(layers, special, size, frames, allocate)
+                found["depth"], found["depth_conf"] = self.depth_head.forward_chunked(layers, special, size, frames_per_chunk, allocate)
         if "points" in wanted and self.point_head is not None:
             with stage("point head"):
-                found["world_points"], found["world_points_conf"] = self.point_head.stream(layers, special, size, frames, allocate)
+                found["world_points"], found["world_points_conf"] = self.point_head.forward_chunked(
+                    layers, special, size, frames_per_chunk, allocate
+                )
         if "track" in wanted and self.track_head is not None and query_points is not None:
             with stage("track head"):
                 queries = query_points.to(device, images.dtype)
                 found["query_points"] = queries
-                found["track_list"], found["vis"], found["conf"] = self.track_head(layers, special, size, queries, frames)
+                found["track_list"], found["vis"], found["conf"] = self.track_head(layers, special, size, queries, frames_per_chunk)
                 found["track"] = found["track_list"][-1]
         return found
 
@@ -305,7 +316,7 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What the trunk's matrix products run in: half precision where the hardware gains from it."""
+    """The default dtype of the trunk's matmuls: half precision on cuda, fp32 elsewhere."""
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

@@ -1,8 +1,6 @@
-"""The dynamics-aware mask: its head and the schedule of its strength in training."""
+"""The dynamics-aware mask head."""
 
 from __future__ import annotations
-
-import math
 
 from torch import Tensor, nn
 
@@ -21,12 +19,3 @@ class MaskHead(nn.Module):
         depthwise, _, hidden, _, out = self.head0
         parameters = [x for layer in (depthwise, hidden, out) for x in (layer.get_parameter("weight"), layer.get_parameter("bias"))]
         return mask_head(tokens, *parameters, grid=grid, special_tokens=special_tokens)
-
-
-def mask_schedule(step: float, hold_start: float, hold_end: float, strength: float = 64.0) -> float:
-    """Strength of the mask at a training step: full before `hold_start`, 0 from `hold_end` on, a half cosine in between."""
-    if step < hold_start:
-        return strength
-    if step >= hold_end:
-        return 0.0
-    return strength * (1 + math.cos(math.pi * (step - hold_start) / (hold_end - hold_start))) / 2

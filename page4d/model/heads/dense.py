@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..layers import Conv2d, LayerNorm, cache_tensors
-from ..memory import HEAD_FRAMES, by_pieces
+from ...execution.memory import HEAD_FRAMES, for_each_chunk
+from ...layers import Conv2d, LayerNorm, cache_tensors
 
 log = logging.getLogger(__name__)
 
@@ -123,42 +124,43 @@ class DensePredictor(nn.Module):
         grid = (height // self.patch_size, width // self.patch_size)
         levels = []
         for tokens, project, resize in zip(layers, self.projects, self.resize_layers, strict=True):
-            x = self.norm(tokens[:, special_tokens:]).transpose(1, 2).unflatten(2, grid)
+            x = rearrange(self.norm(tokens[:, special_tokens:]), "n (h w) c -> n c h w", h=grid[0])
             x = project(x)
             levels.append(resize(add_positions(x, width / height) if self.positions else x))
         x = upsample(self.scratch(levels), out_size)
         return add_positions(x, width / height) if self.positions else x
 
-    def piece(self, layers: list[Tensor], frames: slice) -> list[Tensor]:
-        """Some frames of the layers (B, S, P, 2, C), wherever they are, as (n, P, 2C) on the head's device."""
-        device = self.norm.weight.device  # a half of a piece is one run of memory
-        return [torch.cat([half.to(device, non_blocking=True) for half in layer.flatten(0, 1)[frames].unbind(-2)], -1) for layer in layers]
+    def chunk(self, layers: list[Tensor], frames: slice) -> list[Tensor]:
+        """Frames of the layers (B, S, P, 2, C) as (n, P, 2C) on the head's device."""
+        device = self.norm.weight.device
+        flat = [rearrange(layer, "b s p half c -> (b s) p half c")[frames] for layer in layers]
+        return [torch.cat([half.to(device, non_blocking=True) for half in layer.unbind(-2)], -1) for layer in flat]
 
 
-def gather(total: int, frames: int, compute: Callable[[slice], tuple[Tensor, ...]], make: Callable[..., Tensor]) -> list[Tensor]:
-    """What `compute` makes of slices of so many frames, in one tensor for each of its results.
+def map_frames(total: int, chunk: int, compute: Callable[[slice], tuple[Tensor, ...]], allocate: Callable[..., Tensor]) -> list[Tensor]:
+    """Apply `compute` to slices of `chunk` frames and join each of its results over all `total` frames.
 
-    Without gradients every piece goes straight to its place in what `make(index, shape, like)` made, and one that runs out of memory is
-    done again with half as many frames.
+    Without gradients every chunk is written to its place in `allocate(index, shape, like)`. A chunk that runs out of memory is retried
+    with half as many frames.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        pieces = [compute(slice(first, min(first + frames, total))) for first in range(0, total, frames)]
-        return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
-    found: list[Tensor] = []
+        chunks = [compute(slice(first, min(first + chunk, total))) for first in range(0, total, chunk)]
+        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+    results: list[Tensor] = []
 
-    def work(piece: slice) -> None:
-        parts = compute(piece)
-        if not found:
-            found.extend([make(i, (total, *part.shape[1:]), part) for i, part in enumerate(parts)])
-        for whole, part in zip(found, parts, strict=True):
-            whole[piece] = part
+    def step(frames: slice) -> None:
+        parts = compute(frames)
+        if not results:
+            results.extend([allocate(i, (total, *part.shape[1:]), part) for i, part in enumerate(parts)])
+        for whole, part in zip(results, parts, strict=True):
+            whole[frames] = part
 
-    def smaller(frames: int) -> int:
+    def on_oom(frames: int) -> int:
         log.warning("out of memory in spite of the plan: going on with %d frames at a time in this head", frames // 2)
         return frames // 2
 
-    by_pieces(total, frames, work, smaller)
-    return found
+    for_each_chunk(total, chunk, step, on_oom)
+    return results
 
 
 class DenseHead(DensePredictor):
@@ -183,7 +185,7 @@ class DenseHead(DensePredictor):
         value, confidence = x[..., :-1], x[..., -1]
         return value.exp() if self.kind == "depth" else value.sign() * value.abs().expm1(), 1 + confidence.exp()
 
-    def stream(
+    def forward_chunked(
         self,
         layers: list[Tensor],
         special_tokens: int,
@@ -193,12 +195,12 @@ class DenseHead(DensePredictor):
     ) -> tuple[Tensor, Tensor]:
         """Tokens of the four kept layers (B, S, P, 2, C) -> map (B, S, H, W, 1 or 3), confidence (B, S, H, W).
 
-        `frames` are done at a time; without gradients each piece goes straight to its place in what `allocate` made.
+        Runs `frames` frames at a time. Without gradients each chunk is written to its place in what `allocate` returned.
         """
-        shape = layers[0].shape[:2]
+        batch, count = layers[0].shape[:2]
 
         def make(index: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
             return allocate(self.results[index][0], shape) if allocate else like.new_empty(shape)
 
-        found = gather(shape.numel(), frames, lambda piece: self(self.piece(layers, piece), special_tokens, image_size), make)
-        return found[0].unflatten(0, shape), found[1].unflatten(0, shape)
+        found = map_frames(batch * count, frames, lambda chunk: self(self.chunk(layers, chunk), special_tokens, image_size), make)
+        return found[0].unflatten(0, (batch, count)), found[1].unflatten(0, (batch, count))

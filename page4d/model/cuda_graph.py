@@ -10,9 +10,9 @@ from torch import Tensor
 
 from page4d_kernels import registries
 
-from .memory import budget_of
-from .model import Page4D
-from .prediction import Prediction
+from ..execution.memory import budget_of
+from ..prediction import Prediction
+from .page4d import Page4D
 
 WARM_UP = 3  # passes before a capture: kernels are compiled and timed, tables made, workspaces allocated
 

@@ -6,12 +6,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import TrackHeadConfig
-from ..layers import LayerNorm, Linear, Mlp, cache_tensors
-from ..memory import HEAD_FRAMES, SAMPLES_IN_FLIGHT
-from .dense import DensePredictor, gather
+from ...config import TrackHeadConfig
+from ...execution.memory import HEAD_FRAMES, SAMPLES_IN_FLIGHT
+from ...layers import LayerNorm, Linear, Mlp, cache_tensors
+from .dense import DensePredictor, map_frames
 
 STRIDE = 2  # image pixels per feature-map pixel
 FLOW_SCALE = 518  # the input width the released weights were trained at
@@ -68,8 +69,8 @@ class MultiheadAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Queries x (B, N, C), keys and values context (B, M, C)."""
         projections = zip((x, context, context), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (F.linear(y, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y, w, b in projections)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (rearrange(F.linear(y, w, b), "b n (h d) -> b h n d", h=self.num_heads) for y, w, b in projections)
+        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
 class TrackerBlock(nn.Module):
@@ -133,12 +134,12 @@ class UpdateFormer(nn.Module):
             self.time_blocks, self.space_virtual2point_blocks, self.space_virtual_blocks, self.space_point2virtual_blocks, strict=True
         )
         for time, to_virtual, among_virtual, to_points in groups:
-            z = time(z.flatten(0, 1)).unflatten(0, (batch, -1))
-            per_frame = z.transpose(1, 2).flatten(0, 1)
+            z = time(rearrange(z, "b n s c -> (b n) s c"))
+            per_frame = rearrange(z, "(b n) s c -> (b s) n c", b=batch)
             real, virtual = per_frame[:, :points], per_frame[:, points:]
             virtual = among_virtual(to_virtual(virtual, real))
             real = to_points(real, virtual)
-            z = torch.cat([real, virtual], 1).unflatten(0, (batch, frames)).transpose(1, 2)
+            z = rearrange(torch.cat([real, virtual], 1), "(b s) n c -> b n s c", b=batch)
         return self.flow_head(self.output_norm(z[:, :points] + first))
 
 
@@ -227,9 +228,9 @@ class TrackHead(nn.Module):
         extract = self.feature_extractor
         shape = layers[0].shape[:2]
 
-        def normalised(piece: slice) -> tuple[Tensor]:
-            maps = extract.features(extract.piece(layers, piece), special_tokens, image_size, size)
-            return (self.tracker.fmap_norm(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
+        def normalised(chunk: slice) -> tuple[Tensor]:
+            maps = extract.features(extract.chunk(layers, chunk), special_tokens, image_size, size)
+            return (rearrange(self.tracker.fmap_norm(rearrange(maps, "n c h w -> n h w c")), "n h w c -> n c h w"),)
 
-        (maps,) = gather(shape.numel(), frames, normalised, lambda index, shape, like: like.new_empty(shape))
+        (maps,) = map_frames(shape.numel(), frames, normalised, lambda index, shape, like: like.new_empty(shape))
         return self.tracker(maps.unflatten(0, shape), query_points)

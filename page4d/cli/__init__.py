@@ -1,0 +1,1 @@
+"""The command line: `page4d COMMAND ...`, one module per command."""

@@ -1,0 +1,36 @@
+"""`page4d train CONFIG.yaml [KEY=VALUE ...] [--resume]`"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from ..training.config import load_config
+from ..training.trainer import WEIGHTS, Trainer, own_device
+from .common import open_device, run_command, say
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = argparse.ArgumentParser(prog, description="Train or fine-tune a model on synthetic scenes.")
+    parser.add_argument("config", help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as steps=2000 data.seed=3")
+    parser.add_argument("--resume", action="store_true", help="continue the run in its output folder")
+    parser.add_argument("--device", help="cuda or cpu (default: the best there is)")
+    args = parser.parse_intermixed_args(argv)  # overrides may follow options
+    return run_command(lambda: run(args), save_memory="set a smaller data.images or data.size, or checkpoint_activations=true")
+
+
+def run(args: argparse.Namespace) -> str:
+    config = load_config(args.config, args.overrides)
+    trainer = Trainer(config, resume=args.resume, device=open_device(own_device(args.device)))
+    if trainer.step >= config.steps:
+        trainer.close()
+        return f"the run is finished: all of its {config.steps} steps are done, see {trainer.out / WEIGHTS}"
+    say(f"{trainer.trained:,} parameters are trained, on {trainer.device}; results go to {trainer.out}")
+    if config.precision == "bf16" and trainer.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        say("this processor has no bf16 instructions: precision=fp32 is several times as fast")
+    values = trainer.train()
+    trainer.close()
+    return f"step {trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
