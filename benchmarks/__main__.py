@@ -1,4 +1,4 @@
-"""`python -m benchmarks list`, `run [--cases PATTERN ...] [--device cuda] [--seconds 2] [--official CLONE] [--out FILE.json]`, `report`."""
+"""The command line: `python -m benchmarks list`, `run` or `report`, also as `page4d bench ...`. `--help` lists the options."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from page4d_kernels.nvtx import peak_bytes, reset_peak
+from page4d_kernels.profiling import peak_bytes, reset_peak
 
 from . import report
-from .cases import QUICK, Case, cases, gate, inputs, prepare, variants
+from .cases import QUICK, Case, cases, gate, make_inputs, prepare, variants
 from .measure import interleaved, limits, provenance, startup
 from .model import MODELS, OUTPUTS, ours
 from .official import CLASS, NAME, Official, OfficialError
 
-LONGEST = 120.0  # seconds that a call may take at the limit's rate
+LONGEST = 120.0  # seconds; a call that takes longer even at the peak rate is skipped
 
 
 def measure(
     case: Case, device: str, seconds: float, limits: dict[str, float], official: tuple[Path, str] | None = None
 ) -> list[dict[str, Any]]:
-    """One row per variant: times, or why there are none. `official`: a clone and the model's class there, for the whole model."""
+    """One row per variant: its times, or the reason why it has none. `official`: the folder of a clone and its model class."""
     rows: list[dict[str, Any]] = []
     runs: dict[str, Callable[[], Any]] = {}
     ceilings = case.ceilings(limits)
-    unit, amount = max(case.work().items(), key=lambda part: part[1] / ceilings[part[0]])  # what binds it
+    unit, amount = max(case.work().items(), key=lambda part: part[1] / ceilings[part[0]])  # the bottleneck
     least = amount / ceilings[unit]
     for variant in variants(case, device):
         row: dict[str, Any] = {"case": case.name, "variant": variant.name, "biased": variant.biased}
@@ -43,20 +43,20 @@ def measure(
             row["reason"] = f"left out: a call takes more than {least:.0f} s here"
             continue
         try:
-            verdict = gate(case, variant, inputs(case, device, small=True))
+            verdict = gate(case, variant, make_inputs(case, device, small=True))
             row |= dataclasses.asdict(verdict)
             if not row["reason"]:
-                run = prepare(case, variant, inputs(case, device))
-                run()  # warms up, and shows whether there is memory for the whole size
+                run = prepare(case, variant, make_inputs(case, device))
+                run()  # warms up, and fails here if the full size needs too much memory
                 runs[variant.name] = run
-        except RuntimeError as error:  # it cannot serve this, has no memory, does not compile: the others are measured all the same
+        except RuntimeError as error:  # unsupported, out of memory or not compilable: go on with the next variant
             row["reason"] = str(error).strip().splitlines()[0]
     with contextlib.ExitStack() as stack:
         if official is not None and case.op == "model" and least <= LONGEST:
-            rows.append(_official_row(case, official, inputs(case, device), runs, stack))
+            rows.append(_official_row(case, official, make_inputs(case, device), runs, stack))
         try:
             timings = interleaved(runs, device, seconds) if runs else {}
-        except OfficialError as error:  # the clone ended while it was timed: the others again, without it
+        except OfficialError as error:  # the clone's process ended: time the other variants without it
             rows[-1]["reason"] = str(error)
             timings = interleaved({name: run for name, run in runs.items() if name != NAME}, device, seconds)
     for row in rows:
@@ -73,25 +73,25 @@ def measure(
 
 
 def _official_row(
-    case: Case, official: tuple[Path, str], given: Any, runs: dict[str, Callable[[], Any]], stack: contextlib.ExitStack
+    case: Case, official: tuple[Path, str], inputs: Any, runs: dict[str, Callable[[], Any]], stack: contextlib.ExitStack
 ) -> dict[str, Any]:
-    """Adds the user's clone to what is timed; its row says how far its outputs are from ours, of their norm."""
+    """Add the user's clone to `runs`. The row holds the difference between its outputs and ours, relative to our norm."""
     row: dict[str, Any] = {"case": case.name, "variant": NAME, "biased": True}
     try:
-        process = stack.enter_context(Official(*official, given))
+        process = stack.enter_context(Official(*official, inputs))
     except OfficialError as error:
         return row | {"reason": str(error)}
     try:
-        exact = ours(given).cpu()
+        exact = ours(inputs).cpu()
     except RuntimeError as error:
-        return row | {"reason": f"nothing to compare it with: {str(error).strip().splitlines()[0]}"}
+        return row | {"reason": f"no outputs to compare with: {str(error).strip().splitlines()[0]}"}
     runs[NAME] = process
     difference = float((process.outputs - exact).norm() / exact.norm())
     return row | {"reason": "", "official_peak": process.peak, "difference": difference}
 
 
 def resident_peak(case: Case, variant: str) -> int | None:
-    """The most memory that a process of its own holds that makes the inputs and weights and calls a variant once; None if it fails."""
+    """The peak resident memory of a new process that makes inputs and weights and calls the variant once. None if it fails."""
     command = [sys.executable, "-m", "benchmarks", "peak", case.name, variant]
     result = subprocess.run(command, capture_output=True, text=True)
     return int(result.stdout) if result.returncode == 0 else None
@@ -104,62 +104,76 @@ def save(results: dict[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks", description="Speed and memory of the kernels against their baselines.")
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog, description="Speed and memory of the kernels and the model against their baselines.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("report", help="write RESULTS.md and the plots from the results that are committed")
-    commands.add_parser("list", help="the cases and, for this machine, their variants")
+    commands.add_parser("report", help="write RESULTS.md and the plots from the committed result files")
+    commands.add_parser("list", help="list the cases, and their variants on this machine")
     run = commands.add_parser("run", help="measure")
-    run.add_argument("--cases", nargs="+", default=["*"], metavar="PATTERN", help="names as in `list`, with wildcards")
+    run.add_argument("--cases", nargs="+", default=["*"], metavar="PATTERN", help="names from `list`, with wildcards (default: all)")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    run.add_argument("--seconds", type=float, default=2.0, help="of timing per case (default 2)")
-    run.add_argument("--quick", action="store_true", help="two small cases, for a look at the format")
+    run.add_argument("--seconds", type=float, default=2.0, help="time spent on each case (default: 2)")
+    run.add_argument("--quick", action="store_true", help="measure only two small cases, to see the output format")
     run.add_argument("--official", type=Path, metavar="CLONE", help="also time a clone of the official release, in the cases `model-*`")
-    run.add_argument("--official-class", default=CLASS, metavar="MODULE:CLASS", help=f"the model in it (default {CLASS})")
-    run.add_argument("--out", type=Path, help="write JSON here")
-    peak = commands.add_parser("peak", help="resident memory in bytes of a process that calls one variant of a case once, on the CPU")
+    run.add_argument("--official-class", default=CLASS, metavar="MODULE:CLASS", help=f"the model class in the clone (default: {CLASS})")
+    run.add_argument("--out", type=Path, metavar="FILE.json", help="write the results to this file")
+    peak = commands.add_parser("peak", help="print the peak resident memory in bytes of one call of a variant on the CPU")
     peak.add_argument("case")
     peak.add_argument("variant")
-    options = parser.parse_args(arguments)
-    every = cases()
-    if options.command == "report":
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    prog = prog or "python -m benchmarks"
+    args = build_parser(prog).parse_args(argv)
+    if args.command == "report":
         print(f"wrote {report.write()}")
         return 0
-    if options.command == "peak":
-        case = next(case for case in every if case.name == options.case)
-        given, cpu = inputs(case, "cpu"), torch.device("cpu")
-        call = prepare(case, next(v for v in variants(case, "cpu") if v.name == options.variant), given)
-        if case.op in OUTPUTS:
-            MODELS[options.variant](given)  # makes the weights, in fp32 first
-        reset_peak(cpu)
-        call()
-        print(peak_bytes(cpu))
-        return 0
-    if options.command == "list":
+    if args.command == "list":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        print("\n".join(f"{case.name}: {', '.join(variant.name for variant in variants(case, device))}" for case in every))
+        print("\n".join(f"{case.name}: {', '.join(variant.name for variant in variants(case, device))}" for case in cases()))
         return 0
-    chosen = QUICK if options.quick else [case for case in every if any(fnmatch.fnmatch(case.name, p) for p in options.cases)]
+    if args.command == "peak":
+        print(_own_peak(args.case, args.variant))
+        return 0
+    return _run(args, prog)
+
+
+def _run(args: argparse.Namespace, prog: str) -> int:
+    chosen = QUICK if args.quick else [case for case in cases() if any(fnmatch.fnmatch(case.name, p) for p in args.cases)]
     if not chosen:
-        print(f"error: no case matches {' '.join(options.cases)}: see `python -m benchmarks list`", file=sys.stderr)
+        print(f"error: no case matches {' '.join(args.cases)}: see `{prog} list`", file=sys.stderr)
         return 2
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("error: there is no CUDA device here: leave out --device cuda", file=sys.stderr)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: this machine has no CUDA device: omit --device cuda", file=sys.stderr)
         return 2
-    if options.official is not None and not options.official.is_dir():
-        print(f"error: --official {options.official}: there is no such folder", file=sys.stderr)
+    if args.official is not None and not args.official.is_dir():
+        print(f"error: --official {args.official}: there is no such folder", file=sys.stderr)
         return 2
-    official = None if options.official is None else (options.official.resolve(), options.official_class)
-    results: dict[str, Any] = {"provenance": provenance(options.device), "limits": limits(options.device), "startup": startup(), "rows": []}
+    official = None if args.official is None else (args.official.resolve(), args.official_class)
+    results: dict[str, Any] = {"provenance": provenance(args.device), "limits": limits(args.device), "startup": startup(), "rows": []}
     for case in chosen:
-        torch.compiler.reset()  # FlexAttention compiles for every shape, and gives up after eight
-        results["rows"] += measure(case, options.device, options.seconds, results["limits"], official)
-        if options.out:
-            save(results, options.out)  # after every case: a run that is cut off keeps what it has
-        if options.device == "cuda":
+        torch.compiler.reset()  # FlexAttention compiles for every shape and stops after eight
+        results["rows"] += measure(case, args.device, args.seconds, results["limits"], official)
+        if args.out:
+            save(results, args.out)  # after every case, so that an interrupted run keeps its results
+        if args.device == "cuda":
             torch.cuda.empty_cache()
     print(report.table(results))
     return 0
+
+
+def _own_peak(case_name: str, variant_name: str) -> int:
+    """The peak memory of this process after one call on the CPU. The inputs and weights count too."""
+    case = next(case for case in cases() if case.name == case_name)
+    variant = next(variant for variant in variants(case, "cpu") if variant.name == variant_name)
+    inputs, cpu = make_inputs(case, "cpu"), torch.device("cpu")
+    call = prepare(case, variant, inputs)
+    if case.op in OUTPUTS:
+        MODELS[variant_name](inputs)  # makes the weights before the measurement starts: they are in fp32 first
+    reset_peak(cpu)
+    call()
+    return peak_bytes(cpu)
 
 
 if __name__ == "__main__":

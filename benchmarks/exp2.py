@@ -1,4 +1,4 @@
-"""How many exp2 a GPU takes: chains of them that never leave the registers."""
+"""The exp2 rate of a GPU, from chains of exp2 that stay in registers."""
 
 from __future__ import annotations
 

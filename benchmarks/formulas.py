@@ -1,4 +1,4 @@
-"""Floating-point operations and the fewest bytes of each op: what "TFLOP/s" and "GB/s" in the results mean."""
+"""Floating-point operations of attention, blocks and models: the "TFLOP/s" of the results. For the other ops see `bandwidth_ops.py`."""
 
 from __future__ import annotations
 
@@ -10,39 +10,18 @@ from page4d.model import Page4D
 
 
 def attention_flops(batch: int, heads: int, queries: int, keys: int, head_dim: int, direction: str) -> float:
-    """q k^T and P v are two products, 2 flops a term; the backward has five. The bias is not counted."""
-    products = {"forward": 2, "backward": 5}[direction]
-    return products * 2.0 * batch * heads * queries * keys * head_dim
-
-
-def mask_head_bytes(tokens: int, channels: int, itemsize: int) -> float:
-    """The tokens, read twice: once for the statistics, once for the head. The key bias is 1/channels of that."""
-    return 2.0 * tokens * channels * itemsize
-
-
-def mask_head_flops(tokens: int, channels: int, hidden: int, direction: str) -> float:
-    """The product with W2, nine taps and the last layer; the backward, from the tokens alone, does it again and has two more of each."""
-    return {"forward": 1, "backward": 3}[direction] * 2.0 * tokens * (channels * hidden + 9 * channels + hidden)
-
-
-def qk_norm_rope_bytes(tokens: int, heads: int, head_dim: int, itemsize: int, direction: str) -> float:
-    """q and k, read once and written once; v stays where it is. Backward: both and their gradients read, the projection's written."""
-    return {"forward": 4.0, "backward": 7.0}[direction] * tokens * heads * head_dim * itemsize
-
-
-def residual_norm_bytes(tokens: int, channels: int, itemsize: int, direction: str) -> float:
-    """The fp32 stream and the branch in half precision or not: read, and sum and norm written; backward, four are read and two written."""
-    whole, half = {"forward": (2, 2), "backward": (3, 3)}[direction]
-    return float(tokens * channels * (4 * whole + itemsize * half))
+    """The forward has two matmuls, q k^T and P v; the backward has five. A multiply-add is 2 flops. The bias is not counted."""
+    matmuls = {"forward": 2, "backward": 5}[direction]
+    return matmuls * 2.0 * batch * heads * queries * keys * head_dim
 
 
 def trunk_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dict[str, float]:
-    """Of encoder, frame and global blocks over one sequence: products with weights, attention within frames, attention across them.
+    """Encoder, frame and global blocks over one sequence: matmuls with weights, attention within frames, attention across frames.
 
-    A block's weights are 2 (4 + 2 mlp_ratio) C^2 flops per token; a query-key pair is 4 C.
+    A block's weights cost 2 (4 + 2 mlp_ratio) C^2 flops per token. A query-key pair costs 4 C.
     """
     patches = (size[0] // config.patch_size) * (size[1] // config.patch_size)
-    in_encoder = 1 + config.register_tokens + patches  # its own class and register tokens
+    in_encoder = 1 + config.register_tokens + patches  # the encoder has its own class and register tokens
     tokens = config.special_tokens + patches
     width, depth = config.embed_dim, config.depth
     weights = 2.0 * (4 + 2 * config.mlp_ratio) * width**2
@@ -55,13 +34,13 @@ def trunk_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dic
 
 
 def block_flops(config: Page4DConfig, tokens: int, direction: str) -> float:
-    """One block over a sequence; the backward is of the tokens alone, weights frozen: one product per weight, five in attention."""
+    """One block over a sequence. The weights are frozen, so the backward has one matmul per weight, and five in attention."""
     weights = 2.0 * (4 + 2 * config.mlp_ratio) * config.embed_dim**2 * tokens
     return weights + attention_flops(1, config.num_heads, tokens, tokens, config.embed_dim // config.num_heads, direction)
 
 
 def heads_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dict[str, float]:
-    """Of the camera head and of the dense heads, as torch counts them for one frame: they grow with the frames."""
+    """Camera head and dense heads: torch's count for one frame, times the number of frames."""
     with torch.device("meta"):
         model = Page4D(config.replace(track=None)).requires_grad_(False)
         patches = (size[0] // config.patch_size) * (size[1] // config.patch_size)

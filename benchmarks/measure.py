@@ -1,4 +1,4 @@
-"""Interleaved timing, peak memory and the limits of the device."""
+"""Interleaved timing, peak memory and the measured peak rates of the device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 
 from page4d_kernels import native
 
-FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
+FLUSH_BYTES = 256 << 20  # larger than any GPU's L2 cache
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: median and quartiles of the calls; peak bytes allocated by one call beyond what was there before (CUDA only)."""
+    """Median and quartiles in seconds, and the peak bytes that one call allocates beyond what was allocated before (CUDA only)."""
 
     median: float
     lower: float
@@ -32,7 +32,7 @@ class Timing:
 
 
 class Clock:
-    """Times single calls on a device, with a cold cache on a GPU."""
+    """Times single calls on a device. On a GPU, the L2 cache is flushed before each call."""
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
@@ -63,9 +63,9 @@ class Clock:
 
 
 def interleaved(runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Timing]:
-    """Time every variant in turn, round after round, for about `seconds` in all (3 rounds at least, 100 at most)."""
+    """Time the variants in turn, in 3 to 100 rounds that take about `seconds` in total."""
     clock = Clock(device)
-    peaks = {name: clock.peak_bytes(run) for name, run in runs.items()}  # warms up as well
+    peaks = {name: clock.peak_bytes(run) for name, run in runs.items()}  # this also warms up
     round_seconds = sum(clock.seconds(run) for run in runs.values())
     rounds = max(3, min(100, int(seconds / max(round_seconds, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -80,9 +80,9 @@ def interleaved(runs: dict[str, Callable[[], object]], device: str, seconds: flo
 
 
 def limits(device: str) -> dict[str, float]:
-    """What this device reaches here and now: matrix products by dtype (FLOP/s), copies (B/s, read plus written), exp2 (1/s).
+    """The measured peak rates of this device: matmuls by dtype (FLOP/s), copies (B/s, reads plus writes) and exp2 (1/s).
 
-    On a CPU with the compiled library also `products_flops_*` and `exp2`: products and 2^x out of registers, with nothing else to do.
+    On a CPU with the compiled library, `products_flops_*` (multiply-adds) and `exp2` are measured on registers, without memory traffic.
     """
     clock = Clock(device)
     size, bytes_, repeats = (8192, 1 << 30, 10) if device == "cuda" else (2048, 1 << 28, 10)
@@ -106,7 +106,7 @@ def _exp2_rate(best: Callable[[Callable[[], object]], float], device: str) -> fl
     if device == "cpu" and not native.why_missing() and (work := native.busy(torch.float32, exponentials=True)):
         return work / best(lambda: native.busy(torch.float32, exponentials=True))
     if device != "cuda":
-        x, y = torch.rand(1 << 17), torch.empty(1 << 17)  # stay in the second-level caches, and are enough for all threads
+        x, y = torch.rand(1 << 17), torch.empty(1 << 17)  # small enough for the L2 caches, large enough for all threads
         return 100 * x.numel() / best(lambda: [torch.exp2(x, out=y) for _ in range(100)])
     from . import exp2
 
@@ -114,7 +114,7 @@ def _exp2_rate(best: Callable[[Callable[[], object]], float], device: str) -> fl
 
 
 def startup() -> dict[str, float]:
-    """Seconds of importing, each beyond the one before, and of a first call: medians of three fresh processes."""
+    """Seconds of each import, without the imports before it, and of a first call: medians of three fresh processes."""
     code = """
 import time
 t = [time.perf_counter()]
@@ -130,7 +130,7 @@ print(*(b - a for a, b in zip(t, t[1:])))
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """Machine, device, versions and commit: what a number is worth without."""
+    """What a measurement must name: device, platform, versions, commit, date and command."""
 
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=os.path.dirname(__file__))

@@ -1,7 +1,7 @@
-"""The official release out of a user's own clone, in a process of its own: same weights, same images, its times, memory and outputs.
+"""Times the official release from a user's own clone, in a separate process, with the same weights and images as our model.
 
-The clone is never part of this repository. The process loads the model once and answers every line on its standard input with one pass,
-so that its calls interleave with ours.
+The clone is never part of this repository. The process loads the model once. It runs one forward pass for every line on its standard
+input, so that its calls can be interleaved with ours.
 """
 
 from __future__ import annotations
@@ -18,29 +18,33 @@ import torch
 from torch import Tensor
 
 from page4d.model.checkpoint import save_official
-from page4d_kernels.nvtx import peak_bytes, reset_peak
+from page4d_kernels.profiling import peak_bytes, reset_peak
 
-from .model import Given, joined, random_model
+from .model import ModelInputs, joined, random_model
 
 NAME = "official release"
 CLASS = "vggt.models.vggt:VGGT"
-OPTIONS = {"enable_track": False, "mask_hold_start": 0, "mask_hold_end": 1}  # a schedule that ends after 0: the mask is on in eval mode
-MARK = "benchmark: "  # before an answer, as the clone may print what it likes
+OPTIONS = {
+    "enable_track": False,
+    "mask_hold_start": 0,
+    "mask_hold_end": 1,
+}  # the schedule ends at once: eval mode uses the mask
+MARK = "benchmark: "  # marks our answers among the lines that the clone prints
 
 
 class OfficialError(RuntimeError):
-    """The clone cannot be run; the message is the last line of what its process said."""
+    """The clone cannot be run. The message ends with the last line of its error output."""
 
 
 class Official(contextlib.AbstractContextManager):
-    """The process. Calling it runs one pass; `peak` is the memory of the first, as `measure` counts it, `outputs` what came out."""
+    """The process. A call runs one forward pass. `outputs` and `peak` (memory, counted as in `measure`) are those of the first pass."""
 
-    def __init__(self, clone: Path, name: str, given: Given):
+    def __init__(self, clone: Path, name: str, inputs: ModelInputs):
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        device = given.images.device.type
-        save_official(random_model(given.preset, torch.float32, torch.float32, device), folder / "weights.pt")
-        torch.save({"images": given.images.cpu(), "dtype": given.dtype}, folder / "given.pt")
+        device = inputs.images.device.type
+        save_official(random_model(inputs.preset, torch.float32, torch.float32, device), folder / "weights.pt")
+        torch.save({"images": inputs.images.cpu(), "dtype": inputs.dtype}, folder / "inputs.pt")
         command = [sys.executable, "-m", "benchmarks.official", str(clone), name, device, str(folder)]
         self._errors = (folder / "errors").open("w+")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True)
@@ -55,7 +59,7 @@ class Official(contextlib.AbstractContextManager):
 
     def __call__(self) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the answer will say why
+        with contextlib.suppress(BrokenPipeError):  # _answer reports the reason
             self._process.stdin.write("\n")
             self._process.stdin.flush()
         self._answer()
@@ -65,8 +69,8 @@ class Official(contextlib.AbstractContextManager):
         if any(line.startswith(MARK) for line in self._process.stdout):
             return
         self._errors.seek(0)
-        said = self._errors.read().strip().splitlines() or ["its process ended without a word"]
-        raise OfficialError(f"the official release could not be run: {said[-1]}")
+        lines = self._errors.read().strip().splitlines() or ["its process ended without an error message"]
+        raise OfficialError(f"the official release could not be run: {lines[-1]}")
 
     def __exit__(self, *exception: object) -> None:
         self._process.kill()
@@ -76,18 +80,18 @@ class Official(contextlib.AbstractContextManager):
 
 
 def serve(clone: str, name: str, device: str, folder: Path) -> None:
-    """The process: a pass for every line of standard input. Outputs and memory of the first are left in `folder`."""
+    """Main function of the process: one pass per line of standard input. Writes outputs and memory of the first pass to `folder`."""
     sys.path.insert(0, clone)
     module, _, attribute = name.partition(":")
-    given = torch.load(folder / "given.pt", weights_only=True)
-    images, dtype = given["images"].to(device), given["dtype"]
+    inputs = torch.load(folder / "inputs.pt", weights_only=True)
+    images, dtype = inputs["images"].to(device), inputs["dtype"]
     model = getattr(importlib.import_module(module), attribute)(**OPTIONS)
     missing, unexpected = model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, mmap=True)["model"], strict=False)
     if missing or unexpected:
         raise ValueError(f"the weights do not fit {name}: missing {missing[:3]} ... ({len(missing)}), {len(unexpected)} unexpected")
     model = model.to(device).eval()
     low = dtype != torch.float32
-    reset_peak(torch.device(device))  # on the CPU the mapped file of the weights counts while they are read
+    reset_peak(torch.device(device))  # on the CPU, the memory-mapped weights count while they are loaded
     before = peak_bytes(torch.device(device)) if device == "cuda" else 0
     print(f"\n{MARK}ready", flush=True)
     for _ in sys.stdin:
@@ -99,7 +103,7 @@ def serve(clone: str, name: str, device: str, folder: Path) -> None:
             torch.save(joined(found).cpu(), folder / "outputs.pt")
             (folder / "peak.json").write_text(json.dumps(peak_bytes(torch.device(device)) - before))
         if device == "cuda":
-            torch.cuda.empty_cache()  # or our passes would plan with what this process keeps for its next one
+            torch.cuda.empty_cache()  # otherwise our memory plan would not see the memory cached here
         print(f"\n{MARK}done", flush=True)
 
 

@@ -11,12 +11,12 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE / "RESULTS.md"
 README = HERE.parent / "README.md"
-MARKS = "<!-- results -->\n", "<!-- end of results -->\n"  # what stands between them in the README is made here
+MARKS = "<!-- results -->\n", "<!-- end of results -->\n"  # `readme` writes the text between them
 SHOWN = "epyc-2-cores", "kernels", "mask_attention-forward-bfloat16", ("cpu", "sdpa", "sdpa_augmented", "torch sdpa without mask")
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown. The limit is what the same run measured: the product or exp2 rate for attention, the copy rate for the other ops."""
+    """Markdown. The limit was measured in the same run: the matmul or exp2 rate for attention, the copy rate for the other ops."""
     lines = [
         "| case | variant | ms (quartiles) | rate | of the limit | peak MiB | error (of gated rows) |",
         "|---|---|---|---|---|---|---|",
@@ -33,7 +33,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _errors(row: dict[str, Any]) -> str:
-    """Relative to the norm, in float64 or, of the official release, to ours."""
+    """Relative to the norm: against float64, or for the official release against our outputs."""
     if "difference" in row:
         return f"{row['difference']:.1e} from ours"
     if row.get("error") is None:
@@ -74,14 +74,14 @@ def page() -> str:
 
 
 def plots(machine: str, name: str, results: dict[str, Any]) -> list[Path]:
-    """The pictures that belong to a file: one per op, direction and dtype that was measured at two lengths or more."""
+    """The plots of a file: one for each op, direction and dtype that was measured at two lengths or more."""
     return [
         RESULTS / machine / f"{name}-{group}.png" for group, rows in groups(results).items() if len({row["frames"] for row in rows}) > 1
     ]
 
 
 def groups(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows with a time by op, direction and dtype, with their number of frames."""
+    """The rows that have a time, grouped by op, direction and dtype; each row gets its number of frames."""
     found = defaultdict(list)
     for row in results["rows"]:
         op, direction, shape, dtype = row["case"].split("-")
@@ -91,7 +91,7 @@ def groups(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
-    """By frames: milliseconds with quartiles, the rate, and memory where it was measured; dashed what the limit allows."""
+    """Plot time with quartiles, rate, and memory if it was measured, against frames. The dashed line is the limit."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,7 +116,7 @@ def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
             limit = {row["frames"]: limits[key](row) * unit for row in rows}
             axes.plot(ticks, [limit[frames] for frames in ticks], "k--", linewidth=1, label="limit")
         values = [row[key] for row in rows if row[key]]
-        wide = key != "rate" and max(values) > 10 * min(values)  # a logarithmic axis has no labels within a power of ten
+        wide = key != "rate" and max(values) > 10 * min(values)  # within one power of ten a logarithmic axis has no labels
         axes.set(xscale="log", yscale="log" if wide else "linear", xlabel="frames of 336 x 518", ylabel=label)
         axes.set_xticks(ticks, [str(frames) for frames in ticks])
         axes.minorticks_off()
@@ -127,7 +127,7 @@ def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def readme() -> str:
-    """The README with one table and one plot of the results."""
+    """The README text, with one table and one plot of the results."""
     machine, name, group, variants = SHOWN
     results = dict(machines()[machine])[name]
     rows = groups(results)[group]
@@ -135,7 +135,7 @@ def readme() -> str:
     lines.append("|---|" + "---|" * len(variants))
     for frames in sorted({row["frames"] for row in rows}):
         own = {row["variant"]: row for row in rows if row["frames"] == frames}
-        shown = [own.get(variant) for variant in variants]  # one that failed or was left out has no row here
+        shown = [own.get(variant) for variant in variants]  # a variant that failed or was skipped has no row
         cells = [f"{row['median'] * 1e3:.0f} ms, {row['of_limit']:.0%}" if row else "" for row in shown]
         lines.append(f"| {frames} | " + " | ".join(cells) + " |")
     path = (RESULTS / machine / f"{name}-{group}.png").relative_to(README.parent)
@@ -146,7 +146,7 @@ def readme() -> str:
 
 
 def write() -> Path:
-    """Make everything anew; the page."""
+    """Write RESULTS.md, the plots and the README's table. Returns the path of RESULTS.md."""
     for machine, files in machines().items():
         for name, results in files:
             found = groups(results)

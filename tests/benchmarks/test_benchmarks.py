@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -14,14 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
 from benchmarks import cases as data
-from benchmarks import formulas, official, report
+from benchmarks import formulas, measure, official, report
 from benchmarks import model as whole
+from benchmarks.bandwidth_ops import BANDWIDTH_OPS
 from page4d.config import preset
 from page4d.model import Page4D
 from page4d_kernels import use_backend
-from page4d_kernels.nvtx import peak_bytes
+from page4d_kernels.profiling import peak_bytes
 
-SMALL = [data.Case(op, way, 1, torch.float32, heads=2) for op in ("mask_head", "qk_norm_rope") for way in ("forward", "backward")]
+DIRECTIONS = ("forward", "backward")
+SMALL = [data.Case(op, direction, 1, torch.float32, heads=2) for op in ("mask_head", "qk_norm_rope") for direction in DIRECTIONS]
 LIMITS = {"matrix_flops_bfloat16": 1e12, "matrix_flops_float32": 1e11, "copy_bytes": 1e10, "exp2": 1e9}
 
 
@@ -30,14 +33,14 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(command, "limits", lambda device: LIMITS)
 
 
-def test_every_case_has_a_name_of_its_own_and_variants():
+def test_every_case_has_a_unique_name_and_variants():
     names = [case.name for case in data.cases()]
     assert len(set(names)) == len(names)
     for case in data.cases():
         assert any(variant.name in ("sdpa", "reference", "official arithmetic") for variant in data.variants(case, "cpu"))
 
 
-def test_attention_cases_come_with_the_official_arithmetic_and_the_dense_bias():
+def test_attention_variants_include_the_official_arithmetic_and_the_dense_bias():
     case = data.Case("mask_attention", "forward", 2, torch.bfloat16)
     assert {"torch sdpa without mask", "sdpa", "sdpa_augmented", "torch sdpa, dense bias"} <= {v.name for v in data.variants(case, "cpu")}
     long = dataclasses.replace(case, frames=100)
@@ -48,11 +51,28 @@ def test_formulas():
     """16 heads of 64 channels, 8 930 tokens: 0.327 TFLOP forward, 2.5 times that backward."""
     assert formulas.attention_flops(1, 16, 8930, 8930, 64, "forward") == pytest.approx(0.3266e12, rel=1e-3)
     assert formulas.attention_flops(1, 16, 8930, 8930, 64, "backward") == pytest.approx(0.8166e12, rel=1e-3)
-    assert formulas.mask_head_bytes(888, 1024, 2) == 2 * 888 * 2048
-    assert formulas.qk_norm_rope_bytes(893, 16, 64, 2, "forward") == 4 * 893 * 2048
-    assert formulas.qk_norm_rope_bytes(893, 16, 64, 2, "backward") == 7 * 893 * 2048
-    assert formulas.mask_head_flops(888, 1024, 256, "forward") == 2 * 888 * (1024 * 256 + 9 * 1024 + 256)
-    assert formulas.mask_head_flops(888, 1024, 256, "backward") == 3 * formulas.mask_head_flops(888, 1024, 256, "forward")
+
+
+def test_work_of_the_bandwidth_ops():
+    """One frame of 893 tokens, 888 of them patches, with 16 heads of 64 channels in bf16."""
+
+    def work(op, direction):
+        return data.Case(op, direction, 1, torch.bfloat16).work()
+
+    assert work("mask_head", "forward") == {"bytes": 2 * 888 * 2048, "flops": 2 * 888 * (1024 * 256 + 9 * 1024 + 256)}
+    assert work("mask_head", "backward")["flops"] == 3 * work("mask_head", "forward")["flops"]
+    assert work("qk_norm_rope", "forward") == {"bytes": 4 * 893 * 2048}
+    assert work("qk_norm_rope", "backward") == {"bytes": 7 * 893 * 2048}
+    assert work("residual_norm", "forward") == {"bytes": 893 * 1024 * (2 * 4 + 2 * 2)}
+    assert work("residual_norm", "backward") == {"bytes": 893 * 1024 * (3 * 4 + 3 * 2)}
+
+
+def test_a_new_bandwidth_op_needs_one_entry(monkeypatch):
+    """With one entry in the table the op has cases, variants, work and a gate."""
+    monkeypatch.setitem(BANDWIDTH_OPS, "new_op", BANDWIDTH_OPS["residual_norm"])
+    assert {case.direction for case in data.cases() if case.op == "new_op"} == {"forward", "backward"}
+    rows = command.measure(data.Case("new_op", "forward", 1, torch.float32, heads=2), "cpu", 0.0, LIMITS)
+    assert "reference" in {row["variant"] for row in rows} and all(row["median"] > 0 and row["unit"] == "bytes" for row in rows)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
@@ -65,15 +85,15 @@ def test_rows(case):
         assert row["of_limit"] == pytest.approx(max(work / ceilings[unit] for unit, work in case.work().items()) / row["median"])
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_nothing_is_timed_that_is_wrong(direction, monkeypatch):
-    """A variant that drops the mask, in an attention case, and one that is a little off."""
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_wrong_variant_is_not_timed(direction, monkeypatch):
+    """One variant drops the mask, another is 1 % off."""
     case = data.Case("mask_attention", direction, 1, torch.float32, heads=1)
-    ours = data.Variant("ours", lambda given: data._ours(given, "sdpa"))
+    ours = data.Variant("ours", lambda inputs: data.page4d_attention(inputs, "sdpa"))
     dropped = data.Variant(
-        "dropped", lambda given: data._ours_without_mask(given, "sdpa") + 0 * given.query_gate.sum() * given.key_bias.sum()
+        "dropped", lambda inputs: data.page4d_attention_without_mask(inputs, "sdpa") + 0 * inputs.query_gate.sum() * inputs.key_bias.sum()
     )
-    off = data.Variant("off", lambda given: data._ours(given, "sdpa") * 1.01)
+    off = data.Variant("off", lambda inputs: data.page4d_attention(inputs, "sdpa") * 1.01)
     monkeypatch.setattr(command, "variants", lambda case, device: [ours, dropped, off])
     rows = {row["variant"]: row for row in command.measure(case, "cpu", 0.0, LIMITS)}
     assert "median" in rows["ours"] and "is off by" not in rows["ours"]["reason"]
@@ -84,20 +104,37 @@ def test_nothing_is_timed_that_is_wrong(direction, monkeypatch):
 
 def test_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "QUICK", SMALL[2:3])
+    monkeypatch.setattr(command, "startup", lambda: {"import page4d": 1.0})
     path = tmp_path / "new" / "results.json"
     assert command.main(["run", "--quick", "--device", "cpu", "--seconds", "0", "--out", str(path)]) == 0
     results = json.loads(path.read_text())
     assert {"device", "torch", "commit", "command", "date"} <= set(results["provenance"])
-    assert results["startup"]["import page4d"] > 0 and len(results["startup"]) == 4
+    assert results["startup"] == {"import page4d": 1.0}
     assert 0 <= results["rows"][0]["error"] < 1e-5
     assert results["rows"][0]["case"] == SMALL[2].name
     assert "| qk_norm_rope-forward-1x893-float32 | reference |" in capsys.readouterr().out
     assert command.main(["list"]) == 0 and "sdpa_augmented" in capsys.readouterr().out
 
 
-def test_mistakes_get_one_line(capsys):
+@pytest.mark.slow
+def test_startup():
+    """Each run starts three Python processes."""
+    seconds = measure.startup()
+    assert seconds["import page4d"] > 0 and len(seconds) == 4
+
+
+def test_errors_are_one_line(capsys):
     assert command.main(["run", "--cases", "nope"]) == 2
     assert capsys.readouterr().err == "error: no case matches nope: see `python -m benchmarks list`\n"
+
+
+def test_messages_name_the_program(capsys):
+    """`page4d bench` passes its name."""
+    assert command.main(["run", "--cases", "nope"], prog="page4d bench") == 2
+    assert "see `page4d bench list`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["run", "--help"], prog="page4d bench")
+    assert capsys.readouterr().out.startswith("usage: page4d bench run ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -108,13 +145,13 @@ def test_no_gpu(capsys):
 
 @pytest.mark.parametrize(("frames", "size"), [(1, (336, 518)), (3, (112, 154))])
 def test_flops_of_the_trunk(frames, size):
-    """Against torch's counter, on the meta device and at the official size."""
+    """The formula equals torch's counter, on the meta device at the official size."""
     config = preset("page4d")
     with torch.device("meta"):
         model = Page4D(config.replace(point_head=None, depth_head=None, track=None))
         images = torch.rand(1, frames, 3, *size)
 
-    def attention(q, k, v, *rest, out_shape=None, **options):  # our operator is opaque to the counter
+    def attention(q, k, v, *rest, out_shape=None, **options):  # the counter does not know our operator
         batch, heads, queries, head_dim = q
         return formulas.attention_flops(batch, heads, queries, k[2], head_dim, "forward")
 
@@ -138,38 +175,39 @@ def found_tokens(size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", ["trunk", "model"])
 def test_the_whole_model_passes_its_gate(op, dtype):
-    """Ours and the official arithmetic agree with float64; without the mask nothing does."""
+    """Our model and the official arithmetic agree with float64. A model without the mask does not."""
     case = data.Case(op, "forward", 4, dtype)
     for variant in data.variants(case, "cpu"):
-        assert data.gate(case, variant, data.inputs(case, "cpu", small=True)).reason == ""
+        assert data.gate(case, variant, data.make_inputs(case, "cpu", small=True)).reason == ""
 
-    def dropped(given):
-        model = whole.random_model(given.preset, given.dtype, torch.float32, "cpu")
+    def dropped(inputs):
+        model = whole.random_model(inputs.preset, inputs.dtype, torch.float32, "cpu")
         with torch.inference_mode():
-            return whole.joined(model(given.images, outputs=given.outputs, mask_strength=0.0).tensors())
+            return whole.joined(model(inputs.images, outputs=inputs.outputs, mask_strength=0.0).tensors())
 
     if dtype == torch.float32:
-        assert "off by" in data.gate(case, data.Variant("dropped", dropped), data.inputs(case, "cpu", small=True)).reason
+        assert "off by" in data.gate(case, data.Variant("dropped", dropped), data.make_inputs(case, "cpu", small=True)).reason
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_block_passes_its_gate(dtype, direction, monkeypatch):
-    """A small frame keeps the float64 oracle short."""
+    """With a small frame, so that the float64 oracle is fast."""
     monkeypatch.setattr(whole, "GRID", (4, 4))
     case = data.Case("block", direction, 1, dtype)
     for variant in data.variants(case, "cpu"):
-        verdict = data.gate(case, variant, data.inputs(case, "cpu", small=True))
+        verdict = data.gate(case, variant, data.make_inputs(case, "cpu", small=True))
         assert not verdict.reason and verdict.error is not None and verdict.error < (1e-5 if dtype == torch.float32 else 2e-2)
-    half = data.Variant("half", lambda given: whole.our_block(given) * 0.5)
-    assert "off by" in data.gate(case, half, data.inputs(case, "cpu", small=True)).reason
+    half = data.Variant("half", lambda inputs: whole.our_block(inputs) * 0.5)
+    assert "off by" in data.gate(case, half, data.make_inputs(case, "cpu", small=True)).reason
 
 
-def test_errors_of_attention_are_of_the_gated_rows_too():
+def test_attention_also_reports_the_error_of_the_gated_rows():
     case = data.Case("mask_attention", "forward", 1, torch.bfloat16, heads=1)
-    given = data.inputs(case, "cpu", small=True)
+    inputs = data.make_inputs(case, "cpu", small=True)
     found = {
-        name: data.gate(case, data.Variant(name, lambda g, name=name: data._ours(g, name)), given) for name in ("sdpa", "sdpa_augmented")
+        name: data.gate(case, data.Variant(name, lambda g, name=name: data.page4d_attention(g, name)), inputs)
+        for name in ("sdpa", "sdpa_augmented")
     }
     assert not any(verdict.reason for verdict in found.values())
     assert found["sdpa"].gated_error * 4 < found["sdpa_augmented"].gated_error
@@ -181,7 +219,7 @@ def test_work_of_the_whole_model():
     assert data.Case("trunk", "forward", 4, torch.bfloat16).ceilings(LIMITS) == {"flops": 1e12}
 
 
-def test_what_would_take_minutes_is_left_out():
+def test_a_case_that_takes_minutes_is_skipped():
     case = data.Case("model", "forward", 1000, torch.bfloat16)
     assert all(row["reason"].startswith("left out: a call takes more than") for row in command.measure(case, "cpu", 0.0, LIMITS))
 
@@ -190,7 +228,7 @@ def test_resident_peak(capsys):
     assert 1 << 26 < command.resident_peak(data.Case("qk_norm_rope", "forward", 4, torch.float32), "reference") < 1 << 33
 
 
-def test_the_page_is_in_step_with_the_results():
+def test_the_report_matches_the_result_files():
     """After new results: `python -m benchmarks report`."""
     assert report.PAGE.read_text() == report.page()
     assert report.README.read_text() == report.readme() and "| 8 | 7" in report.readme()
@@ -239,32 +277,33 @@ def test_report(tmp_path, monkeypatch):
     assert (tmp_path / "results" / "machine" / "some-trunk-forward-float32.png").stat().st_size > 5000
 
 
-def test_a_variant_that_fails_at_full_size_stops_no_other(monkeypatch):
+def test_the_others_run_when_a_variant_fails_at_full_size(monkeypatch):
     case = SMALL[0]
+    mask_head = BANDWIDTH_OPS["mask_head"].call
 
     def fails_at_full_size(tensors):
         if tensors[0].shape[1] == case.frames and fails_at_full_size.gated:
             raise torch.OutOfMemoryError("CUDA out of memory\nmore detail")
         fails_at_full_size.gated = True
-        return data._head(tensors, "reference")
+        return mask_head(tensors, "reference")
 
     fails_at_full_size.gated = False
-    found = [data.Variant("large", fails_at_full_size), data.Variant("reference", lambda tensors: data._head(tensors, "reference"))]
+    found = [data.Variant("large", fails_at_full_size), data.Variant("reference", lambda tensors: mask_head(tensors, "reference"))]
     monkeypatch.setattr(command, "variants", lambda case, device: found)
     rows = command.measure(case, "cpu", 0.0, LIMITS)
     assert rows[0]["reason"] == "CUDA out of memory" and "median" not in rows[0] and rows[1]["median"] > 0
 
 
-def test_a_process_does_not_start_with_the_peak_of_its_parent():
+def test_a_process_does_not_inherit_the_peak_of_its_parent():
     large = torch.ones(200_000_000)  # 800 MB
     here = peak_bytes(torch.device("cpu"))
-    code = "import torch; from page4d_kernels.nvtx import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    code = "import torch; from page4d_kernels.profiling import peak_bytes; print(peak_bytes(torch.device('cpu')))"
     there = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert there < large.nbytes < here
 
 
 class TestOfficial:
-    """A stand-in for a user's clone: its own package, with a class that takes the official options and returns a dictionary."""
+    """The clone is a stand-in: a package with a class that takes the official options and returns a dictionary."""
 
     CODE = """
 import sys
@@ -274,26 +313,52 @@ from page4d import Page4D, preset
 class VGGT(torch.nn.Module):
     def __new__(cls, **options):
         assert options == {"enable_track": False, "mask_hold_start": 0, "mask_hold_end": 1}
-        print("benchmarks are not the only ones who print")
+        print("the clone prints too")
         model = Page4D(preset(PRESET).replace(track=None))
         model.register_forward_hook(lambda module, args, out: out.tensors())
         return model
 """
 
     @pytest.fixture
-    def given(self):
+    def inputs(self):
         generator = torch.Generator().manual_seed(0)
-        return whole.Given("tiny", torch.rand(1, 2, 3, 28, 42, generator=generator), torch.float32, ("camera", "depth", "points"))
+        return whole.ModelInputs("tiny", torch.rand(1, 2, 3, 28, 42, generator=generator), torch.float32, ("camera", "depth", "points"))
 
     def clone(self, folder, preset="tiny"):
         (folder / "vggt" / "models").mkdir(parents=True)
         (folder / "vggt" / "models" / "vggt.py").write_text(self.CODE.replace("PRESET", repr(preset)))
         return folder
 
-    def test_side_by_side(self, given, tmp_path, monkeypatch):
+    def test_row(self, inputs, monkeypatch):
+        """The comparison with our outputs and the row, without a process."""
+        case = data.Case("model", "forward", 2, torch.float32)
+        monkeypatch.setattr(command, "variants", lambda case, device: [])
+        monkeypatch.setattr(command, "make_inputs", lambda case, device, small=False: inputs)
+
+        class Doubled(contextlib.AbstractContextManager):
+            """A clone whose outputs are twice ours."""
+
+            outputs, peak = whole.ours(inputs) * 2, 1 << 20
+
+            def __init__(self, folder, name, inputs):
+                pass
+
+            def __call__(self):
+                pass
+
+            def __exit__(self, *exception):
+                pass
+
+        monkeypatch.setattr(command, "Official", Doubled)
+        (row,) = command.measure(case, "cpu", 0.0, LIMITS, (None, official.CLASS))
+        assert row["variant"] == "official release" and row["difference"] == pytest.approx(1.0)
+        assert row["peak_bytes"] == 1 << 20 and row["median"] >= 0 and "official_peak" not in row
+
+    @pytest.mark.slow
+    def test_side_by_side(self, inputs, tmp_path, monkeypatch):
         case = data.Case("model", "forward", 2, torch.float32)
         monkeypatch.setattr(command, "variants", lambda case, device: [data.Variant("page4d", whole.ours)])
-        monkeypatch.setattr(command, "inputs", lambda case, device, small=False: given)
+        monkeypatch.setattr(command, "make_inputs", lambda case, device, small=False: inputs)
         monkeypatch.setattr(command, "resident_peak", lambda case, variant: 1)
         rows = command.measure(case, "cpu", 0.0, LIMITS, (self.clone(tmp_path), official.CLASS))
         assert [row["variant"] for row in rows] == ["page4d", "official release"]
@@ -306,13 +371,13 @@ class VGGT(torch.nn.Module):
         ("entry", "message"),
         [("nothing:VGGT", "No module named 'nothing'"), ("vggt.models.vggt:Other", "has no attribute 'Other'")],
     )
-    def test_what_cannot_be_run_is_a_reason(self, given, tmp_path, entry, message):
+    def test_a_clone_that_does_not_run_gives_a_reason(self, inputs, tmp_path, entry, message):
         with pytest.raises(official.OfficialError, match=message):
-            official.Official(self.clone(tmp_path), entry, given)
+            official.Official(self.clone(tmp_path), entry, inputs)
 
-    def test_other_weights(self, given, tmp_path):
+    def test_other_weights(self, inputs, tmp_path):
         with pytest.raises(official.OfficialError, match=r"size mismatch|the weights do not fit"):
-            official.Official(self.clone(tmp_path, "small"), official.CLASS, given)
+            official.Official(self.clone(tmp_path, "small"), official.CLASS, inputs)
 
     def test_no_folder(self, tmp_path, capsys):
         assert command.main(["run", "--quick", "--device", "cpu", "--official", str(tmp_path / "none")]) == 2

@@ -1,8 +1,10 @@
-"""Everything about the GPU kernels that needs a GPU, in under nine minutes: `python -m benchmarks.prove OUT`.
+"""Check the GPU kernels on a machine with a GPU, in under nine minutes: `python -m benchmarks.gpu_check OUT`.
 
-Builds the CUDA kernels, runs `pytest -m gpu` (compute-sanitizer included), times the tile sizes of every Triton kernel
-(PAGE4D_AUTOTUNE=full), then measures the benchmark cases with them, and leaves tests.xml, tiles.json and results.json in the folder OUT.
-A step that runs out of its time is cut off and the next one goes on.
+1. Build the CUDA kernels.
+2. Run `pytest -m gpu`, which includes compute-sanitizer.
+3. Time the tile sizes of every Triton kernel (PAGE4D_AUTOTUNE=full) and measure the benchmark cases with the best ones.
+
+The folder OUT receives tests.xml, tiles.json and results.json. A step that exceeds its time limit is stopped, and the next one starts.
 """
 
 from __future__ import annotations
@@ -15,12 +17,21 @@ from pathlib import Path
 
 import torch
 
-STEPS = {"build": 90, "tests": 240, "benchmarks": 200}  # seconds
+from .bandwidth_ops import BANDWIDTH_OPS
+
+STEPS = {"build": 90, "tests": 240, "benchmarks": 200}  # time limits in seconds
+CASES = [
+    "mask_attention-*-?0x893-bfloat16",
+    "mask_attention-*-100x893-bfloat16",
+    *(f"{op}-*-bfloat16" for op in BANDWIDTH_OPS),
+    "block-*-40x893-bfloat16",
+    "model-forward-?0x893-bfloat16",
+]
 
 
 def main() -> int:
     if len(sys.argv) != 2:
-        print("usage: python -m benchmarks.prove OUT", file=sys.stderr)
+        print("usage: python -m benchmarks.gpu_check OUT", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
         print("error: there is no CUDA device here", file=sys.stderr)
@@ -28,12 +39,10 @@ def main() -> int:
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     tests, results, tiles = (str(out / name) for name in ("tests.xml", "results.json", "tiles.json"))
-    cases = ["mask_attention-*-?0x893-bfloat16", "mask_attention-*-100x893-bfloat16", "mask_head-*-bfloat16", "*_norm*-bfloat16"]
-    cases += ["block-*-40x893-bfloat16", "model-forward-?0x893-bfloat16"]
     commands = {
         "build": ["setup.py", "build_ext", "--inplace"],
         "tests": ["-m", "pytest", "-m", "gpu", "--timeout=120", f"--junitxml={tests}", "tests/kernels"],
-        "benchmarks": ["-m", "benchmarks", "run", "--cases", *cases, "--seconds", "2", "--out", results],
+        "benchmarks": ["-m", "benchmarks", "run", "--cases", *CASES, "--seconds", "2", "--out", results],
     }
     tuned = {"PAGE4D_AUTOTUNE": "full", "PAGE4D_AUTOTUNE_TABLE": tiles}
     failed = 0
@@ -44,7 +53,7 @@ def main() -> int:
             code = subprocess.run([sys.executable, *commands[name]], timeout=seconds, env=environment).returncode
         except subprocess.TimeoutExpired:
             code = -1
-        print(f"{name}: {'out of time' if code == -1 else f'exit {code}'} after {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{name}: {'time limit exceeded' if code == -1 else f'exit code {code}'} after {time.monotonic() - start:.0f} s", flush=True)
         failed |= code != 0
     return failed
 
