@@ -20,7 +20,7 @@ from page4d_kernels.profiling import peak_bytes, reset_peak
 
 from . import report
 from .cases import QUICK, Case, cases, gate, make_inputs, prepare, variants
-from .measure import interleaved, limits, provenance, startup
+from .measure import CHECKOUT, interleaved, limits, provenance, startup
 from .model import MODELS, OUTPUTS, ours
 from .official import CLASS, NAME, Official, OfficialError
 
@@ -35,12 +35,12 @@ def measure(
     runs: dict[str, Callable[[], Any]] = {}
     ceilings = case.ceilings(limits)
     unit, amount = max(case.work().items(), key=lambda part: part[1] / ceilings[part[0]])  # the bottleneck
-    least = amount / ceilings[unit]
+    least_seconds = amount / ceilings[unit]
     for variant in variants(case, device):
         row: dict[str, Any] = {"case": case.name, "variant": variant.name, "biased": variant.biased}
         rows.append(row)
-        if least > LONGEST:
-            row["reason"] = f"left out: a call takes more than {least:.0f} s here"
+        if least_seconds > LONGEST:
+            row["reason"] = f"skipped: at the peak rate of this machine a call takes {least_seconds:.0f} s"
             continue
         try:
             verdict = gate(case, variant, make_inputs(case, device, small=True))
@@ -52,7 +52,7 @@ def measure(
         except RuntimeError as error:  # unsupported, out of memory or not compilable: go on with the next variant
             row["reason"] = str(error).strip().splitlines()[0]
     with contextlib.ExitStack() as stack:
-        if official is not None and case.op == "model" and least <= LONGEST:
+        if official is not None and case.op == "model" and least_seconds <= LONGEST:
             rows.append(_official_row(case, official, make_inputs(case, device), runs, stack))
         try:
             timings = interleaved(runs, device, seconds) if runs else {}
@@ -93,7 +93,7 @@ def _official_row(
 def resident_peak(case: Case, variant: str) -> int | None:
     """The peak resident memory of a new process that makes inputs and weights and calls the variant once. None if it fails."""
     command = [sys.executable, "-m", "benchmarks", "peak", case.name, variant]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
     return int(result.stdout) if result.returncode == 0 else None
 
 
@@ -125,6 +125,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     prog = prog or "python -m benchmarks"
+    argv = sys.argv[1:] if argv is None else argv
     args = build_parser(prog).parse_args(argv)
     if args.command == "report":
         print(f"wrote {report.write()}")
@@ -136,10 +137,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if args.command == "peak":
         print(_own_peak(args.case, args.variant))
         return 0
-    return _run(args, prog)
+    return _run(args, prog, " ".join([prog, *argv]))
 
 
-def _run(args: argparse.Namespace, prog: str) -> int:
+def _run(args: argparse.Namespace, prog: str, command: str) -> int:
     chosen = QUICK if args.quick else [case for case in cases() if any(fnmatch.fnmatch(case.name, p) for p in args.cases)]
     if not chosen:
         print(f"error: no case matches {' '.join(args.cases)}: see `{prog} list`", file=sys.stderr)
@@ -151,7 +152,8 @@ def _run(args: argparse.Namespace, prog: str) -> int:
         print(f"error: --official {args.official}: there is no such folder", file=sys.stderr)
         return 2
     official = None if args.official is None else (args.official.resolve(), args.official_class)
-    results: dict[str, Any] = {"provenance": provenance(args.device), "limits": limits(args.device), "startup": startup(), "rows": []}
+    results: dict[str, Any] = {"provenance": provenance(args.device, command), "limits": limits(args.device), "startup": startup()}
+    results["rows"] = []
     for case in chosen:
         torch.compiler.reset()  # FlexAttention compiles for every shape and stops after eight
         results["rows"] += measure(case, args.device, args.seconds, results["limits"], official)

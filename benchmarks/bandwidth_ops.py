@@ -1,4 +1,4 @@
-"""The ops whose time is bound by memory traffic. To add one, add its entry to `BANDWIDTH_OPS`: nothing else here names an op.
+"""The ops whose time is bound by memory traffic. To add one, add its entry to `BANDWIDTH_OPS`: no other place in benchmarks/ names them.
 
 `bytes` counts the fewest bytes that one call can move.
 """

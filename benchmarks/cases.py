@@ -66,7 +66,7 @@ class Case:
         return {"flops": min(matrix, limits["exp2"] * per_exp2), "bytes": limits["copy_bytes"]}
 
     def work(self) -> dict[str, float]:
-        """The flops or bytes of one call, whichever can be its bottleneck."""
+        """The work of one call by unit, "flops" or "bytes", for every unit that can be the bottleneck."""
         if self.op in whole.OUTPUTS:
             config = preset("page4d-mask")
             parts = formulas.trunk_flops(config, self.frames, SIZE) | formulas.heads_flops(config, self.frames, SIZE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import statistics
 import subprocess
@@ -11,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from page4d_kernels import native
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 FLUSH_BYTES = 256 << 20  # larger than any GPU's L2 cache
 
 
@@ -129,11 +130,11 @@ print(*(b - a for a, b in zip(t, t[1:])))
     return {name: statistics.median(map(float, values)) for name, values in zip(names, zip(*runs, strict=True), strict=True)}
 
 
-def provenance(device: str) -> dict[str, Any]:
+def provenance(device: str, command: str) -> dict[str, Any]:
     """What a measurement must name: device, platform, versions, commit, date and command."""
 
     def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=os.path.dirname(__file__))
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=CHECKOUT)
         return result.stdout.strip() if result.returncode == 0 else "unknown"
 
     import page4d_kernels.info as info
@@ -146,7 +147,7 @@ def provenance(device: str) -> dict[str, Any]:
         "triton": info.version("triton"),
         "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": command,
     }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from page4d.model.checkpoint import save_official
 from page4d_kernels.profiling import peak_bytes, reset_peak
 
+from .measure import CHECKOUT
 from .model import ModelInputs, joined, random_model
 
 NAME = "official release"
@@ -45,9 +46,10 @@ class Official(contextlib.AbstractContextManager):
         device = inputs.images.device.type
         save_official(random_model(inputs.preset, torch.float32, torch.float32, device), folder / "weights.pt")
         torch.save({"images": inputs.images.cpu(), "dtype": inputs.dtype}, folder / "inputs.pt")
-        command = [sys.executable, "-m", "benchmarks.official", str(clone), name, device, str(folder)]
+        command = [sys.executable, "-m", "benchmarks.official", str(clone.resolve()), name, device, str(folder)]
         self._errors = (folder / "errors").open("w+")
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True)
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, cwd=CHECKOUT)
         try:
             self._answer()
             self()
