@@ -91,9 +91,9 @@ class Page4DConfig:
         for name, heads in (("num_heads", self.num_heads), ("encoder.num_heads", self.encoder.num_heads)):
             _expect(self.embed_dim % heads == 0, f"embed_dim {self.embed_dim} is not a multiple of {name} {heads}")
         pair = self.image_size is None or (isinstance(self.image_size, tuple) and len(self.image_size) == 2)
-        _expect(pair, f"image_size has to be (height, width), not {self.image_size!r}")
+        _expect(pair, f"image_size must be (height, width), not {self.image_size!r}")
         head_dim = self.embed_dim // self.num_heads
-        _expect(head_dim % 4 == 0, f"the head dim {head_dim} has to be a multiple of 4 for 2-D RoPE")
+        _expect(head_dim % 4 == 0, f"the head dim {head_dim} must be a multiple of 4 for 2-D RoPE")
         first, end = self.masked_blocks
         _expect(0 <= first <= end <= self.depth, f"masked_blocks {self.masked_blocks} is no range within {self.depth} blocks")
         late = f"the mask head reads after frame block {self.mask_after}, too late for global block {first}"
@@ -101,7 +101,7 @@ class Page4DConfig:
         blind = f"mask_strength {self.mask_strength} has no effect, as masked_blocks {self.masked_blocks} is empty: use 0"
         _expect(self.mask_strength == 0 or first < end, blind)
         ordered = sorted(set(self.kept_layers)) == list(self.kept_layers) and len(self.kept_layers) == 4
-        _expect(ordered and self.kept_layers[0] >= 0, f"kept_layers {self.kept_layers} has to be four ascending layers")
+        _expect(ordered and self.kept_layers[0] >= 0, f"kept_layers {self.kept_layers} must be four ascending layers")
         _expect(self.kept_layers[-1] < self.depth, f"kept_layers {self.kept_layers} reaches past the {self.depth} layers")
         needless = f"mask_strength {self.mask_strength} needs a mask head, but mask_hidden is None: use 0"
         _expect(self.mask_strength == 0 or self.mask_hidden is not None, needless)
@@ -114,7 +114,7 @@ class Page4DConfig:
         for name, head in (("depth_head", self.depth_head), ("point_head", self.point_head), ("track", self.track)):
             if head is not None:
                 fits = all(channels % 4 == 0 for channels in (*head.out_channels, head.features // 2))
-                _expect(fits, f"{name}: out_channels and features / 2 have to be multiples of 4 for the position embedding")
+                _expect(fits, f"{name}: out_channels and features / 2 must be multiples of 4 for the position embedding")
         if self.track is not None:
             _expect(self.track.hidden % self.track.num_heads == 0, f"track.hidden {self.track.hidden} is not a multiple of its heads")
 
@@ -149,9 +149,9 @@ def _check_numbers(config: Any, prefix: str) -> None:
         wanted = "a finite number" if number is float else "a whole number"
         for x in values:
             typed = isinstance(x, int) or (number is float and isinstance(x, float) and math.isfinite(x))
-            _expect(typed and not isinstance(x, bool), f"{name} has to be {wanted}, not {value!r}")
+            _expect(typed and not isinstance(x, bool), f"{name} must be {wanted}, not {value!r}")
             least = 0 if entry.name in FROM_ZERO else 1 if number is int else 1e-9
-            _expect(x >= least, f"{name} has to be {'at least 0' if least == 0 else 'positive'}, not {value!r}")
+            _expect(x >= least, f"{name} must be {'at least 0' if least == 0 else 'positive'}, not {value!r}")
 
 
 _NESTED = {

@@ -1,6 +1,6 @@
-"""Fused kernels for mask-modulated attention, the dynamics-aware mask head, QK-norm + 2-D RoPE and residual + norm; swappable backends."""
+"""Fused kernels behind swappable backends: mask-modulated attention, mask head, QK-norm + 2-D RoPE, residual + norm."""
 
-from .backends.registry import BackendError, is_backend_supported, registries, use_backend
+from .backends.registry import Backend, BackendError, is_backend_supported, register_backend, registries, use_backend
 from .layout import TokenLayout
 from .ops.mask_attention import mask_attention
 from .ops.mask_head import mask_head
@@ -9,12 +9,14 @@ from .ops.residual_norm import residual_norm
 from .reference.qk_norm_rope import rope_tables
 
 __all__ = [
+    "Backend",
     "BackendError",
     "TokenLayout",
     "is_backend_supported",
     "mask_attention",
     "mask_head",
     "qk_norm_rope",
+    "register_backend",
     "registries",
     "residual_norm",
     "rope_tables",

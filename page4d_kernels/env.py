@@ -1,31 +1,27 @@
-"""Every environment variable of the project, in one table."""
+"""Every environment variable of the project, in one table. The ops add theirs when their backends are declared."""
 
 from __future__ import annotations
 
 import os
 
 VARIABLES: dict[str, str] = {
-    "PAGE4D_ATTN": "backend of mask_attention: auto (default) or a name from `python -m page4d_kernels.info`",
-    "PAGE4D_MASK_HEAD": "backend of mask_head: auto (default) or a name",
-    "PAGE4D_QK_NORM_ROPE": "backend of qk_norm_rope: auto (default) or a name",
-    "PAGE4D_RESIDUAL_NORM": "backend of residual_norm: auto (default) or a name",
     "PAGE4D_BUILD_EXT": "while installing: build the compiled library? auto (default: if it can be), 1 (or fail), 0",
     "PAGE4D_BUILD_CUDA": "while installing: with CUDA kernels? auto (default: if nvcc is there and compiles them), 1 (or fail), 0",
     "PAGE4D_CUDA_ARCHS": "while installing: compute capabilities of the CUDA kernels, separated by commas (default 80,90a)",
     "PAGE4D_CPU_LEVEL": "highest instruction set of the compiled CPU kernels: scalar, avx2, avx512, avx512_bf16, amx (default: the best)",
     "PAGE4D_AUTOTUNE": "time tile sizes of the Triton kernels on first use: off (default), fast (what no table has), full",
-    "PAGE4D_AUTOTUNE_TABLE": "file of tile sizes, read before the shipped one; what is timed is added to it",
-    "PAGE4D_NVTX": "1: mark every stage with an NVTX range for Nsight Systems (default 0)",
-    "PAGE4D_DEBUG": "1: check what callers promise (finite bias, gate zero outside special tokens); synchronises (default 0)",
+    "PAGE4D_AUTOTUNE_TABLE": "file of tile sizes, read before the shipped one; new timings are added to it",
+    "PAGE4D_NVTX": "1: mark every stage with an NVTX range for Nsight (default 0)",
+    "PAGE4D_DEBUG": "1: check the promises of callers (finite bias, gate zero outside special tokens); synchronises the device (default 0)",
 }
 
 
 class VariableError(ValueError):
-    """An environment variable with a value that it cannot have."""
+    """An environment variable has an invalid value."""
 
 
 def get(name: str, default: str = "") -> str:
-    """The variable's value, stripped; `name` has to be in the table."""
+    """The variable's value, stripped; `name` must be in the table."""
     if name not in VARIABLES:
         raise KeyError(f"{name} is not in the table of environment variables")
     return os.environ.get(name, default).strip()

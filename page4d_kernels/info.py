@@ -1,20 +1,14 @@
-"""`python -m page4d_kernels.info`: versions, devices, environment, and every backend of every op with what keeps it from serving here."""
+"""`python -m page4d_kernels.info`: versions, devices, environment, and every backend with the reasons why it cannot serve here."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Any
 
 import torch
 
 from . import env, native
-from .backends.mask_attention.problem import AttentionProblem
-from .backends.mask_head.problem import MaskHeadProblem
-from .backends.qk_norm_rope.problem import QkNormRopeProblem
 from .backends.registry import registries
-from .backends.residual_norm.problem import ResidualNormProblem
-from .layout import TokenLayout
 
 PACKAGES = ("page4d", "torch", "triton", "flash-attn", "xformers", "numpy", "av")
 
@@ -24,19 +18,6 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def typical_problems(device: str) -> dict[str, Any]:
-    """Per op, an inference call of the official size: 2 frames of 336 x 518."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    tokens = 5 + 24 * 37
-    layout = TokenLayout(2, tokens, 5)
-    return {
-        "mask_attention": AttentionProblem(device, dtype, 1, 16, 2 * tokens, 2 * tokens, 64, biased=True, layout=layout),
-        "mask_head": MaskHeadProblem(device, dtype, 1, 2, (24, 37), 5, 1024, 256),
-        "qk_norm_rope": QkNormRopeProblem(device, dtype, 1, 2 * tokens, 16, 64, (24, 37), 5),
-        "residual_norm": ResidualNormProblem(device, torch.float32, 2 * tokens, 1024),
-    }
 
 
 def devices() -> list[str]:
@@ -58,11 +39,10 @@ def report() -> str:
     lines += ["environment"]
     lines += [f"  {name}={env.get(name) or '(not set)'}: {meaning}" for name, meaning in env.VARIABLES.items()]
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    problems = typical_problems(device)
     for op, registry in registries().items():
         lines.append(f"{op} on {device} ({registry.variable}; auto tries {', '.join(registry.order)})")
         for backend in registry:
-            reasons = registry.reasons(backend.name, problems[op])
+            reasons = registry.reasons(backend.name, registry.typical(device))
             state = f"no: {'; '.join(reasons)}" if reasons else "usable"
             lines.append(f"  {backend.name:<15} {backend.summary}\n  {'':<15} {state}")
     return "\n".join(lines)

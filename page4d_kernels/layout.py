@@ -1,4 +1,4 @@
-"""How a sequence of tokens is made of frames: the one thing the kernels know about where their tokens come from."""
+"""Layout of tokens: how a sequence is made of frames, and how outputs lie in memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class TokenLayout:
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.tokens_per_frame < 1:
-            raise ValueError(f"{self}: frames and tokens_per_frame have to be at least 1")
+            raise ValueError(f"{self}: frames and tokens_per_frame must be at least 1")
         if not 0 <= self.special_tokens <= self.tokens_per_frame:
-            raise ValueError(f"{self}: special_tokens has to be between 0 and tokens_per_frame")
+            raise ValueError(f"{self}: special_tokens must be between 0 and tokens_per_frame")
 
     @property
     def tokens(self) -> int:
@@ -39,3 +39,14 @@ class TokenLayout:
         """`x` (B, N) with 0 outside the special tokens."""
         special = torch.arange(self.tokens, device=x.device) % self.tokens_per_frame < self.special_tokens
         return x.where(special, 0.0)
+
+
+def to_token_major(x: Tensor) -> Tensor:
+    """(B, H, N, D) over (B, N, H, D) memory, the convention for outputs: the projections before and after attention read it so."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_token_major(like: Tensor) -> Tensor:
+    """An uninitialised (B, H, N, D) tensor over (B, N, H, D) memory, with shape, dtype and device of `like`."""
+    batch, heads, tokens, head_dim = like.shape
+    return torch.empty(batch, tokens, heads, head_dim, dtype=like.dtype, device=like.device).transpose(1, 2)

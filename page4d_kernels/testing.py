@@ -1,27 +1,37 @@
 """Error budgets and input factories, shared by tests and benchmarks.
 
-The budget of a result is what plain PyTorch in the same dtype gets wrong: |out - oracle| <= 2 |plain - oracle| + a rounding term,
-with a float64 oracle on inputs upcast from the tested dtype.
+A result may be at most twice as wrong as plain PyTorch in the same dtype: |out - oracle| <= 2 |plain - oracle| + a rounding term. The
+oracle is float64, on inputs upcast from the tested dtype.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backends.registry import BackendError, registries
 from .layout import TokenLayout
+from .ops.mask_attention import describe, mask_attention
 from .reference import accumulation_dtype
 from .reference.mask_attention import mask_attention as reference
 
 NAMES = ("q", "k", "v", "query_gate", "key_bias")
 
 
-def home(backend: str) -> str:
-    """The device for a test that needs one only: the CPU, except for CUDA kernels and Triton kernels that are not interpreted."""
-    return "cuda" if backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1") else "cpu"
+def devices_of(backend: str) -> tuple[str, ...]:
+    """The types of device that a backend of this name can serve, the default one first."""
+    if backend == "cpu" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return ("cpu",)
+    return ("cuda",) if backend in ("triton", "cuda", "flash", "xformers") else ("cpu", "cuda")
+
+
+def default_device(backend: str) -> str:
+    """The device for a test that needs only one: the CPU where the backend serves it."""
+    return devices_of(backend)[0]
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,23 @@ class AttentionInputs:
 
     def tensors(self) -> list[Tensor | None]:
         return [self.q, self.k, self.v, self.query_gate, self.key_bias]
+
+    def attend(self, backend: str, **options: Any) -> Any:
+        """`mask_attention` of these inputs."""
+        return mask_attention(self.q, self.k, self.v, self.query_gate, self.key_bias, layout=self.layout, backend=backend, **options)
+
+    def reasons(self, backend: str) -> list[str]:
+        """Why the backend cannot serve these inputs. If there is a reason, the call itself must raise it, never fall back."""
+        problem = describe(self.q, self.k, self.v, self.query_gate, self.key_bias, layout=self.layout)
+        reasons = registries()["mask_attention"].reasons(backend, problem)
+        if reasons:
+            try:
+                self.attend(backend)
+            except BackendError as error:
+                assert all(reason in str(error) for reason in reasons), error
+            else:
+                raise AssertionError(f"{backend} served what it says it cannot: {reasons}")
+        return reasons
 
     def to(self, dtype: torch.dtype) -> AttentionInputs:
         """q, k, v in `dtype`, the bias vectors in what goes with it; new leaves."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from page4d_kernels import env, mask_attention, registries, use_backend
-from page4d_kernels.nvtx import Recording, peak_bytes, record, stage
+from page4d_kernels.profiling import Recording, peak_bytes, record, stage
 
 from ..config import Page4DConfig
 from ..data import Frames, bundled_clip, load_frames
@@ -184,7 +184,7 @@ def _query_points(args: argparse.Namespace, frames: Frames) -> Tensor | None:
         return points
     if args.track_grid is not None:
         if args.track_grid < 1:
-            raise InputError(f"--track-grid has to be at least 1, not {args.track_grid}")
+            raise InputError(f"--track-grid must be at least 1, not {args.track_grid}")
         height, width = frames.images.shape[-2:]
         steps = (torch.arange(args.track_grid) + 0.5) / args.track_grid
         y, x = torch.meshgrid(steps * height - 0.5, steps * width - 0.5, indexing="ij")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from page4d_kernels import TokenLayout
-from page4d_kernels.nvtx import stage
+from page4d_kernels.profiling import stage
 from page4d_kernels.reference import accumulation_dtype
 
 from ..config import Page4DConfig

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from page4d_kernels.nvtx import stage
+from page4d_kernels.profiling import stage
 
 from ..config import Page4DConfig
 from ..errors import InputError

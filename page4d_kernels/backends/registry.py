@@ -1,7 +1,7 @@
-"""Which backend serves an op. Generic: an op brings a *problem* (a description of its arguments), backends say why they cannot serve it.
+"""Which backend serves an op. An op describes its arguments as a *problem*, and backends say why they cannot serve it.
 
-A name chosen by the argument, `use_backend` or the op's environment variable (in this order) never falls back: it serves or raises
-with its reasons. "auto" takes the first of the registry's documented order that has no reason against it, and logs that once.
+A backend named by the argument, `use_backend` or the op's environment variable (in this order) never falls back: it serves or raises
+with its reasons. "auto" takes the first backend in the registry's order that has no reason against it, and logs the choice once.
 """
 
 from __future__ import annotations
@@ -25,47 +25,46 @@ _overrides: dict[str, list[list[str]]] = {}  # per op the names of the open `use
 
 
 class BackendError(RuntimeError):
-    """No backend, or not the chosen one, can serve the problem; the message says why and what could."""
+    """The chosen backend, or every backend, cannot serve the problem. The message lists the reasons and the backends that could."""
 
 
-def _nothing_missing() -> list[str]:
+def _available() -> list[str]:
     return []
 
 
-def _serves_everything(problem: Any) -> list[str]:
+def _no_reason(problem: Any) -> list[str]:
     return []
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an op.
+    """One way to compute an op. Three functions return lists of reasons in words; an empty list means none.
 
-    `why_not(problem)` lists in words what keeps it from serving; `missing()` lists what keeps it from serving anything here.
-    With `backward`, `forward` and `backward` run inside the op's torch.library operator, which brings the autograd formula and the
-    fake implementation; without, `forward` is ordinary differentiable PyTorch and is called as it is.
+    With a `backward`, both run inside the op's torch.library operator, which brings autograd and the fake implementation.
+    Without one, `forward` must be differentiable PyTorch and is called as it is.
     """
 
     name: str
     summary: str
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
-    why_not: Callable[[Any], list[str]] = _serves_everything
-    missing: Callable[[], list[str]] = _nothing_missing
-    passed_over: Callable[[Any], list[str]] = _serves_everything  # why "auto" goes on to the next one, though this one could serve
+    unsupported: Callable[[Any], list[str]] = _no_reason  # why it cannot serve this problem
+    unavailable: Callable[[], list[str]] = _available  # why it cannot serve any problem on this machine
+    auto_skips: Callable[[Any], list[str]] = _no_reason  # why "auto" tries the next backend although this one could serve
 
 
 class Registry:
     """The backends of one op."""
 
-    def __init__(self, op: str, variable: str, order: tuple[str, ...]):
-        self.op, self.variable, self.order = op, variable, order
+    def __init__(self, op: str, variable: str, order: tuple[str, ...], typical: Callable[[str], Any]):
+        self.op, self.variable, self.order, self.typical = op, variable, order, typical
         self._backends: dict[str, Backend] = {}
         self._logged: set[str] = set()
         self.calls: Counter[str] = Counter()  # by backend, for reports
 
     def register(self, backend: Backend) -> None:
         if backend.name in self._backends:
-            raise ValueError(f"{self.op} has a backend named {backend.name} already")
+            raise ValueError(f"{self.op} already has a backend named {backend.name!r}")
         self._backends[backend.name] = backend
 
     def __iter__(self) -> Iterator[Backend]:
@@ -82,7 +81,7 @@ class Registry:
     def reasons(self, name: str, problem: Any) -> list[str]:
         """Why `name` cannot serve `problem`, in words; empty if it can."""
         backend = self.get(name)
-        return backend.missing() or backend.why_not(problem)
+        return backend.unavailable() or backend.unsupported(problem)
 
     def usable(self, problem: Any) -> list[str]:
         return [name for name in self._backends if not self.reasons(name, problem)]
@@ -114,7 +113,7 @@ class Registry:
             return self.get(name)
         refused: list[str] = []
         for candidate in self.order:
-            reasons = self.reasons(candidate, problem) or self.get(candidate).passed_over(problem)
+            reasons = self.reasons(candidate, problem) or self.get(candidate).auto_skips(problem)
             if not reasons:
                 self._log_once(candidate, refused)
                 return self.get(candidate)
@@ -130,10 +129,27 @@ class Registry:
             logger.info(message)
 
 
-def declare(op: str, variable: str, order: tuple[str, ...]) -> Registry:
-    """The registry of a new op, known to `use_backend` and `info`."""
-    _registries[op] = Registry(op, variable, order)
+def declare(op: str, variable: str, order: tuple[str, ...], typical: Callable[[str], Any]) -> Registry:
+    """Create the registry of a new op, for `use_backend` and `info`.
+
+    Args:
+        op: name of the op.
+        variable: its environment variable.
+        order: the backends that "auto" tries, in this order.
+        typical: the problem of an inference call at the official size on a device, such as "cuda", for reports.
+    """
+    env.VARIABLES[variable] = f"backend of {op}: auto (default) or a name from `page4d info`"
+    _registries[op] = Registry(op, variable, order, typical)
     return _registries[op]
+
+
+def register_backend(backend: Backend, op: str = "mask_attention") -> None:
+    """Add a backend to an op, also from outside this package. It then serves by its name; "auto" does not try it.
+
+    Raises:
+        BackendError: the op does not exist. ValueError: the op has a backend of this name.
+    """
+    _registry(op).register(backend)
 
 
 def registries() -> dict[str, Registry]:

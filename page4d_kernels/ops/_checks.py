@@ -24,8 +24,8 @@ def expect(condition: bool, message: str) -> None:
 
 def expect_tensor(name: str, x: Tensor, rank: int, shape: str) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} has to be a tensor {shape}, not {type(x).__name__}")
-    expect(x.dim() == rank, f"{name} has to have {rank} dimensions {shape}, not shape {tuple(x.shape)}")
+        raise TypeError(f"{name} must be a tensor {shape}, not {type(x).__name__}")
+    expect(x.dim() == rank, f"{name} must have {rank} dimensions {shape}, not shape {tuple(x.shape)}")
 
 
 def expect_floats(op: str, x: Tensor) -> None:

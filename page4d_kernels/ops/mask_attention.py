@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import env
 from ..backends.mask_attention import BACKENDS
 from ..backends.mask_attention.problem import AttentionProblem
-from ..layout import TokenLayout
+from ..layout import TokenLayout, to_token_major
 from ..reference import accumulation_dtype
 from ._checks import dtype_name, expect, expect_finite, expect_floats, expect_like, expect_tensor, values_can_be_read, without_autocast
 
@@ -109,38 +109,33 @@ def _check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         expect_tensor(name, x, 4, "(B, H, N, D)")
         expect_like(name, x, "q", q)
-        expect(x.stride(-1) == 1 or x.shape[-1] == 1, f"{name} has to have unit stride in its last dimension, not {x.stride(-1)}")
+        expect(x.stride(-1) == 1 or x.shape[-1] == 1, f"{name} must have unit stride in its last dimension, not {x.stride(-1)}")
     expect_floats("mask_attention", q)
-    expect(k.shape == v.shape, f"k and v have to have the same shape, not {tuple(k.shape)} and {tuple(v.shape)}")
+    expect(k.shape == v.shape, f"k and v must have the same shape, not {tuple(k.shape)} and {tuple(v.shape)}")
     fits = q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
-    expect(fits, f"q {tuple(q.shape)} and k {tuple(k.shape)} have to agree in batch, heads and head dim")
+    expect(fits, f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, heads and head dim")
     expect(all(size > 0 for size in (*q.shape, k.shape[2])), f"no dimension may be empty: q {tuple(q.shape)}, k {tuple(k.shape)}")
-    expect((query_gate is None) == (key_bias is None), "query_gate and key_bias have to be given together or not at all")
+    expect((query_gate is None) == (key_bias is None), "query_gate and key_bias must be given together or not at all")
     if query_gate is not None and key_bias is not None:
         for name, x, other, tokens in (("query_gate", query_gate, "q", q.shape[2]), ("key_bias", key_bias, "k", k.shape[2])):
             expect_tensor(name, x, 2, "(B, N)")
             shape = (q.shape[0], tokens)
-            expect(x.shape == shape, f"{name} has to have shape {shape} to fit {other}, not {tuple(x.shape)}")
+            expect(x.shape == shape, f"{name} must have shape {shape} to fit {other}, not {tuple(x.shape)}")
             expect(x.device == q.device, f"{name} is on {x.device} but q is on {q.device}: move one of them")
             wanted = accumulation_dtype(q.dtype)
             if x.dtype != wanted:
-                raise TypeError(f"{name} has to be {dtype_name(wanted)} with {dtype_name(q.dtype)} q, not {dtype_name(x.dtype)}")
+                raise TypeError(f"{name} must be {dtype_name(wanted)} with {dtype_name(q.dtype)} q, not {dtype_name(x.dtype)}")
             expect_finite(name, x)
     if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
-        raise ValueError(f"scale has to be a positive number, not {scale!r}")
+        raise ValueError(f"scale must be a positive number, not {scale!r}")
     if layout is not None:
         if not isinstance(layout, TokenLayout):
-            raise TypeError(f"layout has to be a TokenLayout, not {type(layout).__name__}")
+            raise TypeError(f"layout must be a TokenLayout, not {type(layout).__name__}")
         fits = layout.tokens == q.shape[2] == k.shape[2]
         expect(fits, f"{layout} has {layout.tokens} tokens, but there are {q.shape[2]} queries and {k.shape[2]} keys")
         if query_gate is not None and env.flag("PAGE4D_DEBUG") and values_can_be_read(query_gate):
             rest = query_gate.unflatten(1, (layout.frames, layout.tokens_per_frame))[:, :, layout.special_tokens :]
             expect(not bool(rest.any()), f"query_gate is not zero outside the special tokens, as {layout} promises")
-
-
-def _token_major(x: Tensor) -> Tensor:
-    """The convention for outputs: (B, H, N, D) over (B, N, H, D) memory, as projections before and after want it."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _unpack(layout: Sequence[int] | None) -> TokenLayout | None:
@@ -160,7 +155,7 @@ def _op(
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(q):
         out, lse = BACKENDS.get(backend).forward(q, k, v, query_gate, key_bias, _unpack(layout), scale)
-    return _token_major(out), lse
+    return to_token_major(out), lse
 
 
 @_op.register_fake
@@ -191,7 +186,7 @@ def _backward_op(
     with without_autocast(q):
         d_q, d_k, d_v, d_gate, d_bias = backward(q, k, v, query_gate, key_bias, out, lse, d_out, d_lse, _unpack(layout), scale)
     vectors = [lse.new_empty(0) if x is None else x for x in (d_gate, d_bias)]
-    return _token_major(d_q), _token_major(d_k), _token_major(d_v), vectors[0], vectors[1]
+    return to_token_major(d_q), to_token_major(d_k), to_token_major(d_v), vectors[0], vectors[1]
 
 
 @_backward_op.register_fake

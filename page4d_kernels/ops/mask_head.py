@@ -65,8 +65,8 @@ def _check(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], spec
     expect_tensor("tokens", tokens, 4, "(B, S, P, C)")
     expect_floats("mask_head", tokens)
     expect(all(size > 0 for size in tokens.shape), f"no dimension may be empty: tokens {tuple(tokens.shape)}")
-    expect(len(grid) == 2 and min(grid) >= 1, f"grid has to be (h, w), both at least 1, not {tuple(grid)}")
-    expect(special_tokens >= 0, f"special_tokens has to be at least 0, not {special_tokens}")
+    expect(len(grid) == 2 and min(grid) >= 1, f"grid must be (h, w), both at least 1, not {tuple(grid)}")
+    expect(special_tokens >= 0, f"special_tokens must be at least 0, not {special_tokens}")
     patches = grid[0] * grid[1]
     expect(patches >= 2, "the mask head needs at least two patches (the standard deviation of one is undefined): use a larger image")
     per_frame = special_tokens + patches
@@ -79,7 +79,7 @@ def _check(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], spec
     channels, hidden = tokens.shape[3], parameters[2].shape[0]
     shapes = [(channels, 1, 3, 3), (channels,), (hidden, channels, 1, 1), (hidden,), (1, hidden, 1, 1), (1,)]
     for name, parameter, shape in zip(names, parameters, shapes, strict=True):
-        expect(parameter.shape == shape, f"{name} has to have shape {shape}, not {tuple(parameter.shape)}")
+        expect(parameter.shape == shape, f"{name} must have shape {shape}, not {tuple(parameter.shape)}")
         expect(parameter.device == tokens.device, f"{name} is on {parameter.device} but tokens are on {tokens.device}: move one of them")
 
 

@@ -60,15 +60,15 @@ def residual_norm(
 def _check(x: Tensor, branch: Tensor, vectors: dict[str, Tensor], dtype: torch.dtype) -> None:
     for name, tensor in {"x": x, "branch": branch, **vectors}.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} has to be a tensor, not {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
         expect_floats("residual_norm", tensor)
         expect(tensor.device == x.device, f"{name} is on {tensor.device} but x is on {x.device}: move one of them")
     if dtype not in FLOATS:
         raise TypeError(f"residual_norm makes float32, float16, bfloat16 or float64, not {dtype}")
-    expect(x.dim() >= 1 and x.numel() > 0, f"x has to be (..., C) and not empty, not {tuple(x.shape)}")
-    expect(branch.shape == x.shape, f"branch has to have the shape of x, {tuple(x.shape)}, not {tuple(branch.shape)}")
+    expect(x.dim() >= 1 and x.numel() > 0, f"x must be (..., C) and not empty, not {tuple(x.shape)}")
+    expect(branch.shape == x.shape, f"branch must have the shape of x, {tuple(x.shape)}, not {tuple(branch.shape)}")
     for name, vector in vectors.items():
-        expect(vector.shape == x.shape[-1:], f"{name} has to have shape ({x.shape[-1]},), as x has channels, not {tuple(vector.shape)}")
+        expect(vector.shape == x.shape[-1:], f"{name} must have shape ({x.shape[-1]},), as x has channels, not {tuple(vector.shape)}")
 
 
 @torch.library.custom_op("page4d::residual_norm", mutates_args=())

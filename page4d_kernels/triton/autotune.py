@@ -1,8 +1,8 @@
-"""Which tile sizes a kernel runs with: built-in, from a table, or timed on first use.
+"""Tile sizes of the kernels: built in, from a table, or timed on first use.
 
 A configuration is the dictionary of constants that a launch adds, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}.
-Its key names what decides about it: kernel, architecture, head dim or channels, dtype, how rows meet the bias. Sequence length and
-batch are not in it: a new clip never times or compiles anything again.
+Its key holds the kernel, the architecture, the head dim or channels, the dtype and how rows see the bias. It does not depend on sequence
+length or batch size: a new clip length triggers no timing and no compilation.
 
 PAGE4D_AUTOTUNE says when candidates are timed:
 
@@ -10,8 +10,8 @@ PAGE4D_AUTOTUNE says when candidates are timed:
     fast  on first use of a key that no table has, over the first four candidates
     full  on first use of every key, over all candidates
 
-Two tables are read: the file PAGE4D_AUTOTUNE_TABLE, to which every choice that was timed is added, and the one that is shipped for
-the architecture, `tables/sm_90.json`. To ship a table is to copy such a file there.
+Two tables are read: the file PAGE4D_AUTOTUNE_TABLE, and the one shipped for the architecture, such as `tables/sm_90.json`. Every timed
+choice is added to the first. To ship a table, copy such a file to `tables/`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import triton
@@ -34,6 +35,7 @@ from .target import capability, interpreted, limits
 logger = logging.getLogger("page4d_kernels")
 
 Config = dict[str, int]
+T = TypeVar("T")
 TABLES = Path(__file__).parent / "tables"
 MODES = ("off", "fast", "full")
 FAST = 4  # candidates timed by "fast"
@@ -41,8 +43,8 @@ _chosen: dict[str, Config] = {}  # what this process has timed
 
 
 @dataclass(frozen=True)
-class Need:
-    """What one program of a configuration needs at least, estimated without compiling it."""
+class ResourceEstimate:
+    """Lower bound of what one program of a configuration needs, without compiling it."""
 
     shared: int  # bytes
     accumulators: int  # fp32 values that live in registers
@@ -61,24 +63,24 @@ def mode() -> str:
 
 
 def key(kernel: str, *traits: object) -> str:
-    """As in `mask_attention.forward sm_90 D64 bfloat16 packed`."""
+    """Such as `mask_attention_fwd_kernel sm_90 D64 bfloat16 packed`."""
     return " ".join([kernel, f"sm_{capability()}", *(str(trait).removeprefix("torch.") for trait in traits)])
 
 
-def prune(candidates: list[Config], need: Callable[[Config], Need]) -> list[Config]:
+def prune(candidates: list[Config], resources: Callable[[Config], ResourceEstimate]) -> list[Config]:
     """Those that fit by the estimate; the first one, the built-in choice, always stays."""
-    return [candidate for i, candidate in enumerate(candidates) if i == 0 or need(candidate).fits(candidate)]
+    return [candidate for i, candidate in enumerate(candidates) if i == 0 or resources(candidate).fits(candidate)]
 
 
 def choose(name: str, candidates: list[Config], run: Callable[[Config], object]) -> Config:
     """The configuration for key `name`; `run` launches a candidate and may be called again and again."""
     if name in _chosen:
         return _chosen[name]
-    how = mode()
+    timing = mode()
     known = _table(_own()).get(name) or _table(_shipped()).get(name)
-    if how == "off" or (how == "fast" and known is not None) or not _can_time():
+    if timing == "off" or (timing == "fast" and known is not None) or not _can_time():
         return known or candidates[0]
-    times = [(_time(run, candidate), i) for i, candidate in enumerate(candidates[: FAST if how == "fast" else None])]
+    times = [(_time(run, candidate), i) for i, candidate in enumerate(candidates[: FAST if timing == "fast" else None])]
     best, index = min(times)
     if best == float("inf"):
         return candidates[0]  # which then says itself what is wrong
@@ -88,6 +90,11 @@ def choose(name: str, candidates: list[Config], run: Callable[[Config], object])
     if own is not None:
         dump(own)
     return candidates[index]
+
+
+def launch(kernel: str, traits: tuple[object, ...], candidates: list[Config], run: Callable[[Config], T]) -> T:
+    """Choose the configuration of `kernel` for `traits` and return `run(configuration)`, which launches it."""
+    return run(choose(key(kernel, *traits), candidates, run))
 
 
 def dump(path: Path) -> None:

@@ -1,13 +1,14 @@
-"""Compile kernels for a GPU that is not here: `python -m page4d_kernels.triton.dryrun` prints what each one needs.
+"""Compile kernels without a GPU: `python -m page4d_kernels.triton.dryrun > docs/triton_resources.md` writes what each one needs.
 
-A stand-in for Triton's NVIDIA driver lets the real launch path specialise and compile on CPU tensors, down to the machine code, and
-records the launch instead of launching. Not for a process with TRITON_INTERPRET=1.
+A stand-in for Triton's NVIDIA driver takes CPU tensors through the real launch path. Kernels are specialised and compiled down to machine
+code, and the launch is recorded instead of run. Not for a process with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import re
 import subprocess
 import tempfile
@@ -33,7 +34,7 @@ class Launch:
 
 
 class DryRunDriver:
-    """The part of the driver that the launch path touches."""
+    """The part of the driver that the launch path uses."""
 
     binary_ext = "cubin"
 
@@ -46,7 +47,7 @@ class DryRunDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # compiled kernels are kept per device: one for each capability
+        return self.target.arch  # compiled kernels are cached per device: one for each capability
 
     def get_current_stream(self, device: Any = None) -> int:
         return 0
@@ -135,54 +136,29 @@ def compiled_kernels() -> Iterator[dict[str, Any]]:
 
 
 def entry_points() -> dict[str, Callable[[], None]]:
-    """Every launch of the library at the official sizes: 10 frames of 24 x 37 patches, head dim 64, 1024 channels."""
-    from ..layout import TokenLayout
-    from ..reference.qk_norm_rope import rope_tables
-    from ..testing import attention_inputs
-    from . import mask_attention_launch, mask_head_launch, qk_norm_rope_launch, residual_norm_launch
+    """Every launch of the library at the official sizes (10 frames of 24 x 37 patches), by name: the `examples` of the launch modules."""
+    from ..backends.registry import registries
 
-    grid, special = (24, 37), 5
-    inputs = attention_inputs(TokenLayout(10, 893, special), dtype=torch.bfloat16, packed=True)
-    parameters = [torch.empty(shape) for shape in [(1024, 1, 3, 3), (1024,), (256, 1024, 1, 1), (256,), (1, 256, 1, 1), (1,)]]
-
-    def attention(promise: bool, biased: bool) -> None:
-        layout = inputs.layout if promise else None
-        vectors = (inputs.query_gate, inputs.key_bias) if biased else (None, None)
-        tensors = (inputs.q, inputs.k, inputs.v, *vectors)
-        out, lse = mask_attention_launch.forward(*tensors, layout, 0.125)
-        mask_attention_launch.backward(*tensors, out, lse, torch.empty_like(out), None, layout, 0.125)
-
-    def mask_head(dtype: torch.dtype) -> None:
-        tokens = torch.empty(1, 10, 893, 1024, dtype=dtype)
-        bias = mask_head_launch.forward(tokens, parameters, grid, special)
-        mask_head_launch.backward(bias, tokens, parameters, grid, special)
-
-    def qk_norm_rope() -> None:
-        qkv = torch.empty(1, 10 * 893, 3, 16, 64, dtype=torch.bfloat16)
-        weight, bias, (cos, sin) = torch.empty(64), torch.empty(64), rope_tables(grid, 64)
-        q, k = qk_norm_rope_launch.forward(qkv, weight, bias, weight, bias, cos, sin, grid, special, 1e-5)
-        qk_norm_rope_launch.backward(q, k, qkv, weight, weight, cos, sin, grid, special, 1e-5)
-
-    def residual_norm() -> None:
-        x, branch, vector = torch.empty(1, 10 * 893, 1024), torch.empty(1, 10 * 893, 1024, dtype=torch.bfloat16), torch.empty(1024)
-        total, normal = residual_norm_launch.forward(x, branch, vector, vector, vector, 1e-5, torch.bfloat16)
-        residual_norm_launch.backward(x, normal, total, branch, vector, vector, 1e-5)
-
-    return {
-        "attention, layout": functools.partial(attention, True, True),
-        "attention, no layout": functools.partial(attention, False, True),
-        "attention, no bias": functools.partial(attention, False, False),
-        "mask head, bf16": functools.partial(mask_head, torch.bfloat16),
-        "mask head, fp32": functools.partial(mask_head, torch.float32),
-        "QK-norm + RoPE": qk_norm_rope,
-        "residual + norm": residual_norm,
-    }
+    found: dict[str, Callable[[], None]] = {}
+    for op, registry in registries().items():
+        if any(backend.name == "triton" for backend in registry):
+            found |= importlib.import_module(f"page4d_kernels.triton.{op}_launch").examples()
+    return found
 
 
 def table() -> str:
-    """What every kernel needs with its built-in tiles, as Markdown."""
+    """The page docs/triton_resources.md: what every kernel needs with its built-in tiles."""
     columns = ["target", "op", "kernel", "registers", "spilled bytes", "shared bytes", *INSTRUCTIONS[:4]]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines = [
+        "# Resources of the Triton kernels",
+        "",
+        f"Triton {triton.__version__}, official sizes, built-in tiles, attention at head dim 64 in bf16. Compiled ahead of time, not run",
+        "on a GPU. Registers are per thread, shared memory is per program. The last columns count instructions. This page is the output of",
+        "`python -m page4d_kernels.triton.dryrun`.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+    ]
     for capability in SHARED_MEMORY:
         for op, launch in entry_points().items():
             with dry_run(capability), compiled_kernels() as kernels:

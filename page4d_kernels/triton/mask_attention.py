@@ -71,7 +71,7 @@ def _load_tile(x, i_b, i_h, i_n, n, s_b, s_h, s_n, D: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def _softmax_over_keys(
-    b_acc, b_l, b_m, b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
+    b_acc, b_row_sum, b_row_max, b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BIASED: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -91,18 +91,18 @@ def _softmax_over_keys(
             b_s = b_s * scale + b_r[:, None] * b_c[None, :]
         if MASKED:
             b_s = tl.where((o_n < end)[None, :], b_s, float("-inf"))
-        b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-        b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)  # a row without a finite logit stays at exp2(-inf) = 0
+        b_row_max_new = tl.maximum(b_row_max, tl.max(b_s, 1))
+        b_shift = tl.where(b_row_max_new == float("-inf"), 0.0, b_row_max_new)  # a row without a finite logit stays at exp2(-inf) = 0
         if BIASED:
             b_p = tl.exp2((b_s - b_shift[:, None]) * to_base2)
         else:
             b_p = tl.exp2(b_s * to_base2 - (b_shift * to_base2)[:, None])
-        b_keep = tl.exp2((b_m - b_shift) * to_base2)
-        b_l = b_l * b_keep + tl.sum(b_p, 1)
+        b_rescale = tl.exp2((b_row_max - b_shift) * to_base2)
+        b_row_sum = b_row_sum * b_rescale + tl.sum(b_p, 1)
         b_v = _load_tile(v, i_b, i_h, i_n, n_k, s_vb, s_vh, s_vn, D, BLOCK_D, BLOCK_N, TMA)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision=PRECISION)
-        b_m = b_m_new
-    return b_acc, b_l, b_m
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_rescale[:, None], input_precision=PRECISION)
+        b_row_max = b_row_max_new
+    return b_acc, b_row_sum, b_row_max
 
 
 @triton.jit
@@ -113,24 +113,24 @@ def _attend(
 ):  # fmt: skip
     """Output (BLOCK_M, BLOCK_D) in fp32 and natural log-sum-exp (BLOCK_M,) of one tile of rows over keys start ... end."""
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    b_l = tl.zeros([BLOCK_M], dtype=tl.float32)
-    b_m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    b_row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     whole = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
-    b_acc, b_l, b_m = _softmax_over_keys(
-        b_acc, b_l, b_m, b_q, b_r, k, v, p_c, i_b, i_h, start, whole, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
+    b_acc, b_row_sum, b_row_max = _softmax_over_keys(
+        b_acc, b_row_sum, b_row_max, b_q, b_r, k, v, p_c, i_b, i_h, start, whole, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
         D, BLOCK_D, BLOCK_M, BLOCK_N, BIASED, False, TMA, PRECISION,
     )  # fmt: skip
-    b_acc, b_l, b_m = _softmax_over_keys(
-        b_acc, b_l, b_m, b_q, b_r, k, v, p_c, i_b, i_h, whole, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
+    b_acc, b_row_sum, b_row_max = _softmax_over_keys(
+        b_acc, b_row_sum, b_row_max, b_q, b_r, k, v, p_c, i_b, i_h, whole, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
         D, BLOCK_D, BLOCK_M, BLOCK_N, BIASED, True, TMA, PRECISION,
     )  # fmt: skip
-    b_out = b_acc / tl.where(b_l == 0, 1.0, b_l)[:, None]
-    b_lse = tl.where(b_l == 0, float("-inf"), (b_m if BIASED else b_m * scale) + tl.log2(b_l) * LN2)
+    b_out = b_acc / tl.where(b_row_sum == 0, 1.0, b_row_sum)[:, None]
+    b_lse = tl.where(b_row_sum == 0, float("-inf"), (b_row_max if BIASED else b_row_max * scale) + tl.log2(b_row_sum) * LN2)
     return b_out, b_lse
 
 
 @triton.jit(do_not_specialize=["s_rb", "s_cb", "tiles", "heads", "n_q", "n_k", "s_split", "per_frame", "special", "n_packed"])
-def forward(
+def mask_attention_fwd_kernel(
     q, k, v, p_r, p_c, p_out, p_lse,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on, s_rb, s_cb, s_split,
     tiles, heads, n_q, n_k, scale, per_frame, special, n_packed,
@@ -194,7 +194,7 @@ def forward(
 
 
 @triton.jit(do_not_specialize=["s_split", "heads", "n_q", "splits"])
-def merge(
+def mask_attention_fwd_kernel_merge(
     p_parts, p_part_lse, p_out, p_lse, s_split, s_ob, s_oh, s_on, heads, n_q, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -207,22 +207,22 @@ def merge(
     o_rows = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m_rows = o_rows < n_q
     first = i_bh.to(tl.int64) * n_q
-    b_top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    b_row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     offset = first
     for _ in range(splits):
-        b_top = tl.maximum(b_top, tl.load(p_part_lse + offset + o_rows, mask=m_rows, other=0.0))
+        b_row_max = tl.maximum(b_row_max, tl.load(p_part_lse + offset + o_rows, mask=m_rows, other=0.0))
         offset += s_split
-    b_shift = tl.where(b_top == float("-inf"), 0.0, b_top)
-    b_total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_shift = tl.where(b_row_max == float("-inf"), 0.0, b_row_max)
+    b_row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     offset = first
     for _ in range(splits):
         b_weight = tl.exp2((tl.load(p_part_lse + offset + o_rows, mask=m_rows, other=0.0) - b_shift) * LOG2E)
-        b_total += b_weight
+        b_row_sum += b_weight
         b_acc += b_weight[:, None] * _load_rows(p_parts + offset * D, o_rows, m_rows, D, D, BLOCK_D)
         offset += s_split
-    b_out = b_acc / tl.where(b_total == 0, 1.0, b_total)[:, None]
-    b_lse = tl.where(b_total == 0, float("-inf"), b_top + tl.log2(b_total) * LN2)
+    b_out = b_acc / tl.where(b_row_sum == 0, 1.0, b_row_sum)[:, None]
+    b_lse = tl.where(b_row_sum == 0, float("-inf"), b_row_max + tl.log2(b_row_sum) * LN2)
     p_out += (i_bh // heads).to(tl.int64) * s_ob + (i_bh % heads).to(tl.int64) * s_oh
     _store_rows(p_out, b_out, o_rows, m_rows, s_on, D, BLOCK_D)
     tl.store(p_lse + first + o_rows, b_lse, mask=m_rows)

@@ -14,7 +14,7 @@ from .mask_attention import CHECKED, LOG2E, PACKED, PLAIN, _load_rows, _load_til
 
 
 @triton.jit(do_not_specialize=["heads", "n_q", "per_frame", "special"])
-def preprocess(
+def mask_attention_bwd_kernel_preprocess(
     p_out, p_d_out, p_lse, p_d_lse, p_delta, p_lse2,
     s_ob, s_oh, s_on, s_db, s_dh, s_dn, heads, n_q, per_frame, special,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, LSE_GRAD: tl.constexpr,
@@ -94,7 +94,7 @@ def _dq_tile(
 
 
 @triton.jit(do_not_specialize=["s_rb", "s_cb", "tiles", "heads", "n_q", "n_k", "per_frame", "special", "n_packed"])
-def backward_rows(
+def mask_attention_bwd_kernel_dq(
     q, k, v, d_out, p_r, p_c, p_lse, p_lse2, p_delta, p_dq, p_dr,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_db, s_dh, s_dn, s_gb, s_gh, s_gn, s_rb, s_cb,
     tiles, heads, n_q, n_k, scale, per_frame, special, n_packed,
@@ -162,7 +162,7 @@ def _add_rows(b_dk, b_dv, b_dc, b_k, b_v, b_c, b_q, b_do, b_lse2, b_delta, b_r, 
 
 
 @triton.jit(do_not_specialize=["s_rb", "s_cb", "tiles", "heads", "n_q", "n_k", "per_frame", "special", "n_packed"])
-def backward_keys(
+def mask_attention_bwd_kernel_dkv(
     q, d_out, p_q, p_d_out, p_k, p_v, p_r, p_c, p_lse, p_lse2, p_delta, p_dk, p_dv, p_dc,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_db, s_dh, s_dn, s_gb, s_gh, s_gn, s_rb, s_cb,
     tiles, heads, n_q, n_k, scale, per_frame, special, n_packed,

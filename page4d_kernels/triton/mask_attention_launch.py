@@ -1,9 +1,10 @@
-"""Launching the attention kernels: outputs, tiles, descriptors, split keys, sums over heads."""
+"""Launch of the attention kernels: outputs, tiles, descriptors, split keys, sums over heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..layout import TokenLayout
+from ..layout import TokenLayout, empty_token_major
 from . import autotune
 from . import mask_attention as fwd
 from . import mask_attention_backward as bwd
@@ -43,43 +44,43 @@ class Rows:
 
 # Rows, keys, warps, pipeline stages; the first that fits is the built-in choice. Not yet measured on a GPU.
 TILES = {
-    "forward": [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)],
-    "backward_rows": [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2)],
-    "backward_keys": [(64, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3)],
+    "fwd_kernel": [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)],
+    "bwd_kernel_dq": [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2)],
+    "bwd_kernel_dkv": [(64, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3)],
 }
 WIDE_TILES = {  # head dims over 64, and targets other than Hopper
-    "forward": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)],
-    "backward_rows": [(64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1)],
-    "backward_keys": [(64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 8, 3)],
+    "fwd_kernel": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)],
+    "bwd_kernel_dq": [(64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1)],
+    "bwd_kernel_dkv": [(64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 8, 3)],
 }
 FP32_TILES = {
-    "forward": [(64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 4, 2)],
-    "backward_rows": [(32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 2)],
-    "backward_keys": [(32, 32, 4, 1), (32, 64, 8, 1), (32, 32, 4, 2)],
+    "fwd_kernel": [(64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 4, 2)],
+    "bwd_kernel_dq": [(32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 2)],
+    "bwd_kernel_dkv": [(32, 32, 4, 1), (32, 64, 8, 1), (32, 32, 4, 2)],
 }
 
 
-def _need(kernel: str, head_dim: int, itemsize: int, config: autotune.Config) -> autotune.Need:
+def _resources(kernel: str, head_dim: int, itemsize: int, config: autotune.Config) -> autotune.ResourceEstimate:
     """Tiles of the loop once per stage and the program's own; accumulators and the logits (and their gradient)."""
     rows, keys, stages = config["BLOCK_M"], config["BLOCK_N"], config["num_stages"]
-    if kernel == "forward":
-        return autotune.Need((2 * keys * stages + rows) * head_dim * itemsize, rows * head_dim + rows * keys)
-    own, looped = (rows, keys) if kernel == "backward_rows" else (keys, rows)
-    outputs = 1 if kernel == "backward_rows" else 2
-    return autotune.Need(2 * (looped * stages + own) * head_dim * itemsize, outputs * own * head_dim + 2 * rows * keys)
+    if kernel == "fwd_kernel":
+        return autotune.ResourceEstimate((2 * keys * stages + rows) * head_dim * itemsize, rows * head_dim + rows * keys)
+    own, looped = (rows, keys) if kernel == "bwd_kernel_dq" else (keys, rows)
+    outputs = 1 if kernel == "bwd_kernel_dq" else 2
+    return autotune.ResourceEstimate(2 * (looped * stages + own) * head_dim * itemsize, outputs * own * head_dim + 2 * rows * keys)
 
 
 def candidates(kernel: str, head_dim: int, dtype: torch.dtype) -> list[autotune.Config]:
     narrow = head_dim <= 64 and capability() == 90
     tiles = FP32_TILES if dtype == torch.float32 else TILES if narrow else WIDE_TILES
     configs = [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles[kernel]]
-    return autotune.prune(configs, lambda config: _need(kernel, _block_d(head_dim), dtype.itemsize, config))
+    return autotune.prune(configs, lambda config: _resources(kernel, _block_d(head_dim), dtype.itemsize, config))
 
 
-def _choose(kernel: str, q: Tensor, rows: Rows, run: Callable[[autotune.Config], object]) -> autotune.Config:
-    how = {fwd.PLAIN.value: "plain", fwd.PACKED.value: "packed", fwd.CHECKED.value: "checked"}[rows.mode]
-    name = autotune.key(f"mask_attention.{kernel}", f"D{_block_d(q.shape[-1])}", q.dtype, how)
-    return autotune.choose(name, candidates(kernel, q.shape[-1], q.dtype), run)
+def _launch(kernel: str, q: Tensor, rows: Rows, run: Callable[[autotune.Config], None]) -> None:
+    mode = {fwd.PLAIN.value: "plain", fwd.PACKED.value: "packed", fwd.CHECKED.value: "checked"}[rows.mode]
+    traits = (f"D{_block_d(q.shape[-1])}", q.dtype, mode)
+    autotune.launch(f"mask_attention_{kernel}", traits, candidates(kernel, q.shape[-1], q.dtype), run)
 
 
 def _block_d(head_dim: int) -> int:
@@ -117,11 +118,6 @@ def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, x.shape[-1]])
 
 
-def _token_major(like: Tensor) -> Tensor:
-    batch, heads, tokens, head_dim = like.shape
-    return torch.empty(batch, tokens, heads, head_dim, dtype=like.dtype, device=like.device).transpose(1, 2)
-
-
 def _vectors(query_gate: Tensor | None, key_bias: Tensor | None, unread: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and bias with unit stride along the tokens, as the kernels read them; without a bias something that is never read."""
     if query_gate is None or key_bias is None:
@@ -147,31 +143,31 @@ def forward(
     keys = k.shape[2]
     rows = Rows.of(query_gate, layout)
     tma = _tma_ready(k, v)
-    out = _token_major(q)
+    out = empty_token_major(q)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     gate, bias = _vectors(query_gate, key_bias, lse)
 
     def run(config: autotune.Config) -> None:
         tiles = rows.tiles(queries, config["BLOCK_M"])
         splits = splits_for(tiles * batch * heads, keys, q.device)
-        part, part_lse = out, lse
+        out_partial, lse_partial = out, lse
         if splits > 1:
-            part = torch.empty(splits * batch, heads, queries, head_dim, dtype=torch.float32, device=q.device)
-            part_lse = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=q.device)
-        fwd.forward[(tiles * batch * heads, splits)](
-            q, *(_descriptor(x, config["BLOCK_N"]) if tma else x for x in (k, v)), gate, bias, part, part_lse,
-            *_head_strides(q, k, v, part), gate.stride(0), bias.stride(0), batch * heads * queries,
+            out_partial = torch.empty(splits * batch, heads, queries, head_dim, dtype=torch.float32, device=q.device)
+            lse_partial = torch.empty(splits, batch, heads, queries, dtype=torch.float32, device=q.device)
+        fwd.mask_attention_fwd_kernel[(tiles * batch * heads, splits)](
+            q, *(_descriptor(x, config["BLOCK_N"]) if tma else x for x in (k, v)), gate, bias, out_partial, lse_partial,
+            *_head_strides(q, k, v, out_partial), gate.stride(0), bias.stride(0), batch * heads * queries,
             tiles, heads, queries, keys, scale, rows.per_frame, rows.special, rows.packed,
             SPLIT=splits > 1, **_constants(q, rows, tma), **config,
         )  # fmt: skip
         if splits > 1:
             block = 32
-            fwd.merge[(triton.cdiv(queries, block) * batch * heads,)](
-                part, part_lse, out, lse, batch * heads * queries, *_head_strides(out), heads, queries, splits,
+            fwd.mask_attention_fwd_kernel_merge[(triton.cdiv(queries, block) * batch * heads,)](
+                out_partial, lse_partial, out, lse, batch * heads * queries, *_head_strides(out), heads, queries, splits,
                 D=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=block, num_warps=4,
             )  # fmt: skip
 
-    run(_choose("forward", q, rows, run))
+    _launch("fwd_kernel", q, rows, run)
     return out, lse
 
 
@@ -194,39 +190,39 @@ def backward(
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    bwd.preprocess[(triton.cdiv(queries, 64) * batch * heads,)](
+    bwd.mask_attention_bwd_kernel_preprocess[(triton.cdiv(queries, 64) * batch * heads,)](
         out, d_out, lse, lse if d_lse is None else d_lse.contiguous(), delta, lse2,
         *_head_strides(out, d_out), heads, queries, rows.per_frame, rows.special,
         D=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=64, ROWS=rows.mode, LSE_GRAD=d_lse is not None, num_warps=4,
     )  # fmt: skip
 
-    d_q, d_k, d_v = _token_major(q), _token_major(k), _token_major(v)
+    d_q, d_k, d_v = empty_token_major(q), empty_token_major(k), empty_token_major(v)
     packed = rows.mode == fwd.PACKED.value
     d_gate_heads = torch.empty(batch, heads, rows.packed if packed else queries, dtype=torch.float32, device=q.device)
     d_bias_heads = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
     gate, bias = _vectors(query_gate, key_bias, lse)
-    numbers = (heads, queries, keys, scale, rows.per_frame, rows.special, rows.packed)
+    sizes = (heads, queries, keys, scale, rows.per_frame, rows.special, rows.packed)
 
-    def run_rows(config: autotune.Config) -> None:
+    def run_dq(config: autotune.Config) -> None:
         tma = _tma_ready(k, v)
         tiles = rows.tiles(queries, config["BLOCK_M"])
-        bwd.backward_rows[(tiles * batch * heads,)](
+        bwd.mask_attention_bwd_kernel_dq[(tiles * batch * heads,)](
             q, *(_descriptor(x, config["BLOCK_N"]) if tma else x for x in (k, v)), d_out, gate, bias, lse, lse2, delta,
             d_q, d_gate_heads,
-            *_head_strides(q, k, v, d_out, d_q), gate.stride(0), bias.stride(0), tiles, *numbers, **_constants(q, rows, tma), **config,
+            *_head_strides(q, k, v, d_out, d_q), gate.stride(0), bias.stride(0), tiles, *sizes, **_constants(q, rows, tma), **config,
         )  # fmt: skip
 
-    def run_keys(config: autotune.Config) -> None:
+    def run_dkv(config: autotune.Config) -> None:
         tma = _tma_ready(q, d_out)
         tiles = triton.cdiv(keys, config["BLOCK_N"])
-        bwd.backward_keys[(tiles * batch * heads,)](
+        bwd.mask_attention_bwd_kernel_dkv[(tiles * batch * heads,)](
             *(_descriptor(x, config["BLOCK_M"]) if tma else x for x in (q, d_out)), q, d_out, k, v, gate, bias, lse, lse2, delta,
             d_k, d_v, d_bias_heads,
-            *_head_strides(q, k, v, d_out, d_k), gate.stride(0), bias.stride(0), tiles, *numbers, **_constants(q, rows, tma), **config,
+            *_head_strides(q, k, v, d_out, d_k), gate.stride(0), bias.stride(0), tiles, *sizes, **_constants(q, rows, tma), **config,
         )  # fmt: skip
 
-    run_rows(_choose("backward_rows", q, rows, run_rows))
-    run_keys(_choose("backward_keys", q, rows, run_keys))
+    _launch("bwd_kernel_dq", q, rows, run_dq)
+    _launch("bwd_kernel_dkv", q, rows, run_dkv)
     if query_gate is None or layout is None:
         sums = (None, None) if query_gate is None else (d_gate_heads.sum(1), d_bias_heads.sum(1))
         return d_q, d_k, d_v, *sums
@@ -234,3 +230,22 @@ def backward(
     special = d_gate.unflatten(1, (layout.frames, layout.tokens_per_frame))[:, :, : layout.special_tokens]
     special.copy_(d_gate_heads.sum(1).unflatten(1, (layout.frames, layout.special_tokens)))
     return d_q, d_k, d_v, d_gate, d_bias_heads.sum(1)
+
+
+def examples() -> dict[str, Callable[[], None]]:
+    """Forward and backward at the official size (10 frames of 893 tokens, 2 heads of 64), for dry runs."""
+    from ..testing import attention_inputs
+
+    inputs = attention_inputs(TokenLayout(10, 893, 5), dtype=torch.bfloat16, packed=True)
+
+    def launch(promise: bool, biased: bool) -> None:
+        layout = inputs.layout if promise else None
+        tensors = (inputs.q, inputs.k, inputs.v, *((inputs.query_gate, inputs.key_bias) if biased else (None, None)))
+        out, lse = forward(*tensors, layout, 0.125)
+        backward(*tensors, out, lse, torch.empty_like(out), None, layout, 0.125)
+
+    return {
+        "attention, layout": partial(launch, True, True),
+        "attention, no layout": partial(launch, False, True),
+        "attention, no bias": partial(launch, False, False),
+    }

@@ -18,7 +18,7 @@ def gelu(x):
 
 
 @triton.jit(do_not_specialize=["frames", "special", "patches"])
-def statistics(
+def mask_head_fwd_kernel_stats(
     p_tokens, p_mean, p_rstd, s_b, s_f, s_p, s_c, frames, channels, special, patches, min_std,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def to_hidden(
 
 
 @triton.jit(do_not_specialize=["frames", "special", "height", "width"])
-def forward(
+def mask_head_fwd_kernel(
     p_tokens, p_mean, p_rstd, p_w0, p_b0, p_w2, p_b2, p_w4, p_b4, p_out,
     s_b, s_f, s_p, s_c, frames, channels, hidden, special, height, width,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,

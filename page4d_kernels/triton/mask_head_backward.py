@@ -26,7 +26,7 @@ def _gelu_slope(x):
 
 
 @triton.jit(do_not_specialize=["frames", "special", "height", "width"])
-def hidden(
+def mask_head_bwd_kernel_hidden(
     p_d_out, p_tokens, p_mean, p_rstd, p_w0, p_b0, p_w2, p_b2, p_w4, p_b4, p_da2, p_dw4, p_db4, p_db2,
     s_b, s_f, s_p, s_c, frames, channels, n_hidden, special, height, width,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
@@ -59,7 +59,7 @@ def hidden(
 
 
 @triton.jit(do_not_specialize=["frames", "special", "height", "width", "tiles", "last"])
-def channels(
+def mask_head_bwd_kernel_channels(
     p_tokens, p_mean, p_rstd, p_w0, p_b0, p_w2, p_da2, p_dw2, p_dw0, p_db0,
     s_b, s_f, s_p, s_c, frames, n_channels, n_hidden, special, height, width, tiles, last,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,

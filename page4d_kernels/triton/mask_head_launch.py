@@ -1,9 +1,10 @@
-"""Launching the mask head's kernels."""
+"""Launch of the mask head kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from . import mask_head as fwd
 from . import mask_head_backward as bwd
 from .target import capability
 
+T = TypeVar("T")
 STATISTICS_P, STATISTICS_C = 64, 32
 SHARES = 16  # of the tiles of patches, for the weight gradients: programs to fill a GPU, against partial sums to store
 
@@ -27,7 +29,7 @@ HOPPER_ROWS = (64, 32, 8, 2)  # wide enough for wgmma; Triton 3.7 aborts on it f
 def _statistics(tokens: Tensor, patches: int, special_tokens: int) -> tuple[Tensor, Tensor]:
     batch, frames, _, channels = tokens.shape
     mean, rstd = (torch.empty(batch * frames, channels, dtype=torch.float32, device=tokens.device) for _ in range(2))
-    fwd.statistics[(batch * frames, triton.cdiv(channels, STATISTICS_C))](
+    fwd.mask_head_fwd_kernel_stats[(batch * frames, triton.cdiv(channels, STATISTICS_C))](
         tokens, mean, rstd, *tokens.stride(), frames, channels, special_tokens, patches, MIN_STD,
         BLOCK_P=STATISTICS_P, BLOCK_C=STATISTICS_C, num_warps=4,
     )  # fmt: skip
@@ -48,22 +50,22 @@ def _constants(tokens: Tensor, hidden: int) -> dict[str, Any]:
 
 
 def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Config]:
-    tiles = (FP32_TILES if dtype == torch.float32 else TILES)["channels" if kernel == "channels" else "rows"]
-    if capability() == 90 and kernel != "channels" and dtype != torch.float32:
+    tiles = (FP32_TILES if dtype == torch.float32 else TILES)["channels" if kernel == "bwd_kernel_channels" else "rows"]
+    if capability() == 90 and kernel != "bwd_kernel_channels" and dtype != torch.float32:
         tiles = [*tiles, HOPPER_ROWS]
     configs = [dict(zip(("BLOCK_P", "BLOCK_C", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles]
 
-    def need(config: autotune.Config) -> autotune.Need:
+    def resources(config: autotune.Config) -> autotune.ResourceEstimate:
         patches, block_c, stages = config["BLOCK_P"], config["BLOCK_C"], config["num_stages"]
-        owner, terms = (block_c, 1) if kernel == "channels" else (patches, 3 if dtype == torch.float32 else 1)
-        return autotune.Need((stages * block_c + patches) * hidden * 4, owner * hidden + terms * patches * block_c)
+        owner, terms = (block_c, 1) if kernel == "bwd_kernel_channels" else (patches, 3 if dtype == torch.float32 else 1)
+        return autotune.ResourceEstimate((stages * block_c + patches) * hidden * 4, owner * hidden + terms * patches * block_c)
 
-    return autotune.prune(configs, need)
+    return autotune.prune(configs, resources)
 
 
-def _choose(kernel: str, tokens: Tensor, hidden: int, run: Callable[[autotune.Config], object]) -> autotune.Config:
-    name = autotune.key(f"mask_head.{kernel}", f"H{_block_h(hidden)}", tokens.dtype)
-    return autotune.choose(name, candidates(kernel, tokens.dtype, _block_h(hidden)), run)
+def _launch(kernel: str, tokens: Tensor, hidden: int, run: Callable[[autotune.Config], T]) -> T:
+    block_h = _block_h(hidden)
+    return autotune.launch(f"mask_head_{kernel}", (f"H{block_h}", tokens.dtype), candidates(kernel, tokens.dtype, block_h), run)
 
 
 def forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], special_tokens: int) -> Tensor:
@@ -73,12 +75,12 @@ def forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], spe
     out = torch.empty(batch, frames * per_frame, dtype=torch.float32, device=tokens.device)
 
     def run(config: autotune.Config) -> None:
-        fwd.forward[(triton.cdiv(patches, config["BLOCK_P"]), batch * frames)](
+        fwd.mask_head_fwd_kernel[(triton.cdiv(patches, config["BLOCK_P"]), batch * frames)](
             tokens, *statistics, *weights, out, *tokens.stride(), frames, channels, hidden, special_tokens, *grid,
             BLOCK_S=triton.next_power_of_2(max(special_tokens, 1)), **_constants(tokens, hidden), **config,
         )  # fmt: skip
 
-    run(_choose("forward", tokens, hidden, run))
+    _launch("fwd_kernel", tokens, hidden, run)
     return out
 
 
@@ -91,14 +93,14 @@ def backward(d_bias: Tensor, tokens: Tensor, parameters: list[Tensor], grid: tup
         return torch.empty(shape, dtype=torch.float32, device=tokens.device)
 
     d_a2 = fp32(batch * frames, patches, hidden)
-    numbers = (*tokens.stride(), frames, channels, hidden, special_tokens, *grid)
+    sizes = (*tokens.stride(), frames, channels, hidden, special_tokens, *grid)
 
     def run_hidden(config: autotune.Config) -> list[Tensor]:
         tiles = triton.cdiv(patches, config["BLOCK_P"])
         programs = tiles * batch * frames
         parts = [fp32(programs, hidden), fp32(programs), fp32(programs, hidden)]
-        bwd.hidden[(tiles, batch * frames)](
-            d_bias, tokens, *statistics, *weights, d_a2, *parts, *numbers, **_constants(tokens, hidden), **config
+        bwd.mask_head_bwd_kernel_hidden[(tiles, batch * frames)](
+            d_bias, tokens, *statistics, *weights, d_a2, *parts, *sizes, **_constants(tokens, hidden), **config
         )  # fmt: skip
         return parts
 
@@ -106,13 +108,26 @@ def backward(d_bias: Tensor, tokens: Tensor, parameters: list[Tensor], grid: tup
         tiles = triton.cdiv(patches, config["BLOCK_P"])
         shares = min(SHARES, tiles * batch * frames)
         parts = [fp32(shares, channels, hidden), fp32(shares, 9, channels), fp32(shares, channels)]
-        bwd.channels[(triton.cdiv(channels, config["BLOCK_C"]), shares)](
-            tokens, *statistics, *weights[:3], d_a2, *parts, *numbers, tiles, tiles * batch * frames,
+        bwd.mask_head_bwd_kernel_channels[(triton.cdiv(channels, config["BLOCK_C"]), shares)](
+            tokens, *statistics, *weights[:3], d_a2, *parts, *sizes, tiles, tiles * batch * frames,
             BLOCK_K=32, **_constants(tokens, hidden), **config,
         )  # fmt: skip
         return parts
 
-    d_w4, d_b4, d_b2 = (part.sum(0) for part in run_hidden(_choose("hidden", tokens, hidden, run_hidden)))
-    d_w2, d_w0, d_b0 = (part.sum(0) for part in run_channels(_choose("channels", tokens, hidden, run_channels)))
+    d_w4, d_b4, d_b2 = (part.sum(0) for part in _launch("bwd_kernel_hidden", tokens, hidden, run_hidden))
+    d_w2, d_w0, d_b0 = (part.sum(0) for part in _launch("bwd_kernel_channels", tokens, hidden, run_channels))
     sums = (d_w0.t(), d_b0, d_w2.t(), d_b2, d_w4, d_b4)
     return [total.reshape(parameter.shape).to(parameter.dtype) for total, parameter in zip(sums, parameters, strict=True)]
+
+
+def examples() -> dict[str, Callable[[], None]]:
+    """Forward and backward at the official size (10 frames of 24 x 37 patches, 1024 channels), for dry runs."""
+    grid, special_tokens = (24, 37), 5
+    parameters = [torch.empty(shape) for shape in [(1024, 1, 3, 3), (1024,), (256, 1024, 1, 1), (256,), (1, 256, 1, 1), (1,)]]
+
+    def launch(dtype: torch.dtype) -> None:
+        tokens = torch.empty(1, 10, 893, 1024, dtype=dtype)
+        bias = forward(tokens, parameters, grid, special_tokens)
+        backward(bias, tokens, parameters, grid, special_tokens)
+
+    return {"mask head, bf16": partial(launch, torch.bfloat16), "mask head, fp32": partial(launch, torch.float32)}

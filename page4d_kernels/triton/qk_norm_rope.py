@@ -52,7 +52,7 @@ def _vector(p_x, o_d, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "per_frame", "special", "width"])
-def forward(
+def qk_norm_rope_fwd_kernel(
     p_qkv, p_qw, p_qb, p_kw, p_kb, p_cos, p_sin, p_q, p_k,
     s_b, s_n, s_c, s_h, heads, tokens, per_frame, special, width, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -96,7 +96,7 @@ def _backward_one(
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "per_frame", "special", "width"])
-def backward(
+def qk_norm_rope_bwd_kernel(
     p_dq, p_dk, p_qkv, p_qw, p_kw, p_cos, p_sin, p_dqkv, p_sums,
     s_qb, s_qh, s_qn, s_qd, s_kb, s_kh, s_kn, s_kd, s_b, s_n, s_c, s_h, s_sum, heads, tokens, per_frame, special, width, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -1,8 +1,9 @@
-"""Launching the QK-norm + RoPE kernels."""
+"""Launch of the QK-norm + RoPE kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import triton
@@ -11,6 +12,7 @@ from torch import Tensor
 from . import autotune
 from . import qk_norm_rope as kernels
 
+T = TypeVar("T")
 # Tokens and warps; the first is the built-in choice. Not yet measured on a GPU.
 TILES = [(32, 4), (64, 4), (16, 2), (64, 8), (128, 8)]
 
@@ -22,13 +24,12 @@ def _blocks(head_dim: int) -> dict[str, int]:
 def candidates(head_dim: int) -> list[autotune.Config]:
     """A program keeps about eight blocks of values: q or k, partner, angles, results."""
     configs = [{"BLOCK_N": tokens, "num_warps": warps} for tokens, warps in TILES]
-    return autotune.prune(configs, lambda config: autotune.Need(0, 8 * config["BLOCK_N"] * triton.next_power_of_2(head_dim)))
+    return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 8 * config["BLOCK_N"] * triton.next_power_of_2(head_dim)))
 
 
-def _choose(kernel: str, qkv: Tensor, run: Callable[[autotune.Config], object]) -> autotune.Config:
-    head_dim = qkv.shape[-1]
-    name = autotune.key(f"qk_norm_rope.{kernel}", f"D{triton.next_power_of_2(head_dim)}", qkv.dtype)
-    return autotune.choose(name, candidates(head_dim), run)
+def _launch(kernel: str, x: Tensor, run: Callable[[autotune.Config], T]) -> T:
+    size = x.shape[-1]
+    return autotune.launch(f"qk_norm_rope_{kernel}", (f"D{triton.next_power_of_2(size)}", x.dtype), candidates(size), run)
 
 
 def _strides(qkv: Tensor) -> tuple[int, int, int, int]:
@@ -57,12 +58,12 @@ def forward(
     tables = _fp32(cos), _fp32(sin)
 
     def run(config: autotune.Config) -> None:
-        kernels.forward[(triton.cdiv(tokens, config["BLOCK_N"]) * batch * heads,)](
+        kernels.qk_norm_rope_fwd_kernel[(triton.cdiv(tokens, config["BLOCK_N"]) * batch * heads,)](
             qkv, *vectors, *tables, q, k, *_strides(qkv),
             heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim), **config,
         )  # fmt: skip
 
-    run(_choose("forward", qkv, run))
+    _launch("fwd_kernel", qkv, run)
     return q, k
 
 
@@ -86,12 +87,27 @@ def backward(
     def run(config: autotune.Config) -> Tensor:
         programs = triton.cdiv(tokens, config["BLOCK_N"]) * batch * heads
         sums = torch.empty(4, programs, head_dim, dtype=torch.float32, device=qkv.device)
-        kernels.backward[(programs,)](
+        kernels.qk_norm_rope_bwd_kernel[(programs,)](
             d_q, d_k, qkv, *weights, *tables, d_qkv, sums, *d_q.stride(), *d_k.stride(), *_strides(qkv), sums.stride(0),
             heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim), **config,
         )  # fmt: skip
         return sums
 
-    sums = run(_choose("backward", qkv, run))
+    sums = _launch("bwd_kernel", qkv, run)
     d_qw, d_qb, d_kw, d_kb = (part.sum(0).to(q_weight.dtype) for part in sums)  # tensors of their own: an operator returns no views
     return d_qkv, d_qw, d_qb, d_kw, d_kb
+
+
+def examples() -> dict[str, Callable[[], None]]:
+    """Forward and backward at the official size (10 frames of 893 tokens, 16 heads of 64), for dry runs."""
+    from ..reference.qk_norm_rope import rope_tables
+
+    grid, special_tokens = (24, 37), 5
+
+    def launch() -> None:
+        qkv = torch.empty(1, 10 * 893, 3, 16, 64, dtype=torch.bfloat16)
+        weight, bias, (cos, sin) = torch.empty(64), torch.empty(64), rope_tables(grid, 64)
+        q, k = forward(qkv, weight, bias, weight, bias, cos, sin, grid, special_tokens, 1e-5)
+        backward(q, k, qkv, weight, weight, cos, sin, grid, special_tokens, 1e-5)
+
+    return {"QK-norm + RoPE": launch}

@@ -23,7 +23,7 @@ def _normalise(b_x, o_c, eps, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def forward(
+def residual_norm_fwd_kernel(
     p_x, p_branch, p_scale, p_weight, p_bias, p_total, p_normal, rows, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def forward(
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
-def backward(
+def residual_norm_bwd_kernel(
     p_d_total, p_d_normal, p_total, p_branch, p_scale, p_weight, p_dx, p_d_branch, p_sums, s_sum, rows, tiles, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

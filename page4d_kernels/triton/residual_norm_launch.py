@@ -1,8 +1,9 @@
-"""Launching the residual + LayerNorm kernels."""
+"""Launch of the residual + LayerNorm kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import triton
@@ -11,6 +12,7 @@ from torch import Tensor
 from . import autotune
 from . import residual_norm as kernels
 
+T = TypeVar("T")
 # Rows and warps; the first is the built-in choice. Not yet measured on a GPU.
 TILES = [(4, 8), (4, 4), (1, 4), (8, 8), (1, 2)]
 PROGRAMS = 512  # of the backward pass at most: a few for every multiprocessor, each with one row of sums
@@ -24,13 +26,12 @@ def candidates(channels: int) -> list[autotune.Config]:
     """A program keeps about six blocks of values. The built-in choice has fewer rows where they are long."""
     long = triton.next_power_of_2(channels) // 1024
     configs = [{"BLOCK_N": max(1, rows // max(1, long)), "num_warps": warps} for rows, warps in TILES]
-    return autotune.prune(configs, lambda config: autotune.Need(0, 6 * config["BLOCK_N"] * triton.next_power_of_2(channels)))
+    return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 6 * config["BLOCK_N"] * triton.next_power_of_2(channels)))
 
 
-def _choose(kernel: str, x: Tensor, run: Callable[[autotune.Config], object]) -> autotune.Config:
-    channels = x.shape[-1]
-    name = autotune.key(f"residual_norm.{kernel}", f"C{triton.next_power_of_2(channels)}", x.dtype)
-    return autotune.choose(name, candidates(channels), run)
+def _launch(kernel: str, x: Tensor, run: Callable[[autotune.Config], T]) -> T:
+    size = x.shape[-1]
+    return autotune.launch(f"residual_norm_{kernel}", (f"C{triton.next_power_of_2(size)}", x.dtype), candidates(size), run)
 
 
 def forward(
@@ -41,11 +42,11 @@ def forward(
     rows = x.numel() // x.shape[-1]
 
     def run(config: autotune.Config) -> None:
-        kernels.forward[(triton.cdiv(rows, config["BLOCK_N"]),)](
+        kernels.residual_norm_fwd_kernel[(triton.cdiv(rows, config["BLOCK_N"]),)](
             x, branch, scale, weight, bias, total, normal, rows, eps, **_blocks(x.shape[-1]), **config
         )
 
-    run(_choose("forward", x, run))
+    _launch("fwd_kernel", x, run)
     return total, normal
 
 
@@ -62,11 +63,22 @@ def backward(
         tiles = triton.cdiv(all_tiles, PROGRAMS)
         programs = triton.cdiv(all_tiles, tiles)
         sums = torch.empty(3, programs, channels, dtype=torch.float32, device=total.device)
-        kernels.backward[(programs,)](
+        kernels.residual_norm_bwd_kernel[(programs,)](
             *tensors, d_x, d_branch, sums, sums.stride(0), rows, tiles, eps, **_blocks(channels), **config
         )  # fmt: skip
         return sums
 
-    sums = run(_choose("backward", total, run))
+    sums = _launch("bwd_kernel", total, run)
     d_scale, d_weight, d_bias = (part.sum(0).to(x.dtype) for part, x in zip(sums, (scale, weight, weight), strict=True))
     return d_x, d_branch, d_scale, d_weight, d_bias
+
+
+def examples() -> dict[str, Callable[[], None]]:
+    """Forward and backward at the official size (10 frames of 893 tokens, 1024 channels), for dry runs."""
+
+    def launch() -> None:
+        x, branch, vector = torch.empty(1, 10 * 893, 1024), torch.empty(1, 10 * 893, 1024, dtype=torch.bfloat16), torch.empty(1024)
+        total, normal = forward(x, branch, vector, vector, vector, 1e-5, torch.bfloat16)
+        backward(x, normal, total, branch, vector, vector, 1e-5)
+
+    return {"residual + norm": launch}

@@ -13,8 +13,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def missing() -> list[str]:
-    """What keeps Triton kernels from running on this machine."""
+def unavailable() -> list[str]:
+    """Why Triton kernels cannot run on this machine."""
     if interpreted() or torch.cuda.is_available():
         return []
     return ["Triton kernels need a CUDA device (or TRITON_INTERPRET=1, for tests)"]

@@ -83,7 +83,7 @@ def test_last_dimension_has_to_be_dense():
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), "x"])
 def test_scale_is_a_positive_number(scale):
-    assert "scale has to be a positive number" in refuse(scale=scale)
+    assert "scale must be a positive number" in refuse(scale=scale)
 
 
 def test_layout_is_a_token_layout():
@@ -91,7 +91,7 @@ def test_layout_is_a_token_layout():
 
 
 def test_not_a_tensor():
-    assert "has to be a tensor" in refuse(q=[[1.0]])
+    assert "must be a tensor" in refuse(q=[[1.0]])
 
 
 @settings(max_examples=30, deadline=None)

@@ -15,9 +15,7 @@ import pytest
 import torch
 
 from page4d_kernels import TokenLayout, mask_attention, mask_head, qk_norm_rope, registries, residual_norm, rope_tables
-from page4d_kernels.ops.mask_attention import describe
 from page4d_kernels.testing import (
-    AttentionInputs,
     assert_within_budget,
     attention_gradients,
     attention_inputs,
@@ -40,25 +38,14 @@ def frames(count: int) -> TokenLayout:
     return dataclasses.replace(FRAME, frames=count)
 
 
-def call(inputs: AttentionInputs, backend: str, **kwargs):
-    return mask_attention(*inputs.tensors(), layout=inputs.layout, backend=backend, **kwargs)
-
-
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request):
     """A backend of attention, mask head and QK-norm + RoPE."""
     for op in ("mask_attention", "mask_head", "qk_norm_rope"):
-        reasons = registries()[op].get(request.param).missing()
+        reasons = registries()[op].get(request.param).unavailable()
         if reasons:
             pytest.skip(f"{op}: {'; '.join(reasons)}")
     return request.param
-
-
-def skip_unless_served(inputs: AttentionInputs, backend: str) -> None:
-    problem = describe(inputs.q, inputs.k, inputs.v, inputs.query_gate, inputs.key_bias, layout=inputs.layout)
-    reasons = registries()["mask_attention"].reasons(backend, problem)
-    if reasons:
-        pytest.skip("; ".join(reasons))
 
 
 def some_rows(layout: TokenLayout) -> torch.Tensor:
@@ -75,8 +62,9 @@ def some_rows(layout: TokenLayout) -> torch.Tensor:
 def test_long_forward(backend, count, promise, dtype):
     """8 930 and 40 185 tokens, out of a packed projection, against float64."""
     inputs = attention_inputs(frames(count), dtype=dtype, packed=True, device="cuda")
-    skip_unless_served(inputs, backend)
-    out = call(inputs if promise else dataclasses.replace(inputs, layout=None), backend)
+    if inputs.reasons(backend):
+        return
+    out = (inputs if promise else dataclasses.replace(inputs, layout=None)).attend(backend)
     rows = some_rows(inputs.layout)
     sample = dataclasses.replace(inputs, q=inputs.q[:, :, rows], query_gate=inputs.query_gate[:, rows], layout=None)
     oracle, _ = oracle_attention(sample, 0.125)
@@ -89,7 +77,8 @@ def test_long_forward(backend, count, promise, dtype):
 def test_long_gradients(backend, count, dtype):
     """3 572 and 8 930 tokens: all gradients against float64."""
     inputs = attention_inputs(frames(count), heads=1, dtype=dtype, packed=True, device="cuda").requires_grad_()
-    skip_unless_served(inputs, backend)
+    if inputs.reasons(backend):
+        return
     d_out = torch.randn(inputs.q.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     exact = inputs.to(torch.float64).requires_grad_()
     out, lse = oracle_attention(exact, 0.125)
@@ -97,7 +86,7 @@ def test_long_gradients(backend, count, dtype):
     slack = gradient_slack(exact, out, lse, d_out, 0.125)
     low = inputs.to(dtype).requires_grad_()
     plain = attention_gradients(plain_attention(low, 0.125), low, d_out)
-    for name, gradient in attention_gradients(call(inputs, backend), inputs, d_out).items():
+    for name, gradient in attention_gradients(inputs.attend(backend), inputs, d_out).items():
         if name == "query_gate":
             special = inputs.layout.only_special(torch.ones_like(gradient)).bool()
             oracle[name], plain[name] = oracle[name].where(special, 0.0), plain[name].where(special, 0.0)
@@ -113,7 +102,7 @@ def test_gradients_at_40k_tokens(backend):
     exact = inputs.to(torch.float32).requires_grad_()
     d_out = torch.randn_like(inputs.q)
     expected = attention_gradients(mask_attention(*exact.tensors(), layout=exact.layout, backend="chunked"), exact, d_out)
-    for name, gradient in attention_gradients(call(inputs, backend), inputs, d_out).items():
+    for name, gradient in attention_gradients(inputs.attend(backend), inputs, d_out).items():
         error = (gradient.float() - expected[name]).norm() / expected[name].norm()
         assert error < (1e-1 if name == "query_gate" else 2e-2), f"{name}: {error:.2e}"
 
@@ -124,7 +113,7 @@ def test_200_repeats_are_bit_equal(backend, dtype):
     d_out = torch.randn_like(inputs.q)
 
     def once():
-        out = call(inputs, backend)
+        out = inputs.attend(backend)
         return [out.detach(), *attention_gradients(out, inputs, d_out).values()]
 
     first = once()
@@ -204,7 +193,7 @@ def test_offsets_past_two_to_the_31_in_strides(backend):
     results = []
     for inputs in (wide, close):
         leaves = dataclasses.replace(inputs, **{name: getattr(inputs, name).detach().requires_grad_() for name in "qkv"})
-        out = call(leaves, backend)
+        out = leaves.attend(backend)
         results.append([out, *torch.autograd.grad(out, [leaves.q, leaves.k, leaves.v], d_out)])
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
@@ -298,11 +287,11 @@ def test_full_autotune(monkeypatch, tmp_path):
     from page4d_kernels.triton import autotune
 
     inputs = attention_inputs(frames(4), dtype=torch.bfloat16, packed=True, device="cuda")
-    expected = call(inputs, "triton")
+    expected = inputs.attend("triton")
     monkeypatch.setattr(autotune, "_chosen", {})
     monkeypatch.setenv("PAGE4D_AUTOTUNE", "full")
     monkeypatch.setenv("PAGE4D_AUTOTUNE_TABLE", str(tmp_path / "table.json"))
-    assert (call(inputs, "triton") - expected).abs().max() < 2e-2
+    assert (inputs.attend("triton") - expected).abs().max() < 2e-2
     assert "mask_attention.forward" in (tmp_path / "table.json").read_text()
 
 
@@ -311,7 +300,7 @@ def test_few_queries_and_the_log_sum_exp(backend):
     inputs = attention_inputs(frames(10), heads=4, dtype=torch.bfloat16, packed=True, device="cuda")
     few = dataclasses.replace(inputs, q=inputs.q[:, :, :40], query_gate=inputs.query_gate[:, :40], layout=None)
     oracle, oracle_lse = oracle_attention(few, 0.125)
-    out, lse = call(few, backend, return_lse=True)
+    out, lse = few.attend(backend, return_lse=True)
     assert_within_budget("out", out, oracle, plain_attention(few, 0.125))
     assert (lse - oracle_lse).abs().max() < 1e-3
     halves = [
@@ -329,7 +318,7 @@ def test_row_without_finite_logit_is_zero_and_nan_stays_in_its_row(backend):
     inputs.q[:, :, 7] = 0
     inputs.q[:, :, 7, 0] = 1e30
     inputs.q[:, :, 20, 3] = torch.nan
-    out, lse = call(inputs, backend, return_lse=True)
+    out, lse = inputs.attend(backend, return_lse=True)
     assert not out[:, :, 7].any() and (lse[:, :, 7] == -torch.inf).all()
     assert out[:, :, 20].isnan().all()
     assert out.isnan().any(-1).sum() == inputs.q.shape[1]

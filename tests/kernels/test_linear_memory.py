@@ -33,7 +33,7 @@ class Outputs(TorchDispatchMode):
 def test_sdpa_makes_one_output_and_a_few_rows(packed):
     inputs = attention_inputs(LAYOUT, head_dim=40, packed=packed)
     with Outputs() as outputs:
-        sdpa._forward(*inputs.tensors(), LAYOUT, 0.15)
+        sdpa.BACKEND.forward(*inputs.tensors(), LAYOUT, 0.15)
     whole = inputs.q.numel()
     large = [name for name, numel in outputs.made if numel >= whole]
     assert large == ["aten._scaled_dot_product_flash_attention_for_cpu.default"], large
@@ -45,7 +45,7 @@ def test_the_gated_pass_of_sdpa_copies_keys_tile_by_tile(dtype):
     inputs = attention_inputs(LAYOUT, head_dim=40, batch=2, packed=True, dtype=dtype)
     rows, gate = LAYOUT.special(inputs.q, 2), LAYOUT.special(inputs.query_gate, 1)
     with Outputs() as outputs:
-        chunked._forward(rows, inputs.k, inputs.v, gate, inputs.key_bias, None, 0.15)
+        chunked.BACKEND.forward(rows, inputs.k, inputs.v, gate, inputs.key_bias, None, 0.15)
     tiles = {numel for name, numel in outputs.made if "copy" in name or "clone" in name}
     assert max(tiles) < inputs.k.numel()
 
@@ -53,21 +53,21 @@ def test_the_gated_pass_of_sdpa_copies_keys_tile_by_tile(dtype):
 def test_sdpa_backward_is_linear():
     inputs = attention_inputs(LAYOUT, head_dim=40, packed=True).requires_grad_()
     with Outputs() as outputs:
-        sdpa._forward(*inputs.tensors(), LAYOUT, 0.15).sum().backward()
+        sdpa.BACKEND.forward(*inputs.tensors(), LAYOUT, 0.15).sum().backward()
     assert max(numel for _, numel in outputs.made) <= 2 * inputs.q.numel()
 
 
 def test_chunked_stays_within_its_tiles():
     inputs = attention_inputs(LAYOUT, head_dim=40, heads=2)
     with Outputs() as outputs:
-        chunked._forward(*inputs.tensors(), LAYOUT, 0.15)
+        chunked.BACKEND.forward(*inputs.tensors(), LAYOUT, 0.15)
     assert LAYOUT.tokens**2 * 2 > 2 * chunked.TILE_LOGITS
     assert max(numel for _, numel in outputs.made) <= chunked.TILE_LOGITS
 
 
 def test_chunked_backward_stays_within_its_tiles():
     inputs = attention_inputs(LAYOUT, head_dim=40, heads=2)
-    out, lse = chunked._forward(*inputs.tensors(), LAYOUT, 0.15)
+    out, lse = chunked.BACKEND.forward(*inputs.tensors(), LAYOUT, 0.15)
     with Outputs() as outputs:
         chunked._backward(*inputs.tensors(), out, lse, torch.ones_like(out), None, LAYOUT, 0.15)
     assert max(numel for _, numel in outputs.made) <= chunked.TILE_LOGITS

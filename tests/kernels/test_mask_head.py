@@ -7,11 +7,9 @@ from torch import nn
 from page4d_kernels import mask_head
 from page4d_kernels.backends.mask_head import BACKENDS
 from page4d_kernels.backends.mask_head.problem import MaskHeadProblem
-from page4d_kernels.testing import assert_within_budget, home
+from page4d_kernels.testing import assert_within_budget, default_device
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-NAMES = [backend.name for backend in BACKENDS if not backend.missing()]
-AT_HOME = [pytest.param(name, marks=pytest.mark.gpu) if home(name) == "cuda" else name for name in NAMES]  # tests on one device
+NAMES = [backend.name for backend in BACKENDS if not backend.unavailable()]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 2, (3, 4), 5), (2, 1, (1, 2), 0), (1, 3, (6, 5), 5), (2, 2, (1, 7), 1)]  # batch, frames, grid, special tokens
 
@@ -27,8 +25,6 @@ def make(batch, frames, grid, special, channels=24, hidden=16, dtype=torch.float
 
 def served(backend, device="cpu"):
     """The dtypes that a backend takes; none is skipped by mistake, as every backend takes float32."""
-    if home(backend) == "cuda" and device == "cpu":
-        pytest.skip("it runs on cuda")
     problems = {dtype: MaskHeadProblem(device, dtype, 1, 1, (3, 4), 5, 24, 16) for dtype in DTYPES}
     found = [dtype for dtype, problem in problems.items() if not BACKENDS.reasons(backend, problem)]
     assert torch.float32 in found
@@ -59,9 +55,7 @@ def by_modules(tokens, parameters, grid, special_tokens):
 MANY = (2, 2, (9, 17), 5, 72, 48)  # more of everything than a tile holds
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [*SHAPES, MANY], ids=str)
-@pytest.mark.parametrize("backend", NAMES)
 def test_forward(backend, shape, device, poisoned_empty):
     for dtype in served(backend, device):
         tokens, parameters, where = make(*shape, dtype=dtype, device=device)
@@ -75,9 +69,7 @@ def test_forward(backend, shape, device, poisoned_empty):
         assert not special.any() and out.abs().max() < 0.5
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [*SHAPES, MANY], ids=str)
-@pytest.mark.parametrize("backend", NAMES)
 def test_gradients(backend, shape, device, poisoned_empty):
     for dtype in served(backend, device):
         tokens, parameters, where = make(*shape, dtype=dtype, device=device)
@@ -102,8 +94,6 @@ def test_gradients(backend, shape, device, poisoned_empty):
             assert_within_budget(name, gradient.cpu(), exact, plain, slack=slack)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", NAMES)
 def test_a_large_mean_costs_no_digits(backend, device):
     served(backend, device)
     tokens, parameters, where = make(*MANY, device=device)
@@ -114,18 +104,16 @@ def test_a_large_mean_costs_no_digits(backend, device):
     assert (out.cpu().double() - oracle).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("backend", AT_HOME)
 def test_constant_patches_do_not_divide_by_zero(backend):
-    tokens, parameters, where = make(1, 1, (3, 4), 5, device=home(backend))
+    tokens, parameters, where = make(1, 1, (3, 4), 5, device=default_device(backend))
     out = mask_head(torch.ones_like(tokens), *parameters, **where, backend=backend)
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", AT_HOME)
 def test_the_smallest_standard_deviation(backend):
     """1e-6, below which a channel is not blown up further."""
-    dtype = torch.float64 if torch.float64 in served(backend, home(backend)) else torch.float32
-    tokens, parameters, where = make(1, 1, (3, 4), 5, dtype=dtype, device=home(backend))
+    dtype = torch.float64 if torch.float64 in served(backend, default_device(backend)) else torch.float32
+    tokens, parameters, where = make(1, 1, (3, 4), 5, dtype=dtype, device=default_device(backend))
     tokens[..., 0] *= 1e-6 / 3
     tokens[..., 1] *= 1e-7 / 3
     oracle, _ = by_modules(tokens.cpu().double(), [p.cpu().double() for p in parameters], **where)
@@ -133,24 +121,21 @@ def test_the_smallest_standard_deviation(backend):
     assert torch.allclose(out, oracle, atol=1e-9 if dtype == torch.float64 else 2e-6)
 
 
-@pytest.mark.parametrize("backend", AT_HOME)
 def test_autocast_changes_nothing(backend):
-    tokens, parameters, where = make(2, 2, (3, 4), 5, device=home(backend))
+    tokens, parameters, where = make(2, 2, (3, 4), 5, device=default_device(backend))
     expected = mask_head(tokens, *parameters, **where, backend=backend)
-    with torch.autocast(home(backend), torch.bfloat16):
+    with torch.autocast(default_device(backend), torch.bfloat16):
         assert torch.equal(mask_head(tokens, *parameters, **where, backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", AT_HOME)
 def test_opcheck(backend):
-    tokens, parameters, _ = make(2, 2, (3, 4), 5, device=home(backend))
+    tokens, parameters, _ = make(2, 2, (3, 4), 5, device=default_device(backend))
     leaves = [p.requires_grad_() for p in parameters]
     torch.library.opcheck(torch.ops.page4d.mask_head.default, (tokens, leaves, [3, 4], 5, backend))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", AT_HOME)
 def test_compiles_without_graph_break(backend):
-    tokens, parameters, where = make(2, 2, (3, 4), 5, device=home(backend))
+    tokens, parameters, where = make(2, 2, (3, 4), 5, device=default_device(backend))
     compiled = torch.compile(lambda *x: mask_head(*x, **where, backend=backend), fullgraph=True)
     assert torch.allclose(compiled(tokens, *parameters), mask_head(tokens, *parameters, **where, backend=backend), atol=1e-6)

@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from page4d_kernels import qk_norm_rope, rope_tables
 from page4d_kernels.backends.qk_norm_rope import BACKENDS
 from page4d_kernels.backends.qk_norm_rope.problem import QkNormRopeProblem
-from page4d_kernels.testing import assert_within_budget, home
+from page4d_kernels.testing import assert_within_budget, default_device
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-NAMES = [backend.name for backend in BACKENDS if not backend.missing()]
-AT_HOME = [pytest.param(name, marks=pytest.mark.gpu) if home(name) == "cuda" else name for name in NAMES]  # tests on one device
+NAMES = [backend.name for backend in BACKENDS if not backend.unavailable()]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 GRIDS = [((3, 4), 5, 2, 1), ((1, 1), 1, 1, 2), ((5, 2), 0, 3, 1), ((7, 13), 5, 1, 1)]  # grid, special tokens, frames, batch
 
@@ -29,8 +27,6 @@ def make(grid, special, frames, batch, head_dim=64, dtype=torch.float32, device=
 
 def served(backend, device="cpu", head_dim=64):
     """The dtypes that a backend takes; none of them is skipped by mistake, as every backend takes float32 and a head dim of 64."""
-    if home(backend) == "cuda" and device == "cpu":
-        pytest.skip("it runs on cuda")
     problems = {dtype: QkNormRopeProblem(device, dtype, 1, 17, 2, head_dim, (3, 4), 5) for dtype in DTYPES}
     found = [dtype for dtype, problem in problems.items() if not BACKENDS.reasons(backend, problem)]
     if not found and head_dim != 64:
@@ -59,10 +55,8 @@ def by_hand(x, weight, bias, grid, special, frames):
     return out.transpose(1, 2)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 128])
 @pytest.mark.parametrize("shape", GRIDS, ids=str)
-@pytest.mark.parametrize("backend", NAMES)
 def test_forward_against_rotations_by_hand(backend, shape, head_dim, device, poisoned_empty):
     grid, special, frames, _ = shape
     for dtype in served(backend, device, head_dim):
@@ -78,9 +72,8 @@ def test_forward_against_rotations_by_hand(backend, shape, head_dim, device, poi
         assert v.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("backend", AT_HOME)
 def test_gradients(backend, poisoned_empty):
-    if torch.float64 not in served(backend, home(backend)):
+    if torch.float64 not in served(backend, default_device(backend)):
         pytest.skip("it has no float64: see the test against the reference")
     tensors, where = make((3, 4), 5, 2, 2, 16, torch.float64)
     leaves = [x.requires_grad_() for x in tensors[:5]]
@@ -91,9 +84,7 @@ def test_gradients(backend, poisoned_empty):
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", GRIDS, ids=str)
-@pytest.mark.parametrize("backend", NAMES)
 def test_gradients_against_the_reference_in_float64(backend, shape, device, poisoned_empty):
     for dtype in served(backend, device):
         tensors, where = make(*shape, 64, dtype, device)
@@ -109,11 +100,10 @@ def test_gradients_against_the_reference_in_float64(backend, shape, device, pois
             assert (gradient.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("backend", AT_HOME)
 def test_strided_projection(backend):
     """A projection whose rows are longer than 3HD: the first part of a wider buffer."""
-    tensors, where = make((3, 4), 5, 2, 2, device=home(backend))
-    wide = torch.cat([tensors[0].flatten(2), torch.zeros(2, 34, 10, device=home(backend))], -1)
+    tensors, where = make((3, 4), 5, 2, 2, device=default_device(backend))
+    wide = torch.cat([tensors[0].flatten(2), torch.zeros(2, 34, 10, device=default_device(backend))], -1)
     view = wide[:, :, : 3 * 2 * 64].unflatten(-1, (3, 2, 64))
     assert not view.is_contiguous()
     for x, y in zip(
@@ -124,7 +114,7 @@ def test_strided_projection(backend):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("backend", [name for name in NAMES if home(name) == "cuda"])
+@pytest.mark.parametrize("backend", [name for name in NAMES if default_device(name) == "cuda"])
 def test_on_a_device_that_is_not_the_current_one(backend):
     tensors, options = make((3, 4), 5, 2, 1, device="cuda:1")
     with torch.cuda.device(0):
@@ -136,17 +126,15 @@ def test_on_a_device_that_is_not_the_current_one(backend):
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", AT_HOME)
 def test_opcheck(backend):
-    tensors, _ = make((3, 4), 5, 2, 2, 32, device=home(backend))
+    tensors, _ = make((3, 4), 5, 2, 2, 32, device=default_device(backend))
     leaves = [x.requires_grad_() for x in tensors[:5]]
     torch.library.opcheck(torch.ops.page4d.qk_norm_rope.default, (*leaves, *tensors[5:], [3, 4], 5, 1e-5, backend))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", AT_HOME)
 def test_compiles_without_graph_break(backend):
-    tensors, where = make((3, 4), 5, 2, 2, device=home(backend))
+    tensors, where = make((3, 4), 5, 2, 2, device=default_device(backend))
     compiled = torch.compile(lambda *x: qk_norm_rope(*x, **where, backend=backend), fullgraph=True)
     for x, y in zip(compiled(*tensors), qk_norm_rope(*tensors, **where, backend=backend), strict=True):
         assert torch.allclose(x, y)

@@ -10,10 +10,20 @@ import types
 import pytest
 import torch
 
-from page4d_kernels import BackendError, TokenLayout, env, is_backend_supported, mask_attention, registries, use_backend
-from page4d_kernels.backends.mask_attention import BACKENDS, flash, xformers
+from page4d_kernels import (
+    Backend,
+    BackendError,
+    TokenLayout,
+    env,
+    is_backend_supported,
+    mask_attention,
+    register_backend,
+    registries,
+    use_backend,
+)
+from page4d_kernels.backends.mask_attention import BACKENDS, flash, reference, xformers
 from page4d_kernels.backends.mask_attention.problem import AttentionProblem, _import_error
-from page4d_kernels.backends.registry import Backend, Registry
+from page4d_kernels.backends.registry import Registry
 from page4d_kernels.ops.mask_attention import describe
 from page4d_kernels.testing import attention_inputs
 
@@ -88,8 +98,8 @@ def test_reasons_in_words():
 
 
 def test_auto_logs_its_choice_once(caplog):
-    registry = Registry("test_op", "PAGE4D_ATTN", order=("broken", "works"))
-    registry.register(Backend("broken", "", print, missing=lambda: ["it is broken"]))
+    registry = Registry("test_op", "PAGE4D_ATTN", order=("broken", "works"), typical=print)
+    registry.register(Backend("broken", "", print, unavailable=lambda: ["it is broken"]))
     registry.register(Backend("works", "", print))
     with caplog.at_level(logging.INFO, "page4d_kernels"):
         for _ in range(3):
@@ -100,10 +110,31 @@ def test_auto_logs_its_choice_once(caplog):
 
 
 def test_no_backend_at_all():
-    registry = Registry("test_op", "PAGE4D_ATTN", order=("broken",))
-    registry.register(Backend("broken", "", print, missing=lambda: ["it is broken"]))
+    registry = Registry("test_op", "PAGE4D_ATTN", order=("broken",), typical=print)
+    registry.register(Backend("broken", "", print, unavailable=lambda: ["it is broken"]))
     with pytest.raises(BackendError, match="no backend can serve this: broken: it is broken"):
         registry.choose(None)
+
+
+def test_a_backend_registered_from_outside_serves_by_name_alone(monkeypatch):
+    monkeypatch.setattr(BACKENDS, "_backends", dict(BACKENDS._backends))
+    inputs = attention_inputs(TokenLayout(2, 20, 5))
+
+    def forward(q, k, v, query_gate, key_bias, layout, scale):
+        return reference.BACKEND.forward(q, k, v, query_gate, key_bias, layout, scale)[0]
+
+    register_backend(
+        Backend("mine", "a backend of a user", forward, unsupported=lambda problem: [] if problem.keys < 100 else ["too long"])
+    )
+    assert torch.equal(inputs.attend("mine"), inputs.attend("reference")) and "mine" not in BACKENDS.order
+    with use_backend("mine"):
+        assert BACKENDS.requested() == "mine"
+    with pytest.raises(BackendError, match="backend 'mine' cannot serve this: too long"):
+        attention_inputs(TokenLayout(2, 60, 5)).attend("mine")
+    with pytest.raises(ValueError, match="mask_attention already has a backend named 'mine'"):
+        register_backend(Backend("mine", "", forward))
+    with pytest.raises(BackendError, match="unknown op 'attention'"):
+        register_backend(Backend("mine", "", forward), op="attention")
 
 
 def test_info_lists_every_backend_of_every_op():
@@ -144,9 +175,9 @@ def fake_xformers(q, k, v, scale):
 
 
 def test_package_adapters_keep_layout_scale_and_bias(adapter):
-    assert adapter._missing() == []
+    assert adapter._unavailable() == []
     inputs = attention_inputs(TokenLayout(3, 20, 5), batch=2, heads=3, packed=True)
-    out = adapter._forward(*inputs.tensors(), inputs.layout, 0.3)
+    out = adapter.BACKEND.forward(*inputs.tensors(), inputs.layout, 0.3)
     expected = mask_attention(inputs.q, inputs.k, inputs.v, inputs.query_gate, inputs.key_bias, scale=0.3, backend="reference")
     assert torch.allclose(out, expected, atol=1e-5)
     assert any("runs on cuda" in reason for reason in BACKENDS.reasons(adapter.BACKEND.name, PROBLEM))
@@ -157,8 +188,8 @@ def test_package_adapters_compile(adapter):
     inputs = attention_inputs(TokenLayout(3, 20, 5), batch=2, heads=3)
 
     def attend(*tensors):
-        assert not adapter._missing()  # traced as a constant
-        return adapter._forward(*tensors, inputs.layout, 0.3)
+        assert not adapter._unavailable()  # traced as a constant
+        return adapter.BACKEND.forward(*tensors, inputs.layout, 0.3)
 
     out = torch.compile(attend, fullgraph=True)(*inputs.tensors())
     assert torch.allclose(out, attend(*inputs.tensors()), atol=1e-5)
@@ -172,43 +203,43 @@ def test_the_cuda_backends_say_what_is_missing(op, monkeypatch):
     without = types.ModuleType("_native")
     monkeypatch.setattr(native, "_load", lambda: (without, ""))
     monkeypatch.setattr(native, "build_record", lambda: {"built": True, "left_out": ["cuda: PAGE4D_BUILD_CUDA=0"]})
-    assert registry.get("cuda").missing() == [f"the compiled library: it was built without {function}: PAGE4D_BUILD_CUDA=0"]
+    assert registry.get("cuda").unavailable() == [f"the compiled library: it was built without {function}: PAGE4D_BUILD_CUDA=0"]
     setattr(without, function, None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert registry.get("cuda").missing() == ["there is no CUDA device"]
+    assert registry.get("cuda").unavailable() == ["there is no CUDA device"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert registry.get("cuda").missing() == []
+    assert registry.get("cuda").unavailable() == []
     assert "cuda" not in registry.order  # until it has run on a GPU
 
 
-def test_the_cuda_backends_say_why_not(monkeypatch):
+def test_the_cuda_backends_say_unsupported(monkeypatch):
     from page4d_kernels.backends.mask_attention import cuda as attention
     from page4d_kernels.backends.mask_head import cuda as head
     from page4d_kernels.backends.mask_head.problem import MaskHeadProblem
     from page4d_kernels.backends.qk_norm_rope import cuda as rope
     from page4d_kernels.backends.qk_norm_rope.problem import QkNormRopeProblem
 
-    assert rope.BACKEND.why_not(QkNormRopeProblem("cpu", torch.float64, 1, 17, 2, 48, (3, 4), 5)) == [
+    assert rope.BACKEND.unsupported(QkNormRopeProblem("cpu", torch.float64, 1, 17, 2, 48, (3, 4), 5)) == [
         "it runs on cuda, the tensors are on cpu",
         "it takes float32, float16 and bfloat16, not float64",
         "it takes head dims 32, 64, 128, not 48",
     ]
-    assert head.BACKEND.why_not(MaskHeadProblem("cuda", torch.float32, 1, 70000, (3, 301), 5, 24, 257)) == [
+    assert head.BACKEND.unsupported(MaskHeadProblem("cuda", torch.float32, 1, 70000, (3, 301), 5, 24, 257)) == [
         "its hidden layer goes up to 256, not 257",
         "its grids are up to 300 patches wide, not 301",
         "it takes up to 65535 frames, not 70000",
     ]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     layout = TokenLayout(1, 200, 129)
-    assert attention.BACKEND.why_not(AttentionProblem("cuda", torch.float32, 1, 2, 200, 200, 96, layout=layout, aligned=False)) == [
+    assert attention.BACKEND.unsupported(AttentionProblem("cuda", torch.float32, 1, 2, 200, 200, 96, layout=layout, aligned=False)) == [
         "it takes float16 and bfloat16, not float32",
         "it is for Hopper (sm_90), this GPU is sm_80: triton serves the rest",
         "it takes head dims 64 and 128, not 96",
-        "q, k and v have to step by multiples of 16 bytes",
+        "q, k and v must step by multiples of 16 bytes",
         "it takes at most 128 special tokens in a frame, not 129",
     ]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert attention.BACKEND.why_not(AttentionProblem("cuda", torch.bfloat16, 1, 2, 200, 200, 64)) == []
+    assert attention.BACKEND.unsupported(AttentionProblem("cuda", torch.bfloat16, 1, 2, 200, 200, 64)) == []
 
 
 def test_alignment_is_seen_in_strides():

@@ -20,7 +20,13 @@ from page4d_kernels.triton import mask_attention_launch as launch
 from page4d_kernels.triton.dryrun import SHARED_MEMORY, Launch, Resources, compiled_kernels, dry_run, entry_points, resources
 
 CAPABILITIES = list(SHARED_MEMORY)
-HELPERS = {"preprocess", "merge", "statistics"}  # kernels without a matrix product
+ATTENTION = {
+    "mask_attention_fwd_kernel",
+    "mask_attention_bwd_kernel_preprocess",
+    "mask_attention_bwd_kernel_dq",
+    "mask_attention_bwd_kernel_dkv",
+}
+HELPERS = ("_preprocess", "_merge", "_stats")  # suffixes of kernels without a matmul
 
 
 def check(capability: int, name: str, needs: Resources) -> None:
@@ -65,10 +71,10 @@ def test_every_configuration(op, capability, monkeypatch):
 def test_other_ways_to_meet_the_bias(op):
     with dry_run(90), compiled_kernels() as kernels:
         entry_points()[op]()
-    assert set(kernels) == {"forward", "preprocess", "backward_rows", "backward_keys"}
+    assert set(kernels) == ATTENTION
     for name, kernel in kernels.items():
         check(90, name, resources(kernel))
-        if name not in HELPERS:
+        if not name.endswith(HELPERS):
             check_attention(90, name, resources(kernel))
 
 
@@ -85,13 +91,16 @@ def test_grids():
     """Gated rows make tiles of their own, 5 * 10 of them one; a short sequence splits its keys."""
     launches, _ = run(TokenLayout(10, 893, 5))
     assert launches == [
-        Launch("forward", ((70 + 1) * 2, 1, 1)),
-        Launch("preprocess", (140 * 2, 1, 1)),
-        Launch("backward_rows", ((140 + 1) * 2, 1, 1)),
-        Launch("backward_keys", (140 * 2, 1, 1)),
+        Launch("mask_attention_fwd_kernel", ((70 + 1) * 2, 1, 1)),
+        Launch("mask_attention_bwd_kernel_preprocess", (140 * 2, 1, 1)),
+        Launch("mask_attention_bwd_kernel_dq", ((140 + 1) * 2, 1, 1)),
+        Launch("mask_attention_bwd_kernel_dkv", (140 * 2, 1, 1)),
     ]
     launches, _ = run(TokenLayout(1, 1374, 5))
-    assert launches[:2] == [Launch("forward", ((11 + 1) * 2, 2, 1)), Launch("merge", (43 * 2, 1, 1))]
+    assert launches[:2] == [
+        Launch("mask_attention_fwd_kernel", ((11 + 1) * 2, 2, 1)),
+        Launch("mask_attention_fwd_kernel_merge", (43 * 2, 1, 1)),
+    ]
 
 
 def test_grids_of_the_other_ops():
@@ -100,15 +109,15 @@ def test_grids_of_the_other_ops():
         entry_points()["QK-norm + RoPE"]()
         entry_points()["residual + norm"]()
     assert [(x.kernel, x.grid) for x in stand_in.launches] == [
-        ("statistics", (10, 32, 1)),
-        ("forward", (28, 10, 1)),
-        ("statistics", (10, 32, 1)),
-        ("hidden", (28, 10, 1)),
-        ("channels", (32, 16, 1)),
-        ("forward", (280 * 16, 1, 1)),
-        ("backward", (280 * 16, 1, 1)),
-        ("forward", (2233, 1, 1)),
-        ("backward", (447, 1, 1)),  # 5 tiles of 4 rows each
+        ("mask_head_fwd_kernel_stats", (10, 32, 1)),
+        ("mask_head_fwd_kernel", (28, 10, 1)),
+        ("mask_head_fwd_kernel_stats", (10, 32, 1)),
+        ("mask_head_bwd_kernel_hidden", (28, 10, 1)),
+        ("mask_head_bwd_kernel_channels", (32, 16, 1)),
+        ("qk_norm_rope_fwd_kernel", (280 * 16, 1, 1)),
+        ("qk_norm_rope_bwd_kernel", (280 * 16, 1, 1)),
+        ("residual_norm_fwd_kernel", (2233, 1, 1)),
+        ("residual_norm_bwd_kernel", (447, 1, 1)),  # 5 tiles of 4 rows each
     ]
 
 
@@ -131,7 +140,7 @@ def forward_at(layout: TokenLayout) -> None:
 @pytest.mark.parametrize(("head_dim", "dtype"), [(16, torch.float16), (40, torch.float32), (128, torch.float16)])
 def test_other_head_dims_and_dtypes_compile(head_dim, dtype):
     _, kernels = run(TokenLayout(2, 300, 5), head_dim=head_dim, dtype=dtype)
-    assert set(kernels) >= {"forward", "preprocess", "backward_rows", "backward_keys"}
+    assert set(kernels) >= ATTENTION
     assert all(resources(kernel).shared <= SHARED_MEMORY[90] for kernel in kernels.values())
 
 
@@ -206,5 +215,5 @@ class TestAutotune:
 
     def test_pruning_keeps_the_first_and_what_fits(self):
         with dry_run(80):
-            kept = autotune.prune(list(self.CANDIDATES), lambda config: autotune.Need(config["BLOCK_N"] << 12, 0))
+            kept = autotune.prune(list(self.CANDIDATES), lambda config: autotune.ResourceEstimate(config["BLOCK_N"] << 12, 0))
         assert kept == [self.CANDIDATES[0], self.CANDIDATES[2]]

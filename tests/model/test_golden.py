@@ -70,7 +70,7 @@ def test_fp32(tiny, golden_case, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_float64_is_within_the_noise(tiny, golden_case, backend):
-    """The noise is how far the official fp32 outputs are from its float64 ones: ours in float64 has to be that far from them too."""
+    """The noise is how far the official fp32 outputs are from its float64 ones: ours in float64 must be that far from them too."""
     with use_backend(backend):
         compare(run(tiny.double(), golden_case, torch.float64), golden_case, 1.001, 1e-9)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import types
 
 import pytest
@@ -17,7 +18,7 @@ from page4d.config import CameraHeadConfig
 from page4d.errors import ConfigError, InputError
 from page4d.model import cuda_graph
 from page4d.training.parameters import mask_schedule
-from page4d_kernels import nvtx, registries, use_backend
+from page4d_kernels import profiling, registries, use_backend
 
 IMAGES = torch.rand(1, 2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
 
@@ -30,7 +31,7 @@ def model(golden_weights) -> Page4D:
 
 
 def stages_of(model, *args, **kwargs):
-    with nvtx.record("cpu") as recording, torch.no_grad():
+    with profiling.record("cpu") as recording, torch.no_grad():
         prediction = model(*args, **kwargs)
     return prediction, list(recording.stages)
 
@@ -235,8 +236,8 @@ def test_input_errors(model):
     assert "unknown output 'normals'" in refuse(model, IMAGES, outputs=["normals"])
     assert "no output" in refuse(model, IMAGES, outputs=[])
     assert "at least 140 x 140" in refuse(model, IMAGES, torch.zeros(1, 2))
-    assert "query_points have to be" in refuse(model, IMAGES, torch.zeros(1, 0, 2))
-    assert "query_points have to be" in refuse(model, IMAGES, torch.zeros(2, 3))
+    assert "query_points must be" in refuse(model, IMAGES, torch.zeros(1, 0, 2))
+    assert "query_points must be" in refuse(model, IMAGES, torch.zeros(2, 3))
 
 
 def test_heads_that_are_not_there(golden_weights):
@@ -267,14 +268,14 @@ def test_heads_that_are_not_there(golden_weights):
         ({"kept_layers": (1, 2, 3, 4)}, "no layer past 4 is run"),
         ({"mask_strength": -1.0}, "at least 0"),
         ({"masked_blocks": (10, 10)}, "has no effect"),
-        ({"mask_after": -1}, "mask_after has to be at least 0"),
-        ({"num_heads": 0}, "num_heads has to be positive"),
-        ({"patch_size": 0}, "patch_size has to be positive"),
-        ({"image_size": 518}, r"image_size has to be \(height, width\), not 518"),
-        ({"depth": 24.5}, "depth has to be a whole number"),
-        ({"mask_strength": float("nan")}, "mask_strength has to be a finite number"),
-        ({"kept_layers": (4, 11, 17.5, 23)}, "kept_layers has to be a whole number"),
-        ({"camera": CameraHeadConfig(iterations=0)}, "camera.iterations has to be positive"),
+        ({"mask_after": -1}, "mask_after must be at least 0"),
+        ({"num_heads": 0}, "num_heads must be positive"),
+        ({"patch_size": 0}, "patch_size must be positive"),
+        ({"image_size": 518}, r"image_size must be \(height, width\), not 518"),
+        ({"depth": 24.5}, "depth must be a whole number"),
+        ({"mask_strength": float("nan")}, "mask_strength must be a finite number"),
+        ({"kept_layers": (4, 11, 17.5, 23)}, "kept_layers must be a whole number"),
+        ({"camera": CameraHeadConfig(iterations=0)}, "camera.iterations must be positive"),
         ({"mask_hidden": None}, "needs a mask head"),
     ],
 )
@@ -314,17 +315,45 @@ def test_prediction_round_trip(tmp_path, model):
         p.mask = None
 
 
-def test_nvtx_names_every_stage(model, monkeypatch):
-    """Without a GPU the ranges themselves cannot be made, their names and nesting can."""
+STAGES = {"encoder", "frame 0", "mask head", "global 23", "camera head", "depth head", "point head"}
+
+
+def test_every_stage_is_an_nvtx_range_of_torch_where_the_package_is_absent(model, monkeypatch):
     pushed, depth = [], []
     monkeypatch.setenv("PAGE4D_NVTX", "1")
+    monkeypatch.setitem(sys.modules, "nvtx", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: (pushed.append(name), depth.append(name)))
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: depth.pop())
     with torch.no_grad():
         model(IMAGES)
     assert not depth
-    assert {"encoder", "frame 0", "mask head", "global 23", "camera head", "depth head", "point head"} <= set(pushed)
+    assert set(pushed) >= STAGES
+
+
+def test_every_stage_is_an_nvtx_range_of_our_domain_with_the_category_of_its_kind(model, monkeypatch):
+    nvtx = pytest.importorskip("nvtx")
+    pushed, depth = {}, []
+
+    def push(name, *, domain, category):
+        assert domain == "page4d"
+        pushed[name] = category
+        depth.append(name)
+
+    monkeypatch.setenv("PAGE4D_NVTX", "1")
+    monkeypatch.setattr(nvtx, "push_range", push)
+    monkeypatch.setattr(nvtx, "pop_range", lambda *, domain: depth.pop())
+    with torch.no_grad():
+        model(IMAGES)
+    assert not depth and set(pushed) >= STAGES
+    assert {pushed["frame 0"], pushed["global 23"], pushed["depth head"]} == {"frame", "global", "depth head"}
+
+
+def test_nvtx_ranges_open_and_close_for_real(monkeypatch):
+    pytest.importorskip("nvtx")
+    monkeypatch.setenv("PAGE4D_NVTX", "1")
+    with profiling.stage("frame 3"), profiling.stage("inner"):
+        pass
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ triton, cuda, flash, xformers and flex are not in that order: nobody has run the
 
 from ..registry import declare
 from . import chunked, cpu, cuda, flash, flex, reference, sdpa, sdpa_augmented, triton, xformers
+from .problem import AttentionProblem
 
-BACKENDS = declare("mask_attention", "PAGE4D_ATTN", order=("cpu", "sdpa", "chunked"))
+BACKENDS = declare("mask_attention", "PAGE4D_ATTN", order=("cpu", "sdpa", "chunked"), typical=AttentionProblem.typical)
 for _module in (reference, chunked, cpu, sdpa, sdpa_augmented, triton, cuda, flex, flash, xformers):
     BACKENDS.register(_module.BACKEND)

@@ -1,7 +1,7 @@
-"""Plain PyTorch in linear memory: an online softmax over tiles of queries and keys, in fp32 whatever the input dtype.
+"""Plain PyTorch in linear memory: an online softmax over tiles of queries and keys, in fp32 for every input dtype.
 
-The reference's formulas tile by tile. It runs everywhere and keeps gate, bias and logits in fp32, so other backends hand it the few
-gated rows. k and v are read tile by tile and never copied as a whole.
+These are the reference's formulas, tile by tile. Gate, bias and logits stay in fp32, so other backends use it for the few gated rows.
+k and v are read tile by tile and never copied as a whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...layout import TokenLayout
+from ...layout import TokenLayout, empty_token_major
 from ...reference import accumulation_dtype
 from ..registry import Backend
 
@@ -48,26 +48,26 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(q.dtype)
-    batch, heads, queries, head_dim = q.shape
-    out = torch.empty(batch, queries, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    batch, heads, queries, _ = q.shape
+    out = empty_token_major(q)
     lse = torch.empty(batch, heads, queries, dtype=dtype, device=q.device)
     row_tile, key_tile = _tile_sizes(q, k)
     for rows in _tiles(queries, row_tile):
         b_q = q[:, :, rows].to(dtype) * scale
-        highest = b_q.new_full((*b_q.shape[:3], 1), -torch.inf)
-        total = torch.zeros_like(highest)
+        row_max = b_q.new_full((*b_q.shape[:3], 1), -torch.inf)
+        row_sum = torch.zeros_like(row_max)
         b_out = torch.zeros_like(b_q)
         for keys in _tiles(k.shape[2], key_tile):
             logits = _tile_logits(b_q, k[:, :, keys].to(dtype), query_gate, key_bias, rows, keys)
-            new_highest = torch.maximum(highest, logits.amax(-1, keepdim=True))
-            shift = new_highest.masked_fill(new_highest == -torch.inf, 0)  # an empty row stays at exp(-inf) = 0
+            row_max_new = torch.maximum(row_max, logits.amax(-1, keepdim=True))
+            shift = row_max_new.masked_fill(row_max_new == -torch.inf, 0)  # an empty row stays at exp(-inf) = 0
             p = logits.sub_(shift).exp_()
-            keep = torch.exp(highest - shift)
-            total = total * keep + p.sum(-1, keepdim=True)
-            b_out = b_out * keep + p @ v[:, :, keys].to(dtype)
-            highest = new_highest
-        out[:, :, rows] = (b_out / total.masked_fill(total == 0, 1)).to(q.dtype)
-        lse[:, :, rows] = (highest + total.log()).squeeze(-1)
+            rescale = torch.exp(row_max - shift)
+            row_sum = row_sum * rescale + p.sum(-1, keepdim=True)
+            b_out = b_out * rescale + p @ v[:, :, keys].to(dtype)
+            row_max = row_max_new
+        out[:, :, rows] = (b_out / row_sum.masked_fill(row_sum == 0, 1)).to(q.dtype)
+        lse[:, :, rows] = (row_max + row_sum.log()).squeeze(-1)
     return out, lse
 
 

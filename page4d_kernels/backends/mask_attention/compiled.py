@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...layout import empty_token_major
+
 
 def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """The result, token-major, and the log-sum-exp."""
-    batch, heads, queries, head_dim = q.shape
-    out = torch.empty(batch, queries, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
-    return out, torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    return empty_token_major(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 def unit_stride(x: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import native
 from ...layout import TokenLayout
-from .. import native_limits
+from .. import native_common
 from ..registry import Backend
 from . import chunked, compiled
 from .problem import AttentionProblem
@@ -28,7 +28,7 @@ def _forward(
     return out, lse
 
 
-def _passed_over(problem: AttentionProblem) -> list[str]:
+def _auto_skips(problem: AttentionProblem) -> list[str]:
     """Where `sdpa` is as fast or faster; docs/cpu.md says what was measured and what only tried."""
     reasons = []
     if problem.needs_grad:
@@ -45,7 +45,7 @@ BACKEND = Backend(
     "our compiled kernels, fp32 softmax; backward by chunked",
     _forward,
     chunked.BACKEND.backward,
-    why_not=native_limits.limits,
-    missing=native_limits.missing,
-    passed_over=_passed_over,
+    unsupported=native_common.unsupported,
+    unavailable=native_common.unavailable,
+    auto_skips=_auto_skips,
 )

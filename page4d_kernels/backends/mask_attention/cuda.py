@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import native
 from ...layout import TokenLayout
-from .. import native_limits, triton_limits
+from .. import native_common, triton_common
 from ..registry import Backend
 from . import compiled
 from .problem import AttentionProblem, all_of, only_cuda_half
@@ -38,7 +38,7 @@ def _forward(
     return out, lse
 
 
-def _why_not(problem: AttentionProblem) -> list[str]:
+def _unsupported(problem: AttentionProblem) -> list[str]:
     reasons = []
     if problem.device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         major, minor = torch.cuda.get_device_capability()
@@ -46,11 +46,11 @@ def _why_not(problem: AttentionProblem) -> list[str]:
     if problem.head_dim not in HEAD_DIMS:
         reasons.append(f"it takes head dims {' and '.join(map(str, HEAD_DIMS))}, not {problem.head_dim}")
     if not problem.aligned:
-        reasons.append("q, k and v have to step by multiples of 16 bytes")
+        reasons.append("q, k and v must step by multiples of 16 bytes")
     if problem.layout is not None and problem.layout.special_tokens > MAX_SPECIAL_TOKENS:
         reasons.append(f"it takes at most {MAX_SPECIAL_TOKENS} special tokens in a frame, not {problem.layout.special_tokens}")
     if problem.needs_grad:
-        reasons += [f"its backward is Triton's: {reason}" for reason in triton_limits.missing()]
+        reasons += [f"its backward is Triton's: {reason}" for reason in triton_common.unavailable()]
     return reasons
 
 
@@ -58,7 +58,7 @@ BACKEND = Backend(
     "cuda",
     "our CUDA kernel for Hopper; not yet run on a GPU; backward by triton",
     _forward,
-    triton_limits.launch("mask_attention", "backward"),
-    why_not=all_of(only_cuda_half, _why_not),
-    missing=lambda: native_limits.missing_cuda("mask_attention_cuda"),
+    triton_common.launch("mask_attention", "backward"),
+    unsupported=all_of(only_cuda_half, _unsupported),
+    unavailable=lambda: native_common.cuda_unavailable("mask_attention_cuda"),
 )

@@ -11,16 +11,16 @@ from .problem import AttentionProblem, all_of, import_error, no_lse, only_cuda_h
 PACKAGES = ("flash_attn_interface", "flash_attn")  # FlashAttention-3, FlashAttention-2
 
 
-def _missing() -> list[str]:
+def _unavailable() -> list[str]:
     errors = [import_error(package) for package in PACKAGES]
     if "" in errors:
         return []
     return [f"no flash-attn package could be imported ({'; '.join(errors)}); pip install 'page4d[flash]'"]
 
 
-def _limits(problem: AttentionProblem) -> list[str]:
+def _unsupported(problem: AttentionProblem) -> list[str]:
     if problem.head_dim % 8 or problem.head_dim > 256:
-        return [f"its head dim has to be a multiple of 8 up to 256, not {problem.head_dim}"]
+        return [f"its head dim must be a multiple of 8 up to 256, not {problem.head_dim}"]
     return []
 
 
@@ -33,14 +33,10 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # early releases of version 3 return the log-sum-exp too
 
 
-def _forward(q, k, v, query_gate, key_bias, layout, scale):
-    return gated_rows.attend(_plain, q, k, v, query_gate, key_bias, layout, scale)
-
-
 BACKEND = Backend(
     "flash",
     "flash-attn packages, then the gated rows again with the bias in fp32",
-    _forward,
-    why_not=all_of(no_lse, only_cuda_half, _limits),
-    missing=_missing,
+    gated_rows.around(_plain),
+    unsupported=all_of(no_lse, only_cuda_half, _unsupported),
+    unavailable=_unavailable,
 )

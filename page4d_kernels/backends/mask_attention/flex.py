@@ -13,7 +13,7 @@ from ..registry import Backend
 from .problem import AttentionProblem, all_of, no_lse
 
 
-def _missing() -> list[str]:
+def _unavailable() -> list[str]:
     try:
         from torch.nn.attention import flex_attention  # noqa: F401
     except ImportError as error:
@@ -21,7 +21,7 @@ def _missing() -> list[str]:
     return []
 
 
-def _limits(problem: AttentionProblem) -> list[str]:
+def _unsupported(problem: AttentionProblem) -> list[str]:
     reasons = []
     if problem.device not in ("cpu", "cuda"):
         reasons.append(f"FlexAttention runs on cpu and cuda, not on {problem.device}")
@@ -59,4 +59,6 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bia
     return _compiled()(q, k, v, score_mod=score_mod, scale=scale)
 
 
-BACKEND = Backend("flex", "FlexAttention with a rank-1 score_mod", _forward, why_not=all_of(no_lse, _limits), missing=_missing)
+BACKEND = Backend(
+    "flex", "FlexAttention with a rank-1 score_mod", _forward, unsupported=all_of(no_lse, _unsupported), unavailable=_unavailable
+)

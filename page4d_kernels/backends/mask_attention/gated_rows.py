@@ -1,11 +1,12 @@
-"""Mask-modulated attention out of any plain attention: all rows without the bias, then the gated rows again with it.
+"""Mask-modulated attention from any plain attention: all rows without the bias, then the gated rows again with it.
 
-Only frames * special_tokens rows have a gate, half a percent of them, so doing those twice costs next to nothing, and doing them in
-fp32 (`chunked`) makes them more exact than folding the bias into the head dimension.
+Only frames * special_tokens rows have a gate, about half a percent. Computing them twice costs little, and computing them in fp32
+(`chunked`) is more accurate than folding the bias into the head dimension.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,12 @@ from ...layout import TokenLayout
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-def attend(
+def around(plain: Attention) -> Callable[..., Tensor]:
+    """The `forward` of a backend that computes `plain(q, k, v, scale)` and replaces its gated rows."""
+    return functools.partial(_attend, plain)
+
+
+def _attend(
     plain: Attention,
     q: Tensor,
     k: Tensor,
@@ -26,7 +32,7 @@ def attend(
     layout: TokenLayout | None,
     scale: float,
 ) -> Tensor:
-    """`plain(q, k, v, scale)` with its gated rows replaced. Without a layout every row may be gated, and all go the biased way."""
+    """Without a layout every row may be gated, so all rows are computed with the bias."""
     if query_gate is None or key_bias is None:
         return plain(q, k, v, scale)
     biased = torch.ops.page4d.mask_attention
@@ -38,7 +44,7 @@ def attend(
     rows, _ = biased(layout.special(q, 2), k, v, layout.special(query_gate, 1), key_bias, None, scale, "chunked")
     shape = (layout.frames, layout.tokens_per_frame)
     rows = rows.unflatten(2, (layout.frames, layout.special_tokens))
-    if out.requires_grad:  # autograd has kept `out`: it may not change
+    if out.requires_grad:  # autograd has saved `out`: it must not change
         return torch.slice_scatter(out.unflatten(2, shape), rows, 3, 0, layout.special_tokens).flatten(2, 3)
     out.unflatten(2, shape).narrow(3, 0, layout.special_tokens).copy_(rows)
     return out

@@ -27,12 +27,18 @@ class AttentionProblem:
     need_lse: bool = False
     aligned: bool = True  # q, k and v step by multiples of 16 bytes
 
+    @classmethod
+    def typical(cls, device: str) -> AttentionProblem:
+        """Inference at the official size: 2 frames of 336 x 518 pixels, 24 x 37 patches and 5 special tokens each."""
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return cls(device, dtype, 1, 16, 2 * 893, 2 * 893, 64, biased=True, layout=TokenLayout(2, 893, 5))
+
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 def all_of(*checks: Callable[[AttentionProblem], list[str]]) -> Callable[[AttentionProblem], list[str]]:
-    """One `why_not` out of several."""
+    """One `unsupported` out of several."""
     return lambda problem: [reason for check in checks for reason in check(problem)]
 
 

@@ -24,8 +24,9 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def _forward(q, k, v, query_gate, key_bias, layout, scale):
-    return gated_rows.attend(_plain, q, k, v, query_gate, key_bias, layout, scale)
-
-
-BACKEND = Backend("sdpa", "torch SDPA, then the gated rows again with the bias in fp32", _forward, why_not=all_of(no_lse, _stays_linear))
+BACKEND = Backend(
+    "sdpa",
+    "torch SDPA, then the gated rows again with the bias in fp32",
+    gated_rows.around(_plain),
+    unsupported=all_of(no_lse, _stays_linear),
+)

@@ -18,7 +18,7 @@ from .problem import AttentionProblem, all_of, no_lse
 
 
 def _head_dim(problem: AttentionProblem) -> list[str]:
-    return [f"its head dim has to be a multiple of 8, not {problem.head_dim}"] if problem.head_dim % 8 else []
+    return [f"its head dim must be a multiple of 8, not {problem.head_dim}"] if problem.head_dim % 8 else []
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, layout, scale: float) -> Tensor:
@@ -41,5 +41,5 @@ BACKEND = Backend(
     "sdpa_augmented",
     "the official head-dim trick: bias rounded to the input dtype; a baseline",
     _forward,
-    why_not=all_of(no_lse, _head_dim),
+    unsupported=all_of(no_lse, _head_dim),
 )

@@ -1,10 +1,9 @@
-"""Our Triton kernels. Not yet run on a GPU: held by the interpreter and by ahead-of-time compilation, and not taken by "auto"."""
+"""Our Triton kernels. Not yet run on a GPU: tested in the interpreter and by ahead-of-time compilation. "auto" does not take them."""
 
 from __future__ import annotations
 
-from .. import triton_limits
-from ..registry import Backend
-from .problem import AttentionProblem, all_of
+from .. import triton_common
+from .problem import AttentionProblem
 
 MAX_HEAD_DIM = 128
 
@@ -13,11 +12,4 @@ def _head_dim(problem: AttentionProblem) -> list[str]:
     return [f"its head dim goes up to {MAX_HEAD_DIM}, not {problem.head_dim}"] if problem.head_dim > MAX_HEAD_DIM else []
 
 
-BACKEND = Backend(
-    "triton",
-    "our Triton kernels; not yet run on a GPU",
-    triton_limits.launch("mask_attention", "forward"),
-    triton_limits.launch("mask_attention", "backward"),
-    why_not=all_of(triton_limits.limits, _head_dim),
-    missing=triton_limits.missing,
-)
+BACKEND = triton_common.backend("mask_attention", "our Triton kernels; not yet run on a GPU", _head_dim)

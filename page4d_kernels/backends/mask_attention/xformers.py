@@ -9,7 +9,7 @@ from . import gated_rows
 from .problem import all_of, import_error, no_lse, only_cuda_half
 
 
-def _missing() -> list[str]:
+def _unavailable() -> list[str]:
     error = import_error("xformers.ops")
     return [f"xformers could not be imported ({error}); pip install 'page4d[xformers]'"] if error else []
 
@@ -20,14 +20,10 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
 
 
-def _forward(q, k, v, query_gate, key_bias, layout, scale):
-    return gated_rows.attend(_plain, q, k, v, query_gate, key_bias, layout, scale)
-
-
 BACKEND = Backend(
     "xformers",
     "xformers, then the gated rows again with the bias in fp32",
-    _forward,
-    why_not=all_of(no_lse, only_cuda_half),
-    missing=_missing,
+    gated_rows.around(_plain),
+    unsupported=all_of(no_lse, only_cuda_half),
+    unavailable=_unavailable,
 )

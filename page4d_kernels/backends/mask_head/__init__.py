@@ -2,7 +2,8 @@
 
 from ..registry import declare
 from . import cpu, cuda, reference, triton
+from .problem import MaskHeadProblem
 
-BACKENDS = declare("mask_head", "PAGE4D_MASK_HEAD", order=("cpu", "reference"))
+BACKENDS = declare("mask_head", "PAGE4D_MASK_HEAD", order=("cpu", "reference"), typical=MaskHeadProblem.typical)
 for _module in (reference, cpu, triton, cuda):
     BACKENDS.register(_module.BACKEND)

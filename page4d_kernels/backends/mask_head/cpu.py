@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ... import native
 from ...reference.mask_head import mask_head_backward
-from .. import native_limits
+from .. import native_common
 from ..registry import Backend
 from . import compiled
 
@@ -20,7 +20,7 @@ BACKEND = Backend(
     "our compiled kernels; backward by PyTorch",
     _forward,
     mask_head_backward,
-    why_not=native_limits.limits,
-    missing=native_limits.missing,
-    passed_over=native_limits.plain_loops,
+    unsupported=native_common.unsupported,
+    unavailable=native_common.unavailable,
+    auto_skips=native_common.no_vector_level,
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import native
 from ...reference.mask_head import mask_head_backward
-from .. import native_limits
+from .. import native_common
 from ..registry import Backend
 from . import compiled
 from .problem import MaskHeadProblem
@@ -23,8 +23,8 @@ def _forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], sp
         return compiled.forward("mask_head_cuda", tokens, parameters, grid, special_tokens, working_space, where=native.stream(tokens))
 
 
-def _why_not(problem: MaskHeadProblem) -> list[str]:
-    reasons = native_limits.cuda_limits(problem)
+def _unsupported(problem: MaskHeadProblem) -> list[str]:
+    reasons = native_common.cuda_unsupported(problem)
     if problem.hidden > MAX_HIDDEN:
         reasons.append(f"its hidden layer goes up to {MAX_HIDDEN}, not {problem.hidden}")
     if problem.grid[1] > MAX_WIDTH:
@@ -39,6 +39,6 @@ BACKEND = Backend(
     "our CUDA kernels, sm_80 and newer; not yet run on a GPU; backward by PyTorch",
     _forward,
     mask_head_backward,
-    why_not=_why_not,
-    missing=lambda: native_limits.missing_cuda("mask_head_cuda"),
+    unsupported=_unsupported,
+    unavailable=lambda: native_common.cuda_unavailable("mask_head_cuda"),
 )

@@ -18,3 +18,9 @@ class MaskHeadProblem:
     channels: int
     hidden: int
     needs_grad: bool = False  # of any parameter
+
+    @classmethod
+    def typical(cls, device: str) -> MaskHeadProblem:
+        """Inference at the official size: 2 frames of 336 x 518 pixels, 24 x 37 patches and 5 special tokens each."""
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return cls(device, dtype, 1, 2, (24, 37), 5, 1024, 256)

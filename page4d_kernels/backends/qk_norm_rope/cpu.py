@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ... import native
 from ...reference.qk_norm_rope import qk_norm_rope_backward
-from .. import native_limits
+from .. import native_common
 from ..registry import Backend
 from . import compiled
 
@@ -13,7 +13,7 @@ BACKEND = Backend(
     "our compiled kernel; backward by PyTorch",
     compiled.forward("qk_norm_rope", native.common),
     qk_norm_rope_backward,
-    why_not=native_limits.limits,
-    missing=native_limits.missing,
-    passed_over=native_limits.plain_loops,
+    unsupported=native_common.unsupported,
+    unavailable=native_common.unavailable,
+    auto_skips=native_common.no_vector_level,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ... import native
 from ...reference.qk_norm_rope import qk_norm_rope_backward
-from .. import native_limits
+from .. import native_common
 from ..registry import Backend
 from . import compiled
 from .problem import QkNormRopeProblem
@@ -12,8 +12,8 @@ from .problem import QkNormRopeProblem
 HEAD_DIMS = (32, 64, 128)
 
 
-def _why_not(problem: QkNormRopeProblem) -> list[str]:
-    reasons = native_limits.cuda_limits(problem)
+def _unsupported(problem: QkNormRopeProblem) -> list[str]:
+    reasons = native_common.cuda_unsupported(problem)
     if problem.head_dim not in HEAD_DIMS:
         reasons.append(f"it takes head dims {', '.join(map(str, HEAD_DIMS))}, not {problem.head_dim}")
     return reasons
@@ -24,6 +24,6 @@ BACKEND = Backend(
     "our CUDA kernel, sm_80 and newer; not yet run on a GPU; backward by PyTorch",
     compiled.forward("qk_norm_rope_cuda", native.stream),
     qk_norm_rope_backward,
-    why_not=_why_not,
-    missing=lambda: native_limits.missing_cuda("qk_norm_rope_cuda"),
+    unsupported=_unsupported,
+    unavailable=lambda: native_common.cuda_unavailable("qk_norm_rope_cuda"),
 )

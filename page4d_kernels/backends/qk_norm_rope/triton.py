@@ -1,15 +1,7 @@
-"""Our Triton kernels. Not yet run on a GPU: held by the interpreter and by ahead-of-time compilation, and not taken by "auto"."""
+"""Our Triton kernels. Not yet run on a GPU: tested in the interpreter and by ahead-of-time compilation. "auto" does not take them."""
 
 from __future__ import annotations
 
-from .. import triton_limits
-from ..registry import Backend
+from .. import triton_common
 
-BACKEND = Backend(
-    "triton",
-    "one pass over the projection; not yet run on a GPU",
-    triton_limits.launch("qk_norm_rope", "forward"),
-    triton_limits.launch("qk_norm_rope", "backward"),
-    why_not=triton_limits.limits,
-    missing=triton_limits.missing,
-)
+BACKEND = triton_common.backend("qk_norm_rope", "one pass over the projection; not yet run on a GPU")

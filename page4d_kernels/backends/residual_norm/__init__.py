@@ -2,7 +2,8 @@
 
 from ..registry import declare
 from . import reference, triton
+from .problem import ResidualNormProblem
 
-BACKENDS = declare("residual_norm", "PAGE4D_RESIDUAL_NORM", order=("reference",))
+BACKENDS = declare("residual_norm", "PAGE4D_RESIDUAL_NORM", order=("reference",), typical=ResidualNormProblem.typical)
 for _module in (reference, triton):
     BACKENDS.register(_module.BACKEND)

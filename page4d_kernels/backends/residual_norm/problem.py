@@ -14,3 +14,8 @@ class ResidualNormProblem:
     rows: int
     channels: int
     needs_grad: bool = False
+
+    @classmethod
+    def typical(cls, device: str) -> ResidualNormProblem:
+        """Inference at the official size: 2 frames of 336 x 518 pixels, 24 x 37 patches and 5 special tokens each."""
+        return cls(device, torch.float32, 2 * 893, 1024)

@@ -1,26 +1,15 @@
-"""Our Triton kernels. Not yet run on a GPU: held by the interpreter and by ahead-of-time compilation, and not taken by "auto"."""
+"""Our Triton kernels. Not yet run on a GPU: tested in the interpreter and by ahead-of-time compilation. "auto" does not take them."""
 
 from __future__ import annotations
 
-from .. import triton_limits
-from ..registry import Backend
+from .. import triton_common
 from .problem import ResidualNormProblem
 
-CHANNELS = 4096  # of the official model's widest blocks 2048; a program holds whole rows
+MAX_CHANNELS = 4096  # a program holds whole rows; the official model has at most 2048
 
 
-def why_not(problem: ResidualNormProblem) -> list[str]:
-    reasons = triton_limits.limits(problem)
-    if problem.channels > CHANNELS:
-        reasons.append(f"it takes up to {CHANNELS} channels, not {problem.channels}")
-    return reasons
+def _channels(problem: ResidualNormProblem) -> list[str]:
+    return [f"it takes up to {MAX_CHANNELS} channels, not {problem.channels}"] if problem.channels > MAX_CHANNELS else []
 
 
-BACKEND = Backend(
-    "triton",
-    "one pass over the residual stream; not yet run on a GPU",
-    triton_limits.launch("residual_norm", "forward"),
-    triton_limits.launch("residual_norm", "backward"),
-    why_not=why_not,
-    missing=triton_limits.missing,
-)
+BACKEND = triton_common.backend("residual_norm", "one pass over the residual stream; not yet run on a GPU", _channels)

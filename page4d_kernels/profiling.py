@@ -1,4 +1,8 @@
-"""Named stages: a profiler label each, an NVTX range for Nsight when PAGE4D_NVTX=1, seconds and peak memory when recorded."""
+"""Named stages for profilers and reports.
+
+Every stage is a label in a torch.profiler trace. With PAGE4D_NVTX=1 it is also an NVTX range for Nsight, and inside `record` its seconds
+and peak memory are measured.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +18,21 @@ import torch
 
 from . import env
 
+DOMAIN = "page4d"
+
 
 @dataclass
 class Stage:
-    """What one stage cost, summed over its runs."""
+    """The cost of one stage, summed over its runs."""
 
     runs: int = 0
     seconds: float = 0.0
-    peak_bytes: int = 0  # highest memory of the process so far, by the end of the stage: resident on CPU, allocated on CUDA
+    peak_bytes: int = 0  # peak of the process up to the end of the stage: resident on CPU, allocated on CUDA
 
 
 @dataclass
 class Recording:
-    """Stages by name, in order of first appearance. A nested stage is also counted in the one around it."""
+    """Stages by name, in order of first appearance. A nested stage also counts in the stage around it."""
 
     device: torch.device
     on_stage: Callable[[str], object] | None = None  # called at the end of each stage
@@ -36,25 +42,49 @@ class Recording:
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("page4d_recording", default=None)
 
 
+@dataclass(frozen=True)
+class NvtxRanges:
+    """How NVTX ranges are opened and closed. They nest."""
+
+    push: Callable[[str], object]
+    pop: Callable[[], object]
+
+
+def _nvtx_ranges() -> NvtxRanges | None:
+    """Ranges of the `nvtx` package in the domain "page4d", else torch's, else none.
+
+    The category is the kind of stage: "frame" for "frame 3", "depth head" for "depth head".
+    """
+    try:
+        import nvtx
+    except ImportError:
+        return NvtxRanges(torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop) if torch.cuda.is_available() else None
+
+    def push(name: str) -> None:
+        nvtx.push_range(name, domain=DOMAIN, category=name.rstrip(" 0123456789"))
+
+    return NvtxRanges(push, lambda: nvtx.pop_range(domain=DOMAIN))
+
+
 def peak_bytes(device: torch.device) -> int:
-    """Highest memory so far in bytes: allocated on a CUDA device, resident in the process elsewhere."""
+    """Peak memory so far in bytes: allocated on a CUDA device, resident in the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # not getrusage: on Linux a process starts with its parent's peak there
+    try:  # not getrusage, which on Linux starts a process with its parent's peak
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     except (OSError, StopIteration):
         pass
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # Windows
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reset_peak(device: torch.device) -> None:
-    """`peak_bytes` starts again from what is held now, where the system lets it (CUDA and Linux)."""
+    """Restart `peak_bytes` from the memory held now. Works on CUDA and Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -64,7 +94,7 @@ def reset_peak(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def record(device: torch.device | str) -> Iterator[Recording]:
-    """Measure every `stage` run inside. Synchronises a CUDA device at both ends of each stage: for reports, not for benchmarks."""
+    """Measure every `stage` inside the block. Synchronises a CUDA device at both ends of each stage: for reports, not for benchmarks."""
     recording = Recording(torch.device(device))
     token = _recording.set(recording)
     try:
@@ -75,15 +105,15 @@ def record(device: torch.device | str) -> Iterator[Recording]:
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Name the work inside, for Nsight and for `record`."""
+    """Name the work inside the block, for profilers and for `record`."""
     if torch.compiler.is_compiling():
         yield
         return
     recording = _recording.get()
-    mark = env.flag("PAGE4D_NVTX") and torch.cuda.is_available()
-    if mark:
-        torch.cuda.nvtx.range_push(name)
-    traced = torch.profiler.record_function(name)  # names the stage in a torch profiler trace
+    ranges = _nvtx_ranges() if env.flag("PAGE4D_NVTX") else None
+    if ranges is not None:
+        ranges.push(name)
+    traced = torch.profiler.record_function(name)
     traced.__enter__()
     if recording is not None:
         _synchronize(recording.device)
@@ -100,8 +130,8 @@ def stage(name: str) -> Iterator[None]:
             if recording.on_stage is not None:
                 recording.on_stage(name)
         traced.__exit__(None, None, None)
-        if mark:
-            torch.cuda.nvtx.range_pop()
+        if ranges is not None:
+            ranges.pop()
 
 
 def _synchronize(device: torch.device) -> None:

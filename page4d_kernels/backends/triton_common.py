@@ -1,4 +1,4 @@
-"""What all Triton backends have in common: loading on first use, when they are missing, which devices and dtypes they serve."""
+"""Shared by the Triton backends: the backend of an op, imported on first use, and the devices and dtypes it serves."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
+from .registry import Backend
 
-def missing() -> list[str]:
+
+def unavailable() -> list[str]:
     if importlib.util.find_spec("triton") is None:
         return ["triton is not installed (pip install triton)"]
     from ..triton import target
 
-    return target.missing()
+    return target.unavailable()
 
 
-def limits(problem: Any) -> list[str]:
-    """Reasons of a problem with a device and a dtype."""
+def unsupported(problem: Any) -> list[str]:
+    """Reasons by device and dtype of a problem."""
     from ..triton.target import interpreted
 
     reasons = []
@@ -33,9 +35,18 @@ def limits(problem: Any) -> list[str]:
 
 
 def launch(op: str, direction: str) -> Callable[..., Any]:
-    """`direction` ("forward" or "backward") of an op's launch module, which is imported when it is called."""
+    """`direction` ("forward" or "backward") of an op's launch module, which is imported on the first call."""
 
     def run(*args: Any) -> Any:
         return getattr(importlib.import_module(f"page4d_kernels.triton.{op}_launch"), direction)(*args)
 
     return run
+
+
+def backend(op: str, summary: str, also_unsupported: Callable[[Any], list[str]] | None = None) -> Backend:
+    """The Triton backend of `op`: forward and backward of `triton/<op>_launch.py`. `also_unsupported` adds reasons of its own."""
+
+    def all_unsupported(problem: Any) -> list[str]:
+        return unsupported(problem) + (also_unsupported(problem) if also_unsupported else [])
+
+    return Backend("triton", summary, launch(op, "forward"), launch(op, "backward"), unsupported=all_unsupported, unavailable=unavailable)

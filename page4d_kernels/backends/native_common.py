@@ -9,12 +9,12 @@ import torch
 from .. import native
 
 
-def missing() -> list[str]:
+def unavailable() -> list[str]:
     reason = native.why_missing()
     return [f"the compiled library: {reason}"] if reason else []
 
 
-def limits(problem: Any) -> list[str]:
+def unsupported(problem: Any) -> list[str]:
     """Reasons of a problem with a device and a dtype."""
     reasons = []
     if problem.device != "cpu":
@@ -24,14 +24,14 @@ def limits(problem: Any) -> list[str]:
     return reasons
 
 
-def missing_cuda(function: str) -> list[str]:
+def cuda_unavailable(function: str) -> list[str]:
     reason = native.why_no_cuda(function)
     if reason:
         return [f"the compiled library: {reason}"]
     return [] if torch.cuda.is_available() else ["there is no CUDA device"]
 
 
-def cuda_limits(problem: Any) -> list[str]:
+def cuda_unsupported(problem: Any) -> list[str]:
     reasons = []
     if problem.device != "cuda":
         reasons.append(f"it runs on cuda, the tensors are on {problem.device}")
@@ -40,6 +40,6 @@ def cuda_limits(problem: Any) -> list[str]:
     return reasons
 
 
-def plain_loops(problem: Any) -> list[str]:
+def no_vector_level(problem: Any) -> list[str]:
     """Why "auto" goes on: without vector instructions PyTorch is faster."""
     return ["it has only plain loops for this processor"] if native.level() == 0 else []
