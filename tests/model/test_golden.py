@@ -35,8 +35,8 @@ def kept(features):
     return {f"tokens_{index}": layer.flatten(-2) for index, layer in zip((4, 11, 17, 23), features.layers, strict=True)}
 
 
-def run_lean(model, case, **options):
-    """What is left to see without gradients: kept layers and outputs."""
+def run_streamed(model, case, **options):
+    """The golden arrays that can be seen without gradients: kept layers and outputs."""
     found = {}
     hook = model.aggregator.register_forward_hook(lambda module, args, out: found.update(kept(out)))
     with torch.no_grad():
@@ -45,7 +45,7 @@ def run_lean(model, case, **options):
     return {**found, **prediction.tensors()}
 
 
-NOT_SEEN = ("patch_tokens", "mask_head_in", "key_bias", "query_gate")  # without gradients
+NOT_SEEN = ("patch_tokens", "mask_head_in", "key_bias", "query_gate")  # by a pass without gradients
 
 
 def compare(found, case, factor, floor=0.0):
@@ -68,6 +68,7 @@ def test_fp32(tiny, golden_case, backend):
         compare(run(tiny, golden_case), golden_case, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_float64_is_within_the_noise(tiny, golden_case, backend):
     """The noise is how far the official fp32 outputs are from its float64 ones: ours in float64 must be that far from them too."""
@@ -75,6 +76,7 @@ def test_float64_is_within_the_noise(tiny, golden_case, backend):
         compare(run(tiny.double(), golden_case, torch.float64), golden_case, 1.001, 1e-9)
 
 
+@pytest.mark.slow
 def test_batch_of_two_equals_each_alone(tiny, golden_case):
     pair = run(tiny, golden_case, copies=2)
     for name in golden_case.noise:
@@ -86,9 +88,9 @@ def test_batch_of_two_equals_each_alone(tiny, golden_case):
 
 @pytest.mark.parametrize("budget", [None, 1])
 def test_without_gradients(tiny, golden_case, budget, monkeypatch):
-    """In pieces of all frames, and of one."""
+    """In chunks of all frames, and of one."""
     monkeypatch.setattr("page4d.model.heads.track.SAMPLES_IN_FLIGHT", 1)
-    compare(run_lean(tiny, golden_case, memory_budget=budget), golden_case, 10)
+    compare(run_streamed(tiny, golden_case, memory_budget=budget), golden_case, 10)
 
 
 @pytest.mark.gpu

@@ -63,9 +63,14 @@ CASES = {
 }
 
 
+def case_and_dtype(quick):
+    """All cases in both dtypes. Those that are not quick are slow."""
+    pairs = [(case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)]
+    return [pair if pair in quick else pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs]
+
+
 @pytest.mark.parametrize("budget", [None, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), case_and_dtype(quick=[("all", torch.float32), ("depth", torch.float32)]), ids=str)
 def test_the_plan_is_what_is_allocated(model, case, dtype, budget, monkeypatch):
     monkeypatch.setattr("page4d.execution.memory.CHUNK_TOKENS", 300)
     batch, frames, size, outputs = CASES[case]
@@ -89,7 +94,11 @@ def tracker():
 
 
 @pytest.mark.parametrize("budget", [None, 1])
-@pytest.mark.parametrize("case", [(2, 5, 1 << 26), (4, 200, 1 << 26), (12, 5, 1), (8, 100, 1)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [(2, 5, 1 << 26), *(pytest.param(case, marks=pytest.mark.slow) for case in [(4, 200, 1 << 26), (12, 5, 1), (8, 100, 1)])],
+    ids=str,
+)
 def test_the_plan_with_tracks(tracker, case, budget, monkeypatch):
     """Bound by the extractor, by the sampled windows, by the maps and by the transformer over points."""
     frames, points, samples = case
