@@ -42,26 +42,29 @@ DEFAULT_FRAMES = 32
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog, description="Cameras, depth, points, tracks and the dynamics mask of a video.")
-    parser.add_argument("input", nargs="*", help="a video, a folder of images, or image files; the bundled clip if there is none")
+    parser.add_argument("input", nargs="*", help="a video, a folder of images, or image files (default: the bundled clip)")
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=WEIGHTS_HELP)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
     parser.add_argument(
-        "--frames", type=int, help=f"at most so many, evenly spaced (default: {DEFAULT_FRAMES}, or all with --stride or --fps)"
+        "--frames", type=int, help=f"at most this many frames, evenly spaced (default: {DEFAULT_FRAMES}, or all with --stride or --fps)"
     )
-    parser.add_argument("--stride", type=int, help="every so many frames")
-    parser.add_argument("--fps", type=float, help="about so many frames per second of video")
+    parser.add_argument("--stride", type=int, metavar="N", help="take every N-th frame")
+    parser.add_argument("--fps", type=float, help="sample a video at about this many frames per second")
     parser.add_argument(
-        "--size", type=parse_size, help="network input: a width, or HEIGHTxWIDTH; multiples of 14 (default: what suits the weights)"
+        "--size", type=parse_size, help="network input: a width, or HEIGHTxWIDTH; multiples of 14 (default: by the weights)"
     )
-    parser.add_argument("--fit", choices=("crop", "pad"), default="crop", help="cut what does not fit the size, or pad with white")
-    parser.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the trunk's matrix products (default: half precision on cuda, else fp32)")
+    parser.add_argument("--fit", choices=("crop", "pad"), default="crop", help="fit pictures to the size by cropping or white padding")
+    parser.add_argument("--device", help="cuda, cpu or mps (default: the best available)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the trunk's matmuls (default: half precision on cuda, else fp32)")
     parser.add_argument(
-        "--memory-budget", type=parse_bytes, metavar="SIZE", help="beyond the weights, such as 6G or 800M (default: 0.9 of what is free)"
+        "--memory-budget",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="memory beyond the weights, such as 6G (default: 0.9 of the free memory)",
     )
-    parser.add_argument("--attn", help="attention backend, see `python -m page4d_kernels.info` (default: PAGE4D_ATTN, else auto)")
-    parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: what the weights come with)")
-    parser.add_argument("--export", type=_formats, help=f"comma-separated, of {','.join(EXPORTERS)} (default: all that apply)")
+    parser.add_argument("--attn", help="attention backend, see `page4d info` (default: PAGE4D_ATTN, else auto)")
+    parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: stored with the weights)")
+    parser.add_argument("--export", type=_formats, help=f"comma-separated list of {', '.join(EXPORTERS)} (default: all that apply)")
     points = parser.add_mutually_exclusive_group()
     points.add_argument("--query-points", nargs="+", metavar="X,Y", help="track these pixels of the first frame (original resolution)")
     points.add_argument("--track-grid", type=int, metavar="N", help="track N x N points spread over the first frame")
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Everything the options ask for; the report to print. What can be checked before the work is checked before it."""
+    """Run inference by the options and return the report. Options are checked before the work starts, as far as possible."""
     device = open_device(args.device)
     for registry in registries().values():
         registry.requested()
@@ -105,7 +108,7 @@ def run(args: argparse.Namespace) -> str:
         plan = model.plan((1, *frames.images.shape), outputs, budget, **where, points=0 if queries is None else len(queries))
         say(f"memory: {plan}")
         if budget is not None and plan.bytes > budget:
-            say(f"memory: that is more than the {budget / 2**30:.2f} GiB of the budget, and as little as it gets")
+            say(f"memory: this is over the budget of {budget / 2**30:.2f} GiB, but no smaller plan exists")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         weights = peak_bytes(device)
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace) -> str:
         files.append(args.out / "trace.json")
     served = ", ".join(f"{name} ({count} calls)" for name, count in calls.most_common())
     if device.type == "cuda":
-        say(f"memory: {(peak_bytes(device) - weights) / 2**30:.2f} GiB beyond the weights were taken")
+        say(f"memory: {(peak_bytes(device) - weights) / 2**30:.2f} GiB beyond the weights were used")
     facts = [f"attention by {served}", f"mask strength {strength:g}" + (" (off)" if strength == 0 else "")]
     return summary(frames, recording, seconds, device, facts, files)
 
@@ -140,7 +143,7 @@ def _frames(args: argparse.Namespace, config: Page4DConfig) -> Frames:
     default = DEFAULT_SIZE
     if not inputs:
         inputs = [bundled_clip()]
-        say("no input given: running the bundled clip, a rendered scene with a moving camera and moving objects")
+        say("no input given: using the bundled clip, a rendered scene with a moving camera and moving objects")
         default = BUNDLED_SIZE
     with stage("preprocess"):
         size = (config.image_size or default) if args.size is None else args.size
@@ -151,10 +154,10 @@ def _frames(args: argparse.Namespace, config: Page4DConfig) -> Frames:
 
 
 def _cut(frames: Frames) -> str:
-    """A word about what cropping took away of the first frame."""
+    """A note on how much of the first frame is cropped."""
     (height, width), scale = frames.original_sizes[0], frames.scale[0]
     seen = min(1.0, frames.images.shape[-1] / (width * float(scale[0]))) * min(1.0, frames.images.shape[-2] / (height * float(scale[1])))
-    return f"; {1 - seen:.0%} of each picture is cut off (--fit pad keeps it)" if seen < 0.95 else ""
+    return f"; {1 - seen:.0%} of each picture is cropped (--fit pad keeps it)" if seen < 0.95 else ""
 
 
 BUNDLED_SIZE = 336  # the clip's own width
@@ -180,7 +183,7 @@ def _query_points(args: argparse.Namespace, frames: Frames) -> Tensor | None:
         outside = (points < -0.5).any(1) | (points[:, 0] > width - 0.5) | (points[:, 1] > height - 0.5)
         if outside.any():
             first = args.query_points[int(outside.nonzero()[0])]
-            raise InputError(f"query point {first} is in a part of the frame that is cut off: use --fit pad, or another point")
+            raise InputError(f"query point {first} is in a cropped part of the frame: use --fit pad, or another point")
         return points
     if args.track_grid is not None:
         if args.track_grid < 1:
@@ -196,7 +199,7 @@ FIELDS = {"camera": {"pose_enc"}, "depth": {"depth", "depth_conf"}, "points": {"
 
 
 def _outputs(model: Page4D, formats: list[str] | None, tracks: bool) -> list[str]:
-    """What to compute: everything, or what the formats need. Says what they lack before minutes of work, not after."""
+    """The model outputs that the formats need; all outputs without formats. Missing inputs are reported before the work starts."""
     outputs = [name for name in OUTPUTS if name in model.available]
     if tracks and "track" not in model.available:
         raise InputError("these weights have no track head: for tracks use weights that have one, such as --weights vggt")
@@ -221,7 +224,7 @@ class _StageBar(tqdm):
 
 @contextlib.contextmanager
 def _profile(out: Path | None, device: torch.device) -> Iterator[None]:
-    """A torch profiler trace of the block in `out`/trace.json."""
+    """Write a torch.profiler trace of the block to `out`/trace.json."""
     if out is None:
         yield
         return
@@ -239,7 +242,7 @@ def count(frames: Frames) -> str:
 
 
 def summary(frames: Frames, recording: Recording, seconds: float, device: torch.device, facts: list[str], files: list[Path]) -> str:
-    """Stages with seconds and peak memory, then the run in one line, then the files."""
+    """The report: seconds and peak memory per stage, the run in one line, the files."""
     kind = "allocated" if device.type == "cuda" else "resident"
     lines = [f"{'stage':<16}{'runs':>5}{'seconds':>10}{f'peak so far, GiB {kind}':>30}"]
     groups: dict[str, list] = {}

@@ -1,4 +1,4 @@
-"""Constant tables, made once."""
+"""A cache of constant tables."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def cache_tensors(function: Callable[P, T]) -> Callable[P, T]:
-    """Remember what `function` of hashable arguments, the device among them, returns.
+    """Cache the tensors that `function` returns. Its arguments must be hashable and include the device.
 
-    The tensors are made outside inference mode, so that training can use what inference made first. Nothing is remembered while a
-    compiler or a fake-tensor mode is at work: its tensors are not real.
+    The tensors are made outside inference mode, so that training can use a table that inference made first. Under a compiler or a
+    fake-tensor mode nothing is cached, as those tensors are not real.
     """
     remembered = functools.lru_cache(maxsize=64)(function)
 
@@ -26,6 +26,6 @@ def cache_tensors(function: Callable[P, T]) -> Callable[P, T]:
         if torch.compiler.is_compiling() or detect_fake_mode() is not None:
             return function(*args, **kwargs)
         with torch.inference_mode(False):
-            return remembered(*args, **kwargs)  # type: ignore[arg-type]  # the arguments are hashable by contract
+            return remembered(*args, **kwargs)  # type: ignore[arg-type]  # the contract says that the arguments are hashable
 
     return wrapper

@@ -1,4 +1,4 @@
-"""torch's linear, convolution and layer norm, computing in the dtype of their parameters."""
+"""torch's Linear, Conv2d and LayerNorm, which compute in the dtype of their parameters."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ class Linear(nn.Linear):
         return self._convolved(x) if self._as_convolution(x) else F.linear(x, self.weight, self.bias)
 
     def _as_convolution(self, x: Tensor) -> bool:
-        """Whether oneDNN's 1x1 convolution, which lays the weights out for itself, beats the product that torch takes from MKL.
+        """Whether to run the matmul as oneDNN's 1x1 convolution instead of MKL's matmul.
 
-        It does in fp32 on an AMD EPYC for products this large, 1.1 to 1.4 times; see docs/long_sequences.md.
+        The convolution reorders the weights. In fp32 on an AMD EPYC it was 1.1 to 1.4 times as fast for matmuls of at least this size,
+        see docs/long_sequences.md.
         """
         rows, narrow = x.numel() // self.in_features, min(self.in_features, self.out_features)
         large = x.device.type == "cpu" and x.dtype == torch.float32 and rows >= 128 and narrow >= 384
@@ -23,7 +24,7 @@ class Linear(nn.Linear):
         return large and free and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
     def _convolved(self, x: Tensor) -> Tensor:
-        image = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # rows are pixels, features are channels; no copy
+        image = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # rows become pixels, features become channels; no copy
         y = F.conv2d(image, self.weight[:, :, None, None], self.bias)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 

@@ -1,4 +1,4 @@
-"""A model's forward pass as a CUDA graph: for short sequences, whose kernels are over before Python has launched the next one."""
+"""The forward pass as a CUDA graph, for short sequences that are bound by kernel launches."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..execution.memory import budget_of
 from ..prediction import Prediction
 from .page4d import Page4D
 
-WARM_UP = 3  # passes before a capture: kernels are compiled and timed, tables made, workspaces allocated
+WARM_UP = 3  # passes before a capture: they compile and time kernels, fill caches and allocate workspaces
 
 
 class GraphedPage4D:
-    """Calls like the model's, without gradients, each served by a graph that was captured for its shapes and options.
+    """Calls the model through CUDA graphs, one per combination of shapes and options. Without gradients only.
 
         graphed = GraphedPage4D(model, max_frames=4)
         for clip in clips:
             prediction = graphed(clip)
 
-    The first call with a shape is slow (it runs the model a few times), and every graph keeps the memory of one pass for itself. Longer
-    sequences, models that are not on a CUDA device, and calls with gradients go to the model as they are. The weights may change in
-    place, but not be replaced. Not yet run on a GPU.
+    The first call with a shape is slow: it runs the model a few times. Every graph holds the memory of one pass. Longer sequences, models
+    on other devices and calls with gradients go to the model directly. Weights may change in place but must not be replaced. Not yet run
+    on a GPU.
     """
 
     def __init__(self, model: Page4D, max_frames: int = 8):
@@ -41,7 +41,7 @@ class GraphedPage4D:
         outputs: Collection[str] | None = None,
         mask_strength: float | None = None,
     ) -> Prediction:
-        """Arguments and result as of `Page4D.forward`; the result is the caller's to keep."""
+        """Arguments and result as in `Page4D.forward`. The result does not change in later calls."""
         inputs = {"images": images} if query_points is None else {"images": images, "query_points": query_points}
         options: dict[str, Any] = {"outputs": None if outputs is None else sorted(outputs), "mask_strength": mask_strength}
         device = self.model.aggregator.camera_token.device
@@ -49,7 +49,7 @@ class GraphedPage4D:
         if device.type != "cuda" or torch.is_grad_enabled() or not short:
             return self.model(**inputs, **options)
         shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
-        backends = tuple(registry.requested() for registry in registries().values())  # a graph is that of the backends it was captured with
+        backends = tuple(registry.requested() for registry in registries().values())  # a graph holds the backends it was captured with
         key = (shapes, str(options), self.model.aggregator.compute_dtype, torch.is_autocast_enabled(device.type), backends)
         if key not in self._graphs:
             self._graphs[key] = _capture(self.model, inputs, options)
@@ -57,12 +57,12 @@ class GraphedPage4D:
 
 
 def _capture(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]) -> Callable[..., Prediction]:
-    """The pass for these shapes: copies new inputs into those of the capture, replays, and clones what came out."""
+    """Capture the pass for these shapes. The returned function copies its inputs into the captured ones, replays and clones the outputs."""
     device = model.aggregator.camera_token.device
-    budget = budget_of(device)  # asked for once: a capture had better not ask the driver
-    with torch.inference_mode(False):  # an inference tensor could not be written to by a later call outside of that mode
+    budget = budget_of(device)  # queried once, as a capture must not query the driver
+    with torch.inference_mode(False):  # calls outside inference mode cannot write to inference tensors
         static = {name: torch.empty_like(x, device=device).copy_(x.detach()) for name, x in inputs.items()}
-    with torch.cuda.device(device):  # streams and graphs belong to the current one
+    with torch.cuda.device(device):  # streams and graphs belong to the current device
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -51,7 +51,7 @@ class Encoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings of cls and patches, (1, 1 + h*w, C), resampled from the learned square."""
+        """Position embeddings of cls and patches (1, 1 + h*w, C), resampled bicubically from the learned square grid."""
         side = self.position_grid
         if grid == (side, side):
             return self.pos_embed
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
         grid = (height // self.patch_size, width // self.patch_size)
         x = torch.cat([self.cls_token.expand(count, -1, -1), self.patch_embed(images).to(self.cls_token.dtype)], 1)
         x = x + self.positions(grid)
-        x = torch.cat([x[:, :1], self.register_tokens.expand(count, -1, -1), x[:, 1:]], 1)  # registers have no position
+        x = torch.cat([x[:, :1], self.register_tokens.expand(count, -1, -1), x[:, 1:]], 1)  # registers have no position embedding
         for block in self.blocks:
             x = block(x)
         return self.norm(x[:, 1 + self.register_tokens.shape[1] :])

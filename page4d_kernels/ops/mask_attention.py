@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import env
 from ..backends.mask_attention import BACKENDS
-from ..backends.mask_attention.problem import AttentionProblem
+from ..backends.mask_attention.problem import AttentionArgs, AttentionProblem
 from ..layout import TokenLayout, to_token_major
 from ..reference import accumulation_dtype
 from ._checks import dtype_name, expect, expect_finite, expect_floats, expect_like, expect_tensor, values_can_be_read, without_autocast
@@ -65,7 +65,7 @@ def mask_attention(
     chosen = BACKENDS.choose(problem, backend)
     if chosen.backward is None:
         with without_autocast(q):
-            return chosen.forward(q, k, v, query_gate, key_bias, layout, scale)  # such a backend has declined `return_lse`
+            return chosen.forward(AttentionArgs(q, k, v, query_gate, key_bias, layout, scale))  # such a backend has declined `return_lse`
     packed = None if layout is None else [layout.frames, layout.tokens_per_frame, layout.special_tokens]
     out, lse = torch.ops.page4d.mask_attention(q, k, v, query_gate, key_bias, packed, scale, chosen.name)
     return (out, lse) if return_lse else out
@@ -154,7 +154,7 @@ def _op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(q):
-        out, lse = BACKENDS.get(backend).forward(q, k, v, query_gate, key_bias, _unpack(layout), scale)
+        out, lse = BACKENDS.get(backend).forward(AttentionArgs(q, k, v, query_gate, key_bias, _unpack(layout), scale))
     return to_token_major(out), lse
 
 
@@ -184,7 +184,8 @@ def _backward_op(
     backward = BACKENDS.get(backend).backward
     assert backward is not None  # only backends with one are served by this operator
     with without_autocast(q):
-        d_q, d_k, d_v, d_gate, d_bias = backward(q, k, v, query_gate, key_bias, out, lse, d_out, d_lse, _unpack(layout), scale)
+        args = AttentionArgs(q, k, v, query_gate, key_bias, _unpack(layout), scale)
+        d_q, d_k, d_v, d_gate, d_bias = backward(args, out, lse, d_out, d_lse)
     vectors = [lse.new_empty(0) if x is None else x for x in (d_gate, d_bias)]
     return to_token_major(d_q), to_token_major(d_k), to_token_major(d_v), vectors[0], vectors[1]
 

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..backends.mask_attention.problem import AttentionArgs
 from ..layout import TokenLayout, empty_token_major
 from . import autotune
 from . import mask_attention as fwd
@@ -130,15 +131,8 @@ def splits_for(tiles: int, keys: int, device: torch.device) -> int:
     return max(1, min(multiprocessors(device) // tiles, keys // MIN_SPLIT_KEYS))
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_gate: Tensor | None,
-    key_bias: Tensor | None,
-    layout: TokenLayout | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    q, k, v, query_gate, key_bias, layout, scale = args
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]
     rows = Rows.of(query_gate, layout)
@@ -172,18 +166,9 @@ def forward(
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_gate: Tensor | None,
-    key_bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    layout: TokenLayout | None,
-    scale: float,
+    args: AttentionArgs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    q, k, v, query_gate, key_bias, layout, scale = args
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]
     rows = Rows.of(query_gate, layout)
@@ -240,9 +225,10 @@ def examples() -> dict[str, Callable[[], None]]:
 
     def launch(promise: bool, biased: bool) -> None:
         layout = inputs.layout if promise else None
-        tensors = (inputs.q, inputs.k, inputs.v, *((inputs.query_gate, inputs.key_bias) if biased else (None, None)))
-        out, lse = forward(*tensors, layout, 0.125)
-        backward(*tensors, out, lse, torch.empty_like(out), None, layout, 0.125)
+        vectors = (inputs.query_gate, inputs.key_bias) if biased else (None, None)
+        args = AttentionArgs(inputs.q, inputs.k, inputs.v, *vectors, layout, 0.125)
+        out, lse = forward(args)
+        backward(args, out, lse, torch.empty_like(out), None)
 
     return {
         "attention, layout": partial(launch, True, True),

@@ -159,7 +159,7 @@ def test_bad_variable(variable, value, words, image, tmp_path, capsys, monkeypat
 
 
 def test_a_backend_that_is_not_there(image, tmp_path, capsys):
-    if not BACKENDS.get("flash").missing():
+    if not BACKENDS.get("flash").unavailable():
         pytest.skip("flash-attn is installed")
     line = refuse(capsys, image, "--size", "56", "--weights", "random:tiny", "--attn", "flash", "--out", tmp_path / "out")
     assert "'flash' cannot serve this: no flash-attn package could be imported" in line

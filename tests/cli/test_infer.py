@@ -87,7 +87,7 @@ def run_script(*args) -> str:
 def test_bundled_clip(tmp_path):
     """What a first user runs, on fewer frames."""
     printed = run_script("--frames", "3", "--out", tmp_path / "out")
-    assert "running the bundled clip" in printed and "weights: nano, a small model" in printed and "mask strength 64" in printed
+    assert "using the bundled clip" in printed and "weights: nano, a small model" in printed and "mask strength 64" in printed
     assert "3 frames at 56 x 84" in printed
     check_outputs(tmp_path / "out", 3, (56, 84), (252, 336), 0, nano=True)
 
@@ -157,10 +157,10 @@ def test_portrait_pictures_are_cropped_or_padded(tmp_path, capsys):
     Image.fromarray(np.full((180, 90, 3), 200, np.uint8)).save(path)
     arguments = [str(path), "--weights", "random:tiny", "--size", "140", "--out", str(tmp_path / "out"), "--export", "tracks"]
     assert main([*arguments, "--query-points", "5,5"]) == 2
-    assert "cut off: use --fit pad" in capsys.readouterr().err
+    assert "in a cropped part of the frame: use --fit pad" in capsys.readouterr().err
     assert main([*arguments, "--query-points", "5,5", "--fit", "pad"]) == 0
     assert main([*arguments, "--query-points", "5,90"]) == 0
-    assert "50% of each picture is cut off" in capsys.readouterr().err
+    assert "50% of each picture is cropped" in capsys.readouterr().err
 
 
 def test_nobody_reads_the_report(tmp_path):
@@ -223,7 +223,7 @@ def test_memory_budget(tmp_path, capsys):
         depths.append(np.load(tmp_path / name / "predictions.npz")["depth"])
         said = capsys.readouterr().err
         assert f"beyond the weights, 3 frames at a time, {3 if name == 'much' else 1} in the heads" in said
-        assert ("more than the 0.00 GiB of the budget, and as little as it gets" in said) == (name == "little")
+        assert ("over the budget of 0.00 GiB, but no smaller plan exists" in said) == (name == "little")
         assert [path.name for path in (tmp_path / name).iterdir()] == ["predictions.npz"]  # nothing is left of where results were kept
     assert np.allclose(*depths, rtol=1e-4)
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from page4d_kernels import TokenLayout
 from page4d_kernels.backends.mask_attention import chunked, sdpa
+from page4d_kernels.backends.mask_attention.problem import AttentionArgs
 from page4d_kernels.testing import attention_inputs
 
 LAYOUT = TokenLayout(40, 80, 5)  # 3 200 tokens: N^2 is 39 times a whole q with 2 heads of 40
@@ -33,7 +34,7 @@ class Outputs(TorchDispatchMode):
 def test_sdpa_makes_one_output_and_a_few_rows(packed):
     inputs = attention_inputs(LAYOUT, head_dim=40, packed=packed)
     with Outputs() as outputs:
-        sdpa.BACKEND.forward(*inputs.tensors(), LAYOUT, 0.15)
+        sdpa.BACKEND.forward(AttentionArgs(*inputs.tensors(), LAYOUT, 0.15))
     whole = inputs.q.numel()
     large = [name for name, numel in outputs.made if numel >= whole]
     assert large == ["aten._scaled_dot_product_flash_attention_for_cpu.default"], large
@@ -45,7 +46,7 @@ def test_the_gated_pass_of_sdpa_copies_keys_tile_by_tile(dtype):
     inputs = attention_inputs(LAYOUT, head_dim=40, batch=2, packed=True, dtype=dtype)
     rows, gate = LAYOUT.special(inputs.q, 2), LAYOUT.special(inputs.query_gate, 1)
     with Outputs() as outputs:
-        chunked.BACKEND.forward(rows, inputs.k, inputs.v, gate, inputs.key_bias, None, 0.15)
+        chunked.BACKEND.forward(AttentionArgs(rows, inputs.k, inputs.v, gate, inputs.key_bias, None, 0.15))
     tiles = {numel for name, numel in outputs.made if "copy" in name or "clone" in name}
     assert max(tiles) < inputs.k.numel()
 
@@ -53,21 +54,21 @@ def test_the_gated_pass_of_sdpa_copies_keys_tile_by_tile(dtype):
 def test_sdpa_backward_is_linear():
     inputs = attention_inputs(LAYOUT, head_dim=40, packed=True).requires_grad_()
     with Outputs() as outputs:
-        sdpa.BACKEND.forward(*inputs.tensors(), LAYOUT, 0.15).sum().backward()
+        sdpa.BACKEND.forward(AttentionArgs(*inputs.tensors(), LAYOUT, 0.15)).sum().backward()
     assert max(numel for _, numel in outputs.made) <= 2 * inputs.q.numel()
 
 
 def test_chunked_stays_within_its_tiles():
     inputs = attention_inputs(LAYOUT, head_dim=40, heads=2)
     with Outputs() as outputs:
-        chunked.BACKEND.forward(*inputs.tensors(), LAYOUT, 0.15)
+        chunked.BACKEND.forward(AttentionArgs(*inputs.tensors(), LAYOUT, 0.15))
     assert LAYOUT.tokens**2 * 2 > 2 * chunked.TILE_LOGITS
     assert max(numel for _, numel in outputs.made) <= chunked.TILE_LOGITS
 
 
 def test_chunked_backward_stays_within_its_tiles():
     inputs = attention_inputs(LAYOUT, head_dim=40, heads=2)
-    out, lse = chunked.BACKEND.forward(*inputs.tensors(), LAYOUT, 0.15)
+    out, lse = chunked.BACKEND.forward(AttentionArgs(*inputs.tensors(), LAYOUT, 0.15))
     with Outputs() as outputs:
-        chunked._backward(*inputs.tensors(), out, lse, torch.ones_like(out), None, LAYOUT, 0.15)
+        chunked.BACKEND.backward(AttentionArgs(*inputs.tensors(), LAYOUT, 0.15), out, lse, torch.ones_like(out), None)
     assert max(numel for _, numel in outputs.made) <= chunked.TILE_LOGITS

@@ -22,7 +22,7 @@ from page4d_kernels import (
     use_backend,
 )
 from page4d_kernels.backends.mask_attention import BACKENDS, flash, reference, xformers
-from page4d_kernels.backends.mask_attention.problem import AttentionProblem, _import_error
+from page4d_kernels.backends.mask_attention.problem import AttentionArgs, AttentionProblem, _import_error
 from page4d_kernels.backends.registry import Registry
 from page4d_kernels.ops.mask_attention import describe
 from page4d_kernels.testing import attention_inputs
@@ -120,8 +120,8 @@ def test_a_backend_registered_from_outside_serves_by_name_alone(monkeypatch):
     monkeypatch.setattr(BACKENDS, "_backends", dict(BACKENDS._backends))
     inputs = attention_inputs(TokenLayout(2, 20, 5))
 
-    def forward(q, k, v, query_gate, key_bias, layout, scale):
-        return reference.BACKEND.forward(q, k, v, query_gate, key_bias, layout, scale)[0]
+    def forward(args):
+        return reference.BACKEND.forward(args)[0]
 
     register_backend(
         Backend("mine", "a backend of a user", forward, unsupported=lambda problem: [] if problem.keys < 100 else ["too long"])
@@ -177,7 +177,7 @@ def fake_xformers(q, k, v, scale):
 def test_package_adapters_keep_layout_scale_and_bias(adapter):
     assert adapter._unavailable() == []
     inputs = attention_inputs(TokenLayout(3, 20, 5), batch=2, heads=3, packed=True)
-    out = adapter.BACKEND.forward(*inputs.tensors(), inputs.layout, 0.3)
+    out = adapter.BACKEND.forward(AttentionArgs(*inputs.tensors(), inputs.layout, 0.3))
     expected = mask_attention(inputs.q, inputs.k, inputs.v, inputs.query_gate, inputs.key_bias, scale=0.3, backend="reference")
     assert torch.allclose(out, expected, atol=1e-5)
     assert any("runs on cuda" in reason for reason in BACKENDS.reasons(adapter.BACKEND.name, PROBLEM))
@@ -189,7 +189,7 @@ def test_package_adapters_compile(adapter):
 
     def attend(*tensors):
         assert not adapter._unavailable()  # traced as a constant
-        return adapter.BACKEND.forward(*tensors, inputs.layout, 0.3)
+        return adapter.BACKEND.forward(AttentionArgs(*tensors, inputs.layout, 0.3))
 
     out = torch.compile(attend, fullgraph=True)(*inputs.tensors())
     assert torch.allclose(out, attend(*inputs.tensors()), atol=1e-5)
@@ -262,7 +262,7 @@ def test_cuda_launches_reach_the_runtime(op, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
     half = torch.bfloat16
     arguments = {
-        "mask_attention": (*torch.zeros(3, 1, 2, 20, 64, dtype=half), torch.zeros(1, 20), torch.zeros(1, 20), TokenLayout(2, 10, 5), 0.1),
+        "mask_attention": (AttentionArgs(*torch.zeros(3, 1, 2, 20, 64, dtype=half), *torch.zeros(2, 1, 20), TokenLayout(2, 10, 5), 0.1),),
         "mask_head": (torch.zeros(1, 2, 17, 8), [torch.zeros(n) for n in (72, 8, 128, 16, 16, 1)], (3, 4), 5),
         "qk_norm_rope": (torch.zeros(1, 34, 3, 2, 64), *(torch.zeros(64) for _ in range(4)), *torch.zeros(2, 5, 16), (3, 4), 5, 1e-5),
     }[op]

@@ -1,4 +1,4 @@
-"""From trunk features to cameras, dense maps and tracks. All heads run in fp32 (or float64), whatever the trunk runs in."""
+"""Prediction heads: cameras, dense maps and tracks from trunk features. All heads run in fp32 (or float64)."""
 
 from .camera import CameraHead
 from .dense import DenseHead

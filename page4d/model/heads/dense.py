@@ -16,7 +16,7 @@ from ...layers import Conv2d, LayerNorm, cache_tensors
 
 log = logging.getLogger(__name__)
 
-Allocate = Callable[[str, tuple[int, ...]], Tensor]  # an uninitialised fp32 tensor for an output, by name and shape
+Allocate = Callable[[str, tuple[int, ...]], Tensor]  # allocate(name, shape) -> an uninitialised fp32 tensor for an output
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -25,7 +25,7 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 @cache_tensors
 def _sincos(channels: int, length: int, extent: float, device: torch.device) -> Tensor:
-    """[sin, cos] of `length` points across +-extent at channels / 2 frequencies, (channels, length) fp32, evaluated in fp64."""
+    """[sin, cos] of `length` points across +-extent at channels / 2 frequencies: (channels, length) fp32, computed in fp64."""
     reach = extent * (length - 1) / length
     points = torch.linspace(-reach, reach, length, dtype=torch.float32).double()
     frequencies = 100.0 ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
@@ -34,9 +34,9 @@ def _sincos(channels: int, length: int, extent: float, device: torch.device) -> 
 
 
 def add_positions(x: Tensor, aspect: float) -> Tensor:
-    """Add a tenth of the sincos embedding to x (N, C, h, w), in place: half of the channels encode the column, the rest the row.
+    """Add 0.1 times the sincos embedding to x (N, C, h, w), in place. Half of the channels encode the column, the rest the row.
 
-    `aspect` is W / H of the image; the image spans a diagonal of 2.
+    `aspect` is W / H of the image. Positions are scaled so that the image diagonal is 2.
     """
     channels, (height, width) = x.shape[1] // 2, x.shape[2:]
     diagonal = math.sqrt(aspect * aspect + 1)
@@ -61,7 +61,7 @@ class ResidualConvUnit(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Add a level to the coarser result, refine, project and upsample. The coarsest block has no level to add."""
+    """Add a level to the coarser result, refine, project and upsample. The coarsest block has no coarser result."""
 
     def __init__(self, features: int, coarsest: bool):
         super().__init__()
@@ -77,7 +77,7 @@ class FusionBlock(nn.Module):
 
 
 class Scratch(nn.Module):
-    """Projections of the levels to one width and their fusion; the name is that of the released state dict."""
+    """Projects the levels to one width and fuses them. The name is that of the released state dict."""
 
     def __init__(self, out_channels: tuple[int, ...], features: int, output_features: int):
         super().__init__()
@@ -175,7 +175,7 @@ class DenseHead(DensePredictor):
 
     @property
     def results(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names of map and confidence, and what their shapes have after frames, height and width."""
+        """Names of the map and its confidence, with their dimensions after frames, height and width."""
         return [("depth", (1,)), ("depth_conf", ())] if self.kind == "depth" else [("world_points", (3,)), ("world_points_conf", ())]
 
     def forward(self, layers: list[Tensor], special_tokens: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:

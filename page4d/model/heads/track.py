@@ -56,7 +56,7 @@ def _flow_embedding(flow: Tensor, channels: int) -> Tensor:
 
 
 class MultiheadAttention(nn.Module):
-    """torch's MultiheadAttention by parameters. Its own inference path holds all heads * N^2 probabilities; this one does not."""
+    """torch's MultiheadAttention by parameter names. Runs SDPA, as torch's inference path holds all heads * N^2 probabilities."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -74,7 +74,7 @@ class MultiheadAttention(nn.Module):
 
 
 class TrackerBlock(nn.Module):
-    """Post-normalised skip, as the released weights want it: x = LN(x); x += attention(x, context); x += mlp(LN(x)).
+    """The skip connection carries the normalised input, as in the released weights: x = LN(x); x += attention(x, context); x += mlp(LN(x)).
 
     Self-attention keeps its parameters under `attn`, cross-attention under `cross_attn` beside `norm_context`.
     """
@@ -107,7 +107,7 @@ class UpdateFormer(nn.Module):
         def blocks(cross: bool) -> nn.ModuleList:
             return nn.ModuleList(TrackerBlock(hidden, config.num_heads, cross) for _ in range(config.depth))
 
-        self.virual_tracks = nn.Parameter(torch.randn(1, config.virtual_tracks, 1, hidden))  # spelt so in the released state dict
+        self.virual_tracks = nn.Parameter(torch.randn(1, config.virtual_tracks, 1, hidden))  # spelled this way in the released state dict
         self.input_norm = LayerNorm(inputs)
         self.input_transform = Linear(inputs, hidden)
         self.output_norm = LayerNorm(hidden)
@@ -161,8 +161,8 @@ class Tracker(nn.Module):
     def _correlation(self, pyramid: list[Tensor], features: Tensor, positions: Tensor) -> Tensor:
         """Dot products of each track's feature (B, S, N, L) with the map around its position (B, S, N, 2), all levels: (B, S, N, 567).
 
-        The released model correlates with the whole map and samples that; sampling the map first is the same (both are linear) and
-        needs memory for the window alone. Within a window the x offset is the slow index.
+        The released model correlates with the whole map and samples the result. Sampling the map first gives the same, as both are
+        linear, and needs memory for the windows only. Within a window the x offset is the slow index.
         """
         batch, frames, points, latent = features.shape
         radius = self.config.radius
@@ -173,10 +173,10 @@ class Tracker(nn.Module):
         levels = []
         for level, maps in enumerate(pyramid):
             around = positions.unsqueeze(2) / 2**level + window
-            pieces = []
+            chunks = []
             for f, m, p in zip(features.split(step), maps.split(step), around.split(step), strict=True):
-                pieces.append(torch.einsum("snl,slnw->snw", f, _sample(m, p, "zeros")) / math.sqrt(latent))
-            levels.append(torch.cat(pieces))
+                chunks.append(torch.einsum("snl,slnw->snw", f, _sample(m, p, "zeros")) / math.sqrt(latent))
+            levels.append(torch.cat(chunks))
         return torch.cat(levels, -1).unflatten(0, (batch, frames))
 
     def forward(self, maps: Tensor, query_points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +206,7 @@ class Tracker(nn.Module):
             delta = self.updateformer(x.transpose(1, 2)).transpose(1, 2)
             features = features + self.ffeat_updater(self.ffeat_norm(delta[..., 2:]))
             moved = positions + delta[..., :2]
-            positions = torch.cat([query.unsqueeze(1), moved[:, 1:]], 1)  # the query itself does not move
+            positions = torch.cat([query.unsqueeze(1), moved[:, 1:]], 1)  # the query point is fixed
             tracks.append(STRIDE * positions)
         visibility, confidence = (torch.sigmoid(head(features)).squeeze(-1) for head in (self.vis_predictor, self.conf_predictor))
         return torch.stack(tracks), visibility, confidence

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...layout import TokenLayout, empty_token_major
+from ...layout import empty_token_major
 from ...reference import accumulation_dtype
 from ..registry import Backend
+from .problem import AttentionArgs
 
 TILE_LOGITS = 2**23  # logits in flight, over batch and heads: 32 MiB in fp32
 TILE_ROWS, TILE_KEYS = 512, 2048  # at most: a tile of keys is copied to fp32, all of them together are not
@@ -38,15 +39,8 @@ def _tile_logits(b_q: Tensor, b_k: Tensor, query_gate: Tensor | None, key_bias: 
     return logits
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_gate: Tensor | None,
-    key_bias: Tensor | None,
-    layout: TokenLayout | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    q, k, v, query_gate, key_bias, _, scale = args
     dtype = accumulation_dtype(q.dtype)
     batch, heads, queries, _ = q.shape
     out = empty_token_major(q)
@@ -72,19 +66,10 @@ def _forward(
 
 
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_gate: Tensor | None,
-    key_bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    layout: TokenLayout | None,
-    scale: float,
+    args: AttentionArgs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Key tiles outside, query tiles inside: dk, dv and dc of a tile are summed in fp32; dq and dr are kept in fp32 over all rows."""
+    q, k, v, query_gate, key_bias, _, scale = args
     dtype = accumulation_dtype(q.dtype)
     d_q = torch.zeros(q.shape, dtype=dtype, device=q.device)
     d_k, d_v = torch.empty_like(k), torch.empty_like(v)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...layout import empty_token_major
+from .problem import AttentionArgs
 
 
 def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,9 +21,8 @@ def unit_stride(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(1) == 1 else x.contiguous()
 
 
-def arguments(
-    q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Any, ...]:
+def arguments(args: AttentionArgs, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
+    q, k, v, query_gate, key_bias, _, scale = args
     batch, heads, queries, head_dim = q.shape
     addresses = tuple(0 if x is None else x.data_ptr() for x in (q, k, v, query_gate, key_bias, out, lse))
     strides = [x.stride()[:3] for x in (q, k, v, out)]

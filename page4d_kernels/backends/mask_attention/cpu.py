@@ -6,25 +6,17 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...layout import TokenLayout
 from .. import native_common
 from ..registry import Backend
 from . import chunked, compiled
-from .problem import AttentionProblem
+from .problem import AttentionArgs, AttentionProblem
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_gate: Tensor | None,
-    key_bias: Tensor | None,
-    layout: TokenLayout | None,  # not needed: the kernel looks at each row's gate
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    q = args.q
     out, lse = compiled.outputs(q)
-    gate, bias = compiled.unit_stride(query_gate), compiled.unit_stride(key_bias)
-    native.library().mask_attention(*compiled.arguments(q, k, v, gate, bias, out, lse, scale), *native.common(q))
+    gate, bias = compiled.unit_stride(args.query_gate), compiled.unit_stride(args.key_bias)
+    native.library().mask_attention(*compiled.arguments(args._replace(query_gate=gate, key_bias=bias), out, lse), *native.common(q))
     return out, lse
 
 

@@ -6,28 +6,20 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...layout import TokenLayout
 from .. import native_common, triton_common
 from ..registry import Backend
 from . import compiled
-from .problem import AttentionProblem, all_of, only_cuda_half
+from .problem import AttentionArgs, AttentionProblem, all_of, only_cuda_half
 
 HEAD_DIMS = (64, 128)
 MAX_SPECIAL_TOKENS = 128  # of a frame: whole frames of them fit into a tile of rows
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_gate: Tensor | None,
-    key_bias: Tensor | None,
-    layout: TokenLayout | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    q, layout = args.q, args.layout
     out, lse = compiled.outputs(q)
-    gate, bias = compiled.unit_stride(query_gate), compiled.unit_stride(key_bias)
-    call = compiled.arguments(q, k, v, gate, bias, out, lse, scale)
+    gate, bias = compiled.unit_stride(args.query_gate), compiled.unit_stride(args.key_bias)
+    call = compiled.arguments(args._replace(query_gate=gate, key_bias=bias), out, lse)
     frames = (0, 0, 0) if layout is None else (layout.frames, layout.tokens_per_frame, layout.special_tokens)
     dtype, device, stream = native.stream(q)
     with torch.cuda.device_of(q):  # so that the caller's own current device is in force again afterwards, whatever the library sets

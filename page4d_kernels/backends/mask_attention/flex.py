@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Backend
-from .problem import AttentionProblem, all_of, no_lse
+from .problem import AttentionArgs, AttentionProblem, all_of, no_lse
 
 
 def _unavailable() -> list[str]:
@@ -45,7 +45,8 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, layout, scale: float) -> Tensor:
+def _forward(args: AttentionArgs) -> Tensor:
+    q, k, v, query_gate, key_bias, _, scale = args
     score_mod = None
     if query_gate is not None and key_bias is not None:
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...layout import TokenLayout
+from .problem import AttentionArgs
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -22,17 +22,9 @@ def around(plain: Attention) -> Callable[..., Tensor]:
     return functools.partial(_attend, plain)
 
 
-def _attend(
-    plain: Attention,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_gate: Tensor | None,
-    key_bias: Tensor | None,
-    layout: TokenLayout | None,
-    scale: float,
-) -> Tensor:
+def _attend(plain: Attention, args: AttentionArgs) -> Tensor:
     """Without a layout every row may be gated, so all rows are computed with the bias."""
+    q, k, v, query_gate, key_bias, layout, scale = args
     if query_gate is None or key_bias is None:
         return plain(q, k, v, scale)
     biased = torch.ops.page4d.mask_attention

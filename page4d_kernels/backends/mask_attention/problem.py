@@ -6,8 +6,10 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...layout import TokenLayout
 
@@ -32,6 +34,18 @@ class AttentionProblem:
         """Inference at the official size: 2 frames of 336 x 518 pixels, 24 x 37 patches and 5 special tokens each."""
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         return cls(device, dtype, 1, 16, 2 * 893, 2 * 893, 64, biased=True, layout=TokenLayout(2, 893, 5))
+
+
+class AttentionArgs(NamedTuple):
+    """The arguments of one call, as the op hands them to a backend. See `mask_attention` for shapes and dtypes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_gate: Tensor | None
+    key_bias: Tensor | None
+    layout: TokenLayout | None
+    scale: float
 
 
 HALF = (torch.float16, torch.bfloat16)

@@ -2,13 +2,16 @@
 
 from ...reference.mask_attention import mask_attention, mask_attention_backward
 from ..registry import Backend
+from .problem import AttentionArgs
 
 
-def _forward(q, k, v, query_gate, key_bias, layout, scale):
+def _forward(args: AttentionArgs):
+    q, k, v, query_gate, key_bias, _, scale = args
     return mask_attention(q, k, v, query_gate, key_bias, scale)
 
 
-def _backward(q, k, v, query_gate, key_bias, out, lse, d_out, d_lse, layout, scale):
+def _backward(args: AttentionArgs, out, lse, d_out, d_lse):
+    q, k, v, query_gate, key_bias, _, scale = args
     return mask_attention_backward(q, k, v, query_gate, key_bias, out, lse, d_out, d_lse, scale)
 
 

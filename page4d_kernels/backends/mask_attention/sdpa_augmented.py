@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import Backend
-from .problem import AttentionProblem, all_of, no_lse
+from .problem import AttentionArgs, AttentionProblem, all_of, no_lse
 
 
 def _head_dim(problem: AttentionProblem) -> list[str]:
     return [f"its head dim must be a multiple of 8, not {problem.head_dim}"] if problem.head_dim % 8 else []
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, layout, scale: float) -> Tensor:
+def _forward(args: AttentionArgs) -> Tensor:
+    q, k, v, query_gate, key_bias, _, scale = args
     if query_gate is None or key_bias is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     head_dim = q.shape[-1]
