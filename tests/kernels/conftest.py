@@ -1,7 +1,8 @@
 """Backends and devices of the shared suites.
 
 A test with the arguments `backend` and `device` runs for every pair that can exist. A test with `backend` alone runs on that backend's
-default device. The names of the backends are the module's NAMES. Tests that need CUDA get the marker `gpu`.
+default device, a test with `device` alone on both. The names of the backends are the module's NAMES. Tests that need CUDA get the marker
+`gpu`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from page4d_kernels.testing import default_device, devices_of
 
 def pytest_generate_tests(metafunc):
     names = getattr(metafunc.module, "NAMES", None)
-    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    if names is None or "backend" not in metafunc.fixturenames or any("backend" in names_of for names_of in chosen):
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    wanted = {name for name in ("backend", "device") if name in metafunc.fixturenames and not any(name in names_of for names_of in given)}
+    if names is None or not wanted:
         return
-    if "device" in metafunc.fixturenames:
+    if wanted == {"backend", "device"}:
         metafunc.parametrize(("backend", "device"), [(name, device) for name in names for device in devices_of(name)])
-    else:
+    elif wanted == {"backend"}:
         metafunc.parametrize("backend", names)
+    else:
+        metafunc.parametrize("device", ["cpu", "cuda"])
 
 
 @pytest.hookimpl(tryfirst=True)
