@@ -96,16 +96,16 @@ def limits(device: str) -> dict[str, float]:
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         found[f"matrix_flops_{str(dtype).removeprefix('torch.')}"] = 2.0 * size**3 / best(functools.partial(torch.matmul, a, b))
-        if device == "cpu" and not native.why_missing() and (work := native.busy(dtype)):
-            found[f"products_flops_{str(dtype).removeprefix('torch.')}"] = work / best(functools.partial(native.busy, dtype))
+        if device == "cpu" and not native.why_missing() and (work := native.peak_rate(dtype)):
+            found[f"products_flops_{str(dtype).removeprefix('torch.')}"] = work / best(functools.partial(native.peak_rate, dtype))
     source = torch.randint(0, 255, (bytes_,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return found | {"copy_bytes": 2.0 * bytes_ / best(lambda: target.copy_(source)), "exp2": _exp2_rate(best, device)}
 
 
 def _exp2_rate(best: Callable[[Callable[[], object]], float], device: str) -> float:
-    if device == "cpu" and not native.why_missing() and (work := native.busy(torch.float32, exponentials=True)):
-        return work / best(lambda: native.busy(torch.float32, exponentials=True))
+    if device == "cpu" and not native.why_missing() and (work := native.peak_rate(torch.float32, exponentials=True)):
+        return work / best(lambda: native.peak_rate(torch.float32, exponentials=True))
     if device != "cuda":
         x, y = torch.rand(1 << 17), torch.empty(1 << 17)  # small enough for the L2 caches, large enough for all threads
         return 100 * x.numel() / best(lambda: [torch.exp2(x, out=y) for _ in range(100)])

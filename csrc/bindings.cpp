@@ -131,10 +131,11 @@ int attention_cuda_splits(const Attention& tensors, const std::array<int64_t, 5>
 }
 
 void run_attention_cuda(const Attention& tensors, const std::array<int64_t, 5>& sizes, const std::array<Three, 4>& strides, int64_t gate_stride,
-                        int64_t bias_stride, float scale, const Layout& layout, int splits, const std::array<Address, 2>& parts, int dtype,
+                        int64_t bias_stride, float scale, const Layout& layout, int splits, const std::array<Address, 2>& out_partial, int dtype,
                         int device, Address stream) {
     const MaskAttention p = with_layout(attention_problem(tensors, sizes, strides, gate_stride, bias_stride, scale, dtype), layout);
-    raise_if(mask_attention_cuda(p, splits, pointer<float>(parts[0]), pointer<float>(parts[1]), device, pointer<void>(stream)), "mask_attention");
+    raise_if(mask_attention_cuda(p, splits, pointer<float>(out_partial[0]), pointer<float>(out_partial[1]), device, pointer<void>(stream)),
+             "mask_attention");
 }
 #endif
 
@@ -145,9 +146,9 @@ PYBIND11_MODULE(_native, module) {
     module.attr("interface") = PAGE4D_INTERFACE;
     module.def("best_level", [] { return static_cast<int>(best_level()); });
     module.def(
-        "busy",
+        "peak_rate",
         [](int dtype, bool exponentials, int threads, int level) {
-            return busy(static_cast<DType>(dtype), exponentials, threads, static_cast<Level>(level));
+            return peak_rate(static_cast<DType>(dtype), exponentials, threads, static_cast<Level>(level));
         },
         py::call_guard<py::gil_scoped_release>());
     module.def("mask_attention", run_attention, py::call_guard<py::gil_scoped_release>());

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import env
 
-INTERFACE = 3  # of the functions in csrc/bindings.cpp, as csrc/include/page4d/common.h has it
+INTERFACE = 4  # of the functions in csrc/bindings.cpp, as csrc/include/page4d/common.h has it
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RECORD = Path(__file__).parent / "build_record.json"
@@ -108,20 +108,20 @@ def level() -> int:
 level._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def busy(dtype: torch.dtype, exponentials: bool = False) -> float:
-    """Keep all threads busy with nothing but products (or 2^x) out of registers, for a moment; the work done, in FLOP (or values).
+def peak_rate(dtype: torch.dtype, exponentials: bool = False) -> float:
+    """Run multiply-adds (or 2^x) from registers on all threads for a moment. Returns the work done, in FLOP (or values).
 
     Timed, it is the ceiling of this processor at the level in use. 0 if the level is `scalar`.
     """
-    return library().busy(DTYPES[dtype], exponentials, torch.get_num_threads(), level())
+    return library().peak_rate(DTYPES[dtype], exponentials, torch.get_num_threads(), level())
 
 
-def common(x: Tensor) -> tuple[int, int, int]:
+def cpu_launch_args(x: Tensor) -> tuple[int, int, int]:
     """The arguments that every CPU kernel ends with: dtype, threads, level."""
     return DTYPES[x.dtype], torch.get_num_threads(), level()
 
 
-def stream(x: Tensor) -> tuple[int, int, int]:
+def cuda_launch_args(x: Tensor) -> tuple[int, int, int]:
     """The arguments that every CUDA kernel ends with: dtype, device, the current stream."""
     return DTYPES[x.dtype], x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
 

@@ -25,9 +25,9 @@ int64_t rows_of_chunk(int64_t queries) {
 // The working space of a task.
 template <class E>
 struct Space {
-    typename E::Unit *q, *k, *v;        // (rows, units), panels of (units, keys), panels of (pairs of keys, channels)
-    float *logits, *out, *top, *total;  // (block, keys), (rows, channels), running maximum and sum (rows,)
-    typename E::Element* weights;       // (block, keys): exp2 of the logits as an operand; for fp32 the logits' own place
+    typename E::Unit *q, *k, *v;              // (rows, units), panels of (units, keys), panels of (pairs of keys, channels)
+    float *logits, *out, *row_max, *row_sum;  // (block, keys), (rows, channels), running maximum and sum (rows,)
+    typename E::Element* probs;               // (block, keys): exp2 of the logits as an operand; for fp32 the logits' own place
     Panels key_panels, out_panels;
     int64_t units;
 
@@ -46,10 +46,10 @@ struct Space {
         v = reinterpret_cast<typename E::Unit*>(take(tile_keys / E::pair * out_panels.columns()));
         logits = reinterpret_cast<float*>(take(E::block * key_panels.columns()));
         out = reinterpret_cast<float*>(take(chunk_rows * out_panels.columns()));
-        top = reinterpret_cast<float*>(take(chunk_rows));
-        total = reinterpret_cast<float*>(take(chunk_rows));
-        weights = E::pair == 1 ? reinterpret_cast<typename E::Element*>(logits)
-                               : reinterpret_cast<typename E::Element*>(take(E::block * key_panels.columns() / E::pair));
+        row_max = reinterpret_cast<float*>(take(chunk_rows));
+        row_sum = reinterpret_cast<float*>(take(chunk_rows));
+        probs = E::pair == 1 ? reinterpret_cast<typename E::Element*>(logits)
+                             : reinterpret_cast<typename E::Element*>(take(E::block * key_panels.columns() / E::pair));
         *bytes = used;
     }
 };
@@ -140,11 +140,11 @@ void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t ke
 
 // One row of a tile: products q k^T to exp2 of the logits. Returns what the row's sums so far have to be multiplied with.
 //
-// Rows without a gate keep the products, and the scale is left to the exponent: exp2(x scale log2(e) - top log2(e)). Rows with one turn them
+// Rows without a gate keep the products, and the scale is left to the exponent: exp2(x scale log2(e) - row_max log2(e)). Rows with one turn them
 // into natural logits first, and log2(e) comes after the maximum is taken off: rounding it into a large gate would cost digits.
 template <class E>
-float softmax_row(float* s, typename E::Element* weights, int64_t keys, int64_t width, float scale, float r, const float* c, float* top,
-                  float* total) {
+float softmax_row(float* s, typename E::Element* probs, int64_t keys, int64_t width, float scale, float r, const float* c, float* row_max,
+                  float* row_sum) {
     const bool natural = r != 0.0f || scale <= 0.0f;
     const int64_t whole = keys / Vec::width * Vec::width;
     if (natural) {
@@ -158,8 +158,8 @@ float softmax_row(float* s, typename E::Element* weights, int64_t keys, int64_t 
         best[0] = max(best[0], load(s + j));
         best[1] = max(best[1], load(s + j + Vec::width));
     }
-    const float tile_top = max(max(best[0], best[1])) * (natural ? 1.0f : scale), before = *top;
-    const float now = tile_top > before ? tile_top : before;
+    const float tile_max = max(max(best[0], best[1])) * (natural ? 1.0f : scale), before = *row_max;
+    const float now = tile_max > before ? tile_max : before;
     const float shift = now == -INFINITY ? 0.0f : now;  // a row without a finite logit stays at exp2(-inf) = 0
     const Vec base = broadcast(shift), to_base2 = broadcast(log2e), slope = broadcast(scale * log2e), offset = broadcast(-shift * log2e);
     Vec sums = broadcast(0.0f);
@@ -167,12 +167,12 @@ float softmax_row(float* s, typename E::Element* weights, int64_t keys, int64_t 
         const Vec x = natural ? (load(s + j) - base) * to_base2 : fma(load(s + j), slope, offset);
         const Vec p = exp2(x);
         sums = sums + p;
-        store_elements(weights + j, p);
+        store_elements(probs + j, p);
     }
-    const float keep = before == now ? 1.0f : exp2f((before - shift) * log2e);
-    *total = *total * keep + sum(sums);
-    *top = now;
-    return keep;
+    const float rescale = before == now ? 1.0f : exp2f((before - shift) * log2e);
+    *row_sum = *row_sum * rescale + sum(sums);
+    *row_max = now;
+    return rescale;
 }
 
 template <class E, class T>
@@ -188,11 +188,11 @@ void attend(const MaskAttention& p, int64_t task, char* scratch) {
     size_t bytes;
     const Space<E> space(p.head_dim, scratch, &bytes);
     const int64_t width = space.key_panels.columns(), channels = space.out_panels.columns();
-    const auto* weights = reinterpret_cast<const typename E::Unit*>(space.weights);
+    const auto* probs = reinterpret_cast<const typename E::Unit*>(space.probs);
 
     E::begin();
     pack_rows<E>(space.q, q, p.q_stride[2], rows, padded, space.units, p.head_dim);
-    for (int64_t i = 0; i < padded; ++i) space.top[i] = -INFINITY, space.total[i] = 0.0f;
+    for (int64_t i = 0; i < padded; ++i) space.row_max[i] = -INFINITY, space.row_sum[i] = 0.0f;
     for (int64_t i = 0; i < padded * channels; ++i) space.out[i] = 0.0f;
 
     for (int64_t j = 0; j < p.keys; j += tile_keys) {
@@ -203,14 +203,14 @@ void attend(const MaskAttention& p, int64_t task, char* scratch) {
             multiply<E>(E::block, space.key_panels, space.units, space.q + i * space.units, space.units, space.k, space.logits, width, false);
             for (int64_t row = 0; row < E::block; ++row) {
                 const float gate = r && i + row < rows ? r[i + row] : 0.0f;
-                const float keep = softmax_row<E>(space.logits + row * width, space.weights + row * width, keys, width, p.scale, gate,
-                                                  c ? c + j : nullptr, space.top + i + row, space.total + i + row);
-                if (keep != 1.0f) {
+                const float rescale = softmax_row<E>(space.logits + row * width, space.probs + row * width, keys, width, p.scale, gate,
+                                                     c ? c + j : nullptr, space.row_max + i + row, space.row_sum + i + row);
+                if (rescale != 1.0f) {
                     float* o = space.out + (i + row) * channels;
-                    for (int64_t d = 0; d < channels; d += Vec::width) store(o + d, load(o + d) * broadcast(keep));
+                    for (int64_t d = 0; d < channels; d += Vec::width) store(o + d, load(o + d) * broadcast(rescale));
                 }
             }
-            multiply<E>(E::block, space.out_panels, tile_keys / E::pair, weights, width / E::pair, space.v, space.out + i * channels, channels, true);
+            multiply<E>(E::block, space.out_panels, tile_keys / E::pair, probs, width / E::pair, space.v, space.out + i * channels, channels, true);
         }
     }
 
@@ -218,10 +218,10 @@ void attend(const MaskAttention& p, int64_t task, char* scratch) {
 
     float* lse = p.lse + (b * p.heads + h) * p.queries + first;
     for (int64_t i = 0; i < rows; ++i) {
-        const float total = space.total[i], inverse = 1.0f / (total == 0.0f ? 1.0f : total);
+        const float row_sum = space.row_sum[i], inverse = 1.0f / (row_sum == 0.0f ? 1.0f : row_sum);
         T* o = static_cast<T*>(p.out) + b * p.out_stride[0] + h * p.out_stride[1] + (first + i) * p.out_stride[2];
         for (int64_t d = 0; d < p.head_dim; ++d) assign(o + d, space.out[i * channels + d] * inverse);
-        lse[i] = total == 0.0f ? -INFINITY : space.top[i] + logf(total);
+        lse[i] = row_sum == 0.0f ? -INFINITY : space.row_max[i] + logf(row_sum);
     }
 }
 

@@ -110,7 +110,7 @@ Level best_level() {
     return level;
 }
 
-double busy(DType dtype, bool exponentials, int threads, Level level) {
+double peak_rate(DType dtype, bool exponentials, int threads, Level level) {
     if (check(dtype, level) != Status::ok || threads < 1) return 0.0;
     const Kernels& kernels = kernels_of(level);
     if (!kernels.products) return 0.0;

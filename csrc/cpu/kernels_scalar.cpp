@@ -44,26 +44,26 @@ void attention(const MaskAttention& p, int64_t task, char* scratch) {
     const int64_t k = b * p.k_stride[0] + h * p.k_stride[1], v = b * p.v_stride[0] + h * p.v_stride[1];
     float* sum = reinterpret_cast<float*>(scratch);
     for (int64_t d = 0; d < p.head_dim; ++d) sum[d] = 0.0f;
-    float top = -INFINITY, total = 0.0f;
+    float row_max = -INFINITY, row_sum = 0.0f;
     for (int64_t j = 0; j < p.keys; ++j) {
         float logit = 0.0f;
         for (int64_t d = 0; d < p.head_dim; ++d) logit += read(p.q, q + d, p.dtype) * read(p.k, k + j * p.k_stride[2] + d, p.dtype);
         logit *= p.scale;
         if (p.gate) logit += p.gate[b * p.gate_stride + i] * p.bias[b * p.bias_stride + j];
         if (logit == -INFINITY) continue;
-        if (logit > top) {  // never for NaN, which then spreads through `weight`
-            const float keep = std::exp(top - logit);
-            for (int64_t d = 0; d < p.head_dim; ++d) sum[d] *= keep;
-            total *= keep;
-            top = logit;
+        if (logit > row_max) {  // never for NaN, which then spreads through `weight`
+            const float rescale = std::exp(row_max - logit);
+            for (int64_t d = 0; d < p.head_dim; ++d) sum[d] *= rescale;
+            row_sum *= rescale;
+            row_max = logit;
         }
-        const float weight = std::exp(logit - top);
+        const float weight = std::exp(logit - row_max);
         for (int64_t d = 0; d < p.head_dim; ++d) sum[d] += weight * read(p.v, v + j * p.v_stride[2] + d, p.dtype);
-        total += weight;
+        row_sum += weight;
     }
     const int64_t out = b * p.out_stride[0] + h * p.out_stride[1] + i * p.out_stride[2];
-    for (int64_t d = 0; d < p.head_dim; ++d) write(p.out, out + d, p.dtype, total == 0.0f ? 0.0f : sum[d] / total);
-    p.lse[task] = total == 0.0f ? -INFINITY : top + std::log(total);
+    for (int64_t d = 0; d < p.head_dim; ++d) write(p.out, out + d, p.dtype, row_sum == 0.0f ? 0.0f : sum[d] / row_sum);
+    p.lse[task] = row_sum == 0.0f ? -INFINITY : row_max + std::log(row_sum);
 }
 
 // --- mask head: a task is one channel of a frame, then one patch ------------------------------------------------------------

@@ -15,7 +15,7 @@ __device__ __forceinline__ float to_tf32(float x) {
 
 // d (16 x 8) += a (16 x 8) b (8 x 8). With g = lane / 4 and t = lane % 4 a lane holds d at (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1),
 // a at (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), and b at (t, g), (t + 4, g).
-__device__ __forceinline__ void product_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
@@ -24,7 +24,7 @@ __device__ __forceinline__ void product_tf32(float (&d)[4], const float (&a)[4],
 
 // BYTES (4 or 16) into shared memory, or zeros.
 template <int BYTES>
-__device__ __forceinline__ void copy_later(float* to, const float* from, bool valid) {
+__device__ __forceinline__ void cp_async(float* to, const float* from, bool valid) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     if (BYTES == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid ? 16 : 0) : "memory");
@@ -32,7 +32,7 @@ __device__ __forceinline__ void copy_later(float* to, const float* from, bool va
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
 // Until this thread's copies are there.
-__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ float* dynamic_floats() {
     extern __shared__ __align__(16) float floats[];

@@ -1,5 +1,5 @@
-// What Hopper (sm_90a) has beyond CUDA C++, one function per instruction: barriers in shared memory, tensor copies, warpgroup matrix
-// products. csrc/tests/hopper_on_cpu.h has the same functions as loops. Source: the PTX ISA 8.x.
+// Hopper (sm_90a) instructions that CUDA C++ lacks, one function per instruction: mbarriers, TMA loads, warpgroup MMA (wgmma).
+// csrc/tests/hopper_on_cpu.h has the same functions as loops. Source: the PTX ISA 8.x.
 #pragma once
 
 #include <cuda.h>
@@ -21,21 +21,23 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return
 
 // ---- registers of a warpgroup -----------------------------------------------------------------------------------------------------
 template <int COUNT>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void setmaxnreg_dec() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 template <int COUNT>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void setmaxnreg_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// ---- barriers of the block, by number ---------------------------------------------------------------------------------------------
-__device__ __forceinline__ void sync_threads(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
-__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
+// ---- named barriers of the block ---------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-// Whether any of the threads says yes.
-__device__ __forceinline__ bool any_of_threads(bool mine, int barrier, int threads) {
+// True in every thread if `mine` is true in any of them.
+__device__ __forceinline__ bool named_barrier_or(bool mine, int barrier, int threads) {
     int any;
     asm volatile(
         "{.reg .pred p, q;\n"
@@ -48,21 +50,21 @@ __device__ __forceinline__ bool any_of_threads(bool mine, int barrier, int threa
     return any;
 }
 
-// ---- barriers in shared memory ----------------------------------------------------------------------------------------------------
-__device__ __forceinline__ void barrier_init(Barrier& barrier, int arrivals) {
+// ---- mbarriers, in shared memory ---------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void mbarrier_init(Barrier& barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
 }
-// After the last barrier_init, before anybody else uses the barriers.
-__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
+// Call after the last mbarrier_init and before other threads use the barriers.
+__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_arrive(Barrier& barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
-// Arrives, and has the phase wait for so many bytes of tensor copies too.
-__device__ __forceinline__ void barrier_expect(Barrier& barrier, uint32_t bytes) {
+// Arrives, and makes the phase wait for `bytes` bytes of TMA loads as well.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(Barrier& barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
 }
-// Until the phase of this parity is over; at once for parity 1 of a new barrier.
-__device__ __forceinline__ void barrier_wait(Barrier& barrier, uint32_t parity) {
+// Waits until the phase of this parity has completed. Returns at once for parity 1 of a new barrier.
+__device__ __forceinline__ void mbarrier_wait(Barrier& barrier, uint32_t parity) {
     asm volatile(
         "{.reg .pred p;\n"
         "again:\n"
@@ -74,34 +76,34 @@ __device__ __forceinline__ void barrier_wait(Barrier& barrier, uint32_t parity) 
         : "memory");
 }
 
-// ---- tensor copies ----------------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+// ---- TMA loads --------------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
-__device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, Barrier& full, int x0, int x1, int x2, int x3) {
+__device__ __forceinline__ void tma_load_4d(void* to, const TensorMap& map, Barrier& full, int x0, int x1, int x2, int x3) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
                      shared_address(to)),
                  "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&full)), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
                  : "memory");
 }
-__device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, Barrier& full, int x0, int x1, int x2, int x3, int x4) {
+__device__ __forceinline__ void tma_load_5d(void* to, const TensorMap& map, Barrier& full, int x0, int x1, int x2, int x3, int x4) {
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
                      shared_address(to)),
                  "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&full)), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
                  : "memory");
 }
 
-// ---- matrix products of a warpgroup -----------------------------------------------------------------------------------------------
-__device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// ---- warpgroup MMA ----------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
-__device__ __forceinline__ void product_wait() {
+__device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// These values are neither read before this point nor computed after it: the compiler may otherwise read what a product is still
-// writing, or do the arithmetic that was to run under a product after waiting for it.
+// The compiler neither reads these values before this point nor computes them after it. Without the fence it may read an accumulator that
+// a wgmma still writes, or move arithmetic that should run under a wgmma behind the wait.
 template <int N>
-__device__ __forceinline__ void pin(float (&d)[N]) {
+__device__ __forceinline__ void fence_operand(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -117,8 +119,8 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
     "%59, %60, %61, %62, %63"
 
 // d (64 x 128) = a b^T [+ d]: a (64 x 16) and b (128 x 16) in shared memory, the 16 contiguous.
-#define PAGE4D_PRODUCT(TYPE, NAME)                                                                                                           \
-    __device__ __forceinline__ void product(TYPE, float (&d)[64], uint64_t a, uint64_t b, bool add) {                                        \
+#define PAGE4D_WGMMA(TYPE, NAME)                                                                                                             \
+    __device__ __forceinline__ void wgmma_ss(TYPE, float (&d)[64], uint64_t a, uint64_t b, bool add) {                                       \
         asm volatile(                                                                                                                        \
             "{.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                                                       \
             "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " " PAGE4D_R64 "}, %64, %65, p, 1, 1, 0, 0;}"                       \
@@ -126,27 +128,27 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
             : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                                                   \
     }                                                                                                                                        \
     /* d (64 x 64) += a b: a (64 x 16) in registers, b (16 x 64) in shared memory, the 64 contiguous */                                      \
-    __device__ __forceinline__ void product(TYPE, float (&d)[32], const uint32_t* a, uint64_t b) {                                           \
+    __device__ __forceinline__ void wgmma_rs(TYPE, float (&d)[32], const uint32_t* a, uint64_t b) {                                          \
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " " PAGE4D_R32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"  \
                      : PAGE4D_F32(d, 0)                                                                                                      \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                  \
     }                                                                                                                                        \
     /* d (64 x 128) += a b */                                                                                                                \
-    __device__ __forceinline__ void product(TYPE, float (&d)[64], const uint32_t* a, uint64_t b) {                                           \
+    __device__ __forceinline__ void wgmma_rs(TYPE, float (&d)[64], const uint32_t* a, uint64_t b) {                                          \
         asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " " PAGE4D_R64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;" \
                      : PAGE4D_F32(d, 0), PAGE4D_F32(d, 32)                                                                                   \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                                  \
     }
-PAGE4D_PRODUCT(__nv_bfloat16, "bf16")
-PAGE4D_PRODUCT(__half, "f16")
-#undef PAGE4D_PRODUCT
+PAGE4D_WGMMA(__nv_bfloat16, "bf16")
+PAGE4D_WGMMA(__half, "f16")
+#undef PAGE4D_WGMMA
 #undef PAGE4D_F8
 #undef PAGE4D_F32
 #undef PAGE4D_R32
 #undef PAGE4D_R64
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ float exp2_unit(float x) {  // on the special-function unit
+__device__ __forceinline__ float ex2_approx(float x) {  // on the special-function unit (MUFU)
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;

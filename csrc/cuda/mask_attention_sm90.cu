@@ -43,7 +43,7 @@ Status make_map(TensorMap& map, DType dtype, const void* base, const int64_t (&s
 }
 
 template <int D>
-Schedule schedule_of(const MaskAttention& p, int splits) {
+TileScheduler schedule_of(const MaskAttention& p, int splits) {
     using Tile = AttentionTile<__half, D>;
     const bool layout = p.gate && p.special > 0;
     const auto number = [](int64_t x) { return static_cast<int>(x); };
@@ -59,7 +59,7 @@ Schedule schedule_of(const MaskAttention& p, int splits) {
             splits};
 }
 
-Schedule schedule_of(const MaskAttention& p, int splits) { return p.head_dim == 64 ? schedule_of<64>(p, splits) : schedule_of<128>(p, splits); }
+TileScheduler schedule_of(const MaskAttention& p, int splits) { return p.head_dim == 64 ? schedule_of<64>(p, splits) : schedule_of<128>(p, splits); }
 
 bool aligned(const void* base, const int64_t (&stride)[3], int64_t batch, int64_t heads, int64_t tokens) {
     const auto fits = [](int64_t stride, int64_t count) { return count == 1 || (stride >= 0 && stride * 2 % 16 == 0); };
@@ -84,11 +84,11 @@ Status check(const MaskAttention& p) {
 Status multiprocessors(int device, int& count) { return to_status(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)); }
 
 template <class T, int D>
-Status launch(const MaskAttention& p, int splits, float* parts, float* part_lse, int device, cudaStream_t stream) {
+Status launch(const MaskAttention& p, int splits, float* out_partial, float* lse_partial, int device, cudaStream_t stream) {
     using Tile = AttentionTile<T, D>;
     AttentionArguments a{};
     a.schedule = schedule_of<D>(p, splits);
-    const Schedule& s = a.schedule;
+    const TileScheduler& s = a.schedule;
     const auto map = [&](TensorMap& to, const void* base, const int64_t (&stride)[3], int64_t tokens, int box) {
         return make_map<4>(to, p.dtype, base, {D, tokens, p.heads, p.batch}, {stride[2], stride[1], stride[0]}, {64, box, 1, 1});
     };
@@ -99,7 +99,7 @@ Status launch(const MaskAttention& p, int splits, float* parts, float* part_lse,
         status = make_map<5>(a.q_packed, p.dtype, p.q, {D, p.special, p.frames, p.heads, p.batch},
                              {p.q_stride[2], p.per_frame * p.q_stride[2], p.q_stride[1], p.q_stride[0]}, {64, s.special, s.packed_frames, 1, 1});
     if (status != Status::ok) return status;
-    a.gate = p.gate, a.bias = p.bias, a.out = p.out, a.lse = p.lse, a.parts = parts, a.part_lse = part_lse;
+    a.gate = p.gate, a.bias = p.bias, a.out = p.out, a.lse = p.lse, a.out_partial = out_partial, a.lse_partial = lse_partial;
     for (int i = 0; i < 3; ++i) a.out_stride[i] = p.out_stride[i];
     a.gate_stride = p.gate_stride, a.bias_stride = p.bias_stride, a.scale = p.scale;
 
@@ -109,18 +109,20 @@ Status launch(const MaskAttention& p, int splits, float* parts, float* part_lse,
     if (status = multiprocessors(device, count); status != Status::ok) return status;
     constexpr int bytes = sizeof(AttentionShared<T, D>);
     static_assert(bytes <= 227 * 1024);
-    if (status = to_status(cudaFuncSetAttribute(attention<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)); status != Status::ok)
+    if (status = to_status(cudaFuncSetAttribute(mask_attention_fwd_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        status != Status::ok)
         return status;
-    attention<T, D><<<static_cast<unsigned>(min(count, s.work)), Tile::threads, bytes, stream>>>(a);
+    mask_attention_fwd_kernel<T, D><<<static_cast<unsigned>(min(count, s.work)), Tile::threads, bytes, stream>>>(a);
     if (status = to_status(cudaGetLastError()); status != Status::ok || splits == 1) return status;
     const int64_t pieces = p.batch * p.heads * p.queries * (D / 4);
-    merge<T, D><<<static_cast<unsigned>((pieces + merge_threads - 1) / merge_threads), merge_threads, 0, stream>>>(a);
+    mask_attention_fwd_kernel_merge<T, D><<<static_cast<unsigned>((pieces + merge_threads - 1) / merge_threads), merge_threads, 0, stream>>>(a);
     return to_status(cudaGetLastError());
 }
 
 template <class T>
-Status launch_dim(const MaskAttention& p, int splits, float* parts, float* part_lse, int device, cudaStream_t stream) {
-    return p.head_dim == 64 ? launch<T, 64>(p, splits, parts, part_lse, device, stream) : launch<T, 128>(p, splits, parts, part_lse, device, stream);
+Status launch_dim(const MaskAttention& p, int splits, float* out_partial, float* lse_partial, int device, cudaStream_t stream) {
+    return p.head_dim == 64 ? launch<T, 64>(p, splits, out_partial, lse_partial, device, stream)
+                            : launch<T, 128>(p, splits, out_partial, lse_partial, device, stream);
 }
 
 }  // namespace
@@ -136,13 +138,13 @@ Status mask_attention_cuda_splits(const MaskAttention& p, int device, int& split
     return status;
 }
 
-Status mask_attention_cuda(const MaskAttention& p, int splits, float* parts, float* part_lse, int device, void* stream) {
+Status mask_attention_cuda(const MaskAttention& p, int splits, float* out_partial, float* lse_partial, int device, void* stream) {
     if (const Status status = cuda::check(p); status != Status::ok) return status;
     if (splits < 1 || splits != cuda::whole_splits(cuda::schedule_of(p, 1).key_tiles, splits)) return Status::bad_sizes;
-    if (splits > 1 && (!parts || !part_lse)) return Status::null_pointer;
+    if (splits > 1 && (!out_partial || !lse_partial)) return Status::null_pointer;
     const auto to = static_cast<cudaStream_t>(stream);
-    return p.dtype == DType::f16 ? cuda::launch_dim<__half>(p, splits, parts, part_lse, device, to)
-                                 : cuda::launch_dim<__nv_bfloat16>(p, splits, parts, part_lse, device, to);
+    return p.dtype == DType::f16 ? cuda::launch_dim<__half>(p, splits, out_partial, lse_partial, device, to)
+                                 : cuda::launch_dim<__nv_bfloat16>(p, splits, out_partial, lse_partial, device, to);
 }
 
 }  // namespace page4d

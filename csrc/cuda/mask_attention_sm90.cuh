@@ -1,19 +1,19 @@
 // Mask-modulated attention for Hopper, forward: softmax(q k^T * scale + r c^T) v. page4d_kernels/triton/mask_attention.py computes the
-// same with the same tiles of rows; what differs is who does what when.
+// same with the same tiles of rows, without warp specialisation.
 //
-// A block stays on its multiprocessor and takes tiles of query rows one after the other. One warpgroup produces: a single thread of it
-// starts the tensor copies of Q, K and V into shared memory. The others consume, 64 rows each:
+// Blocks are persistent: each takes tiles of query rows one after the other. The producer warpgroup loads Q, K and V into shared memory by
+// TMA, from a single thread. The consumer warpgroups compute 64 rows each:
 //
-//   S = Q K_0^T, softmax                             one product in flight:
-//   for i = 1, 2, ...:  S = Q K_i^T, O += P V_{i-1}  both are issued at once; the exponentials of S run under the second
+//   S = Q K_0^T, softmax
+//   for i = 1, 2, ...:  S = Q K_i^T, O += P V_{i-1}  both wgmmas are issued at once; the exponentials of S run under the second
 //   O += P V_last
 //
-// and take turns in issuing (`Turns`), so that one warpgroup's exponentials run under the products of the others: at head dim 64 both
-// take as long. The key tile that may be ragged comes first, so the loop has no mask. One exponential in eight is computed by
-// multiply-adds (`exp2_polynomial`), as the special-function unit is the tighter limit.
+// The consumers issue in turns (`WarpSchedulerBarrier`), so that the exponentials of one run under the wgmmas of the others. At head dim
+// 64 both take equally long. The key tile that may be ragged comes first, so the loop needs no mask. One exponential in eight is computed
+// by multiply-adds (`exp2_polynomial`), as the special-function unit is the tighter limit.
 //
-// Logits, softmax state and sums are fp32. As in the Triton kernel the scale stays in the exponent's factor without a bias; with one,
-// logits are natural and log2(e) comes after the maximum is taken off.
+// Logits, softmax state and sums are fp32. As in the Triton kernel, without a bias the scale is folded into the exponent's factor. With a
+// bias, logits are natural and log2(e) is applied after the maximum is subtracted.
 //
 // Include hopper.cuh first, or csrc/tests/hopper_on_cpu.h, with which it runs on the CPU.
 #pragma once
@@ -24,21 +24,21 @@
 namespace page4d::cuda {
 
 constexpr float log2e = 1.4426950408889634f;
-constexpr int polynomial_every = 8;  // one exponential in so many; not tuned yet
+constexpr int polynomial_every = 8;  // one exponential in eight; not tuned yet
 
 template <class T, int D>
 struct AttentionTile {
     static constexpr int consumers = D == 64 ? 3 : 2, rows = 64 * consumers, keys = 128, stages = D == 64 ? 4 : 2;
     static constexpr int threads = 128 * (consumers + 1);
     static constexpr int producer_registers = D == 64 ? 32 : 24, consumer_registers = D == 64 ? 160 : 240;
-    static constexpr int panels = D / 64;  // of 64 columns, 128 bytes: the widest rows that copies and products can swizzle
+    static constexpr int panels = D / 64;  // of 64 columns, 128 bytes: the widest rows that TMA and wgmma can swizzle
     static_assert(sizeof(T) == 2 && D % 64 == 0);
 };
 
-// 128-byte rows whose eight 16-byte chunks are swapped by row, so that a column of chunks lies in different banks. Tensor copies and
-// products do the same by the address, which is why every matrix starts at a multiple of 1024 bytes.
+// 128-byte rows with the 128-byte swizzle: the eight 16-byte chunks of a row are permuted by the row, so that a column of chunks lies in
+// different banks. TMA and wgmma derive the permutation from the address, so every tile starts at a multiple of 1024 bytes.
 template <class T, int ROWS, int D>
-struct alignas(1024) Matrix {
+struct alignas(1024) SwizzledTile {
     T at[D / 64][ROWS][64];
     __device__ T* chunk(int panel, int row, int chunk) { return &at[panel][row][(chunk ^ (row % 8)) * 8]; }
 };
@@ -46,8 +46,8 @@ struct alignas(1024) Matrix {
 template <class T, int D>
 struct AttentionShared {
     using Tile = AttentionTile<T, D>;
-    Matrix<T, Tile::rows, D> q, out;
-    Matrix<T, Tile::keys, D> k[Tile::stages], v[Tile::stages];
+    SwizzledTile<T, Tile::rows, D> q, out;
+    SwizzledTile<T, Tile::keys, D> k[Tile::stages], v[Tile::stages];
     Barrier q_full, q_empty, k_full[Tile::stages], k_empty[Tile::stages], v_full[Tile::stages], v_empty[Tile::stages];
 };
 
@@ -57,24 +57,24 @@ struct AttentionArguments {
     const float* bias;            // c (B, Nk)
     void* out;                    // (B, H, Nq, D)
     float* lse;                   // (B, H, Nq)
-    float* parts;                 // (splits, B, H, Nq, D) and
-    float* part_lse;              // (splits, B, H, Nq), in place of out and lse if the keys are split
+    float* out_partial;           // (splits, B, H, Nq, D) and
+    float* lse_partial;           // (splits, B, H, Nq), in state of out and lse if the keys are split
     int64_t out_stride[3], gate_stride, bias_stride;
     float scale;
-    Schedule schedule;
+    TileScheduler schedule;
 };
 
-// Where the n-th tile goes in a ring of stages, and the parity of the barriers' phase that it fills.
+// The stage of the n-th tile in the ring, and the parity of the mbarrier phase that it fills.
 template <int STAGES>
-struct Place {
+struct PipelineState {
     static_assert((STAGES & (STAGES - 1)) == 0);
     int stage;
     uint32_t parity;
-    __device__ explicit Place(uint32_t n) : stage(n % STAGES), parity(n / STAGES % 2) {}
+    __device__ explicit PipelineState(uint32_t n) : stage(n % STAGES), parity(n / STAGES % 2) {}
 };
 
-// What a product is told of a matrix in shared memory: the address, and the bytes between blocks of 8 rows and between panels.
-__device__ inline uint64_t describe(const void* matrix, uint32_t panel_bytes) {
+// The wgmma descriptor of a matrix in shared memory: its address, and the bytes between blocks of 8 rows and between panels.
+__device__ inline uint64_t wgmma_descriptor(const void* matrix, uint32_t panel_bytes) {
     constexpr uint64_t swizzle_128 = uint64_t{1} << 62, block_bytes = 8 * 128;
     return swizzle_128 | (block_bytes >> 4) << 32 | static_cast<uint64_t>(panel_bytes >> 4) << 16 | ((shared_address(matrix) & 0x3ffff) >> 4);
 }
@@ -90,45 +90,46 @@ __device__ inline float exp2_polynomial(float x) {
 }
 
 template <class T, int D>
-__device__ void produce(const AttentionArguments& p, AttentionShared<T, D>& shared) {
+__device__ void load(const AttentionArguments& p, AttentionShared<T, D>& shared) {
     using Tile = AttentionTile<T, D>;
-    const Schedule& schedule = p.schedule;
+    const TileScheduler& schedule = p.schedule;
     uint32_t loaded_q = 0, loaded_k = 0, loaded_v = 0;
     for (int index = blockIdx.x; index < schedule.work; index += gridDim.x) {
-        const Work work = schedule.at(index);
+        const WorkTile work = schedule.at(index);
         const bool packed = schedule.packed(work.tile);
-        barrier_wait(shared.q_empty, ++loaded_q % 2);
-        barrier_expect(shared.q_full, static_cast<uint32_t>((packed ? schedule.packed_frames * schedule.special : Tile::rows) * D * sizeof(T)));
+        mbarrier_wait(shared.q_empty, ++loaded_q % 2);
+        mbarrier_arrive_expect_tx(shared.q_full,
+                                  static_cast<uint32_t>((packed ? schedule.packed_frames * schedule.special : Tile::rows) * D * sizeof(T)));
         for (int panel = 0; panel < Tile::panels; ++panel)
             if (packed)
-                copy_tile(shared.q.at[panel], p.q_packed, shared.q_full, panel * 64, 0, work.tile * schedule.packed_frames, work.head, work.batch);
+                tma_load_5d(shared.q.at[panel], p.q_packed, shared.q_full, panel * 64, 0, work.tile * schedule.packed_frames, work.head, work.batch);
             else
-                copy_tile(shared.q.at[panel], p.q, shared.q_full, panel * 64, (work.tile - schedule.packed_tiles) * Tile::rows, work.head,
-                          work.batch);
-        const auto load = [&](const TensorMap& map, auto& ring, auto& full, auto& empty, uint32_t n, int tile) {
-            const Place<Tile::stages> place(n);
-            barrier_wait(empty[place.stage], place.parity ^ 1);
-            barrier_expect(full[place.stage], static_cast<uint32_t>(sizeof(ring[0])));
+                tma_load_4d(shared.q.at[panel], p.q, shared.q_full, panel * 64, (work.tile - schedule.packed_tiles) * Tile::rows, work.head,
+                            work.batch);
+        const auto fill = [&](const TensorMap& map, auto& ring, auto& full, auto& empty, uint32_t n, int tile) {
+            const PipelineState<Tile::stages> state(n);
+            mbarrier_wait(empty[state.stage], state.parity ^ 1);
+            mbarrier_arrive_expect_tx(full[state.stage], static_cast<uint32_t>(sizeof(ring[0])));
             for (int panel = 0; panel < Tile::panels; ++panel)
-                copy_tile(ring[place.stage].at[panel], map, full[place.stage], panel * 64, tile * Tile::keys, work.head, work.batch);
+                tma_load_4d(ring[state.stage].at[panel], map, full[state.stage], panel * 64, tile * Tile::keys, work.head, work.batch);
         };
 #pragma unroll 1
         for (int tile = work.last_key_tile - 1; tile >= work.first_key_tile - 1; --tile) {  // in the order of use: K is one tile ahead of V
-            if (tile >= work.first_key_tile) load(p.k, shared.k, shared.k_full, shared.k_empty, loaded_k++, tile);
-            if (tile < work.last_key_tile - 1) load(p.v, shared.v, shared.v_full, shared.v_empty, loaded_v++, tile + 1);
+            if (tile >= work.first_key_tile) fill(p.k, shared.k, shared.k_full, shared.k_empty, loaded_k++, tile);
+            if (tile < work.last_key_tile - 1) fill(p.v, shared.v, shared.v_full, shared.v_empty, loaded_v++, tile + 1);
         }
     }
 }
 
-// The consumers issue products one after the other, in a ring.
+// Lets the consumers issue their wgmmas one after the other, in a ring.
 template <int CONSUMERS>
-struct Turns {
+struct WarpSchedulerBarrier {
     int mine;
-    __device__ explicit Turns(int consumer) : mine(consumer) {
+    __device__ explicit WarpSchedulerBarrier(int consumer) : mine(consumer) {
         if (mine == CONSUMERS - 1) pass();  // the first one begins
     }
-    __device__ void wait() const { sync_threads(1 + mine, 256); }
-    __device__ void pass() const { arrive_threads(1 + (mine + 1) % CONSUMERS, 256); }
+    __device__ void wait() const { named_barrier_sync(1 + mine, 256); }
+    __device__ void pass() const { named_barrier_arrive(1 + (mine + 1) % CONSUMERS, 256); }
 };
 
 // What a thread of a consumer holds of its warpgroup's 64 rows: of each row 8-column group j, columns 8 j + 2 (lane % 4) + {0, 1}, of rows
@@ -141,51 +142,51 @@ struct Consumer {
     const AttentionArguments& p;
     AttentionShared<T, D>& shared;
     const int number;  // of the consumer
-    const Turns<Tile::consumers> turns;
-    uint32_t taken_q = 0, taken = 0;  // tiles of queries and of keys so far
+    const WarpSchedulerBarrier<Tile::consumers> scheduler_barrier;
+    uint32_t tiles_q = 0, tiles_k = 0;  // tiles of queries and of keys consumed so far
 
     float out[D / 2];
-    uint32_t weights[logits / 2];  // P, as the product takes it
-    float top[2], total[2], gate[2];
+    uint32_t probs[logits / 2];  // P, as wgmma_rs reads it
+    float row_max[2], row_sum[2], gate[2];
 
     __device__ Consumer(const AttentionArguments& p, AttentionShared<T, D>& shared, int number)
-        : p(p), shared(shared), number(number), turns(number) {}
+        : p(p), shared(shared), number(number), scheduler_barrier(number) {}
 
-    struct Part {
+    struct ThreadCoord {
         int thread, lane, row;  // in the warpgroup and the warp; a thread's first row of the tile, the second one comes 8 later
     };
-    // Worked out again for each tile, like all that the loops over keys have no registers to keep.
-    __device__ static Part part() {
+    // Recomputed for each tile, as the loops over keys have no registers to keep it.
+    __device__ static ThreadCoord thread_coord() {
         int thread = threadIdx.x;
         forget(thread);
         return {thread % 128, thread % 32, (thread / 128 - 1) * 64 + thread / 32 % 4 * 16 + thread % 32 / 4};
     }
 
-    // Each warp says when it is done with something in shared memory.
+    // Each warp arrives once when it no longer reads a stage of shared memory.
     __device__ static void release(Barrier& empty) {
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
     }
 
     __device__ void issue_logits(float (&s)[logits], int stage) const {
         constexpr uint32_t panel = sizeof(shared.q.at[0]), panel_k = sizeof(shared.k[0].at[0]);
-        const uint64_t q = describe(&shared.q.at[0][64 * number], panel), keys = describe(&shared.k[stage], panel_k);
+        const uint64_t q = wgmma_descriptor(&shared.q.at[0][64 * number], panel), keys = wgmma_descriptor(&shared.k[stage], panel_k);
 #pragma unroll
         for (int i = 0; i < D / 16; ++i)  // 16 columns are 32 bytes; addresses count 16
-            product(T{}, s, q + (i / 4 * panel + i % 4 * 32) / 16, keys + (i / 4 * panel_k + i % 4 * 32) / 16, i > 0);
-        product_commit();
+            wgmma_ss(T{}, s, q + (i / 4 * panel + i % 4 * 32) / 16, keys + (i / 4 * panel_k + i % 4 * 32) / 16, i > 0);
+        wgmma_commit();
     }
 
     __device__ void issue_values(int stage) {
-        const uint64_t values = describe(&shared.v[stage], sizeof(shared.v[0].at[0]));
+        const uint64_t values = wgmma_descriptor(&shared.v[stage], sizeof(shared.v[0].at[0]));
 #pragma unroll
-        for (int i = 0; i < Tile::keys / 16; ++i) product(T{}, out, weights + 4 * i, values + i * 16 * 128 / 16);  // 16 rows of 128 bytes
-        product_commit();
+        for (int i = 0; i < Tile::keys / 16; ++i) wgmma_rs(T{}, out, probs + 4 * i, values + i * 16 * 128 / 16);  // 16 rows of 128 bytes
+        wgmma_commit();
     }
 
-    // Adds the bias (then logits are natural), masks keys past the end, and moves maximum and denominator on. Leaves exponentials in `s`
-    // and returns in `shrink` what earlier sums have to be multiplied with.
+    // Adds the bias (then logits are natural), masks keys past the end, and updates the running maximum and sum. Leaves exponentials in `s`
+    // and returns in `rescale` the factor of earlier sums.
     template <bool BIASED>
-    __device__ void softmax(float (&s)[logits], int tile, const float* bias, bool ragged, float (&shrink)[2]) {
+    __device__ void softmax(float (&s)[logits], int tile, const float* bias, bool ragged, float (&rescale)[2]) {
         const int column = tile * Tile::keys + threadIdx.x % 4 * 2, keys = p.schedule.keys;
         if (BIASED) {
 #pragma unroll
@@ -206,109 +207,110 @@ struct Consumer {
         const float to_base2 = BIASED ? log2e : p.scale * log2e;
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            float most = top[row];
+            float row_max_new = row_max[row];
 #pragma unroll
-            for (int i = 2 * row; i < logits; i += 4) most = fmaxf(most, fmaxf(s[i], s[i + 1]));
-            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-            const float shift = most == -INFINITY ? 0.0f : most, scaled = shift * to_base2;
-            shrink[row] = exp2_unit((top[row] - shift) * to_base2);
-            top[row] = most;
+            for (int i = 2 * row; i < logits; i += 4) row_max_new = fmaxf(row_max_new, fmaxf(s[i], s[i + 1]));
+            row_max_new = fmaxf(row_max_new, __shfl_xor_sync(0xffffffffu, row_max_new, 1));
+            row_max_new = fmaxf(row_max_new, __shfl_xor_sync(0xffffffffu, row_max_new, 2));
+            const float shift = row_max_new == -INFINITY ? 0.0f : row_max_new, scaled = shift * to_base2;
+            rescale[row] = ex2_approx((row_max[row] - shift) * to_base2);
+            row_max[row] = row_max_new;
             float sum = 0.0f;
 #pragma unroll
             for (int i = 2 * row; i < logits; i += 4)
 #pragma unroll
                 for (int odd = 0; odd < 2; ++odd) {
                     const float x = BIASED ? (s[i + odd] - shift) * log2e : fmaf(s[i + odd], to_base2, -scaled);
-                    s[i + odd] = (i / 2 + odd) % polynomial_every == polynomial_every - 1 ? exp2_polynomial(x) : exp2_unit(x);
+                    s[i + odd] = (i / 2 + odd) % polynomial_every == polynomial_every - 1 ? exp2_polynomial(x) : ex2_approx(x);
                     sum += s[i + odd];
                 }
-            total[row] = total[row] * shrink[row] + sum;
+            row_sum[row] = row_sum[row] * rescale[row] + sum;
         }
     }
 
-    __device__ void round_weights(const float (&s)[logits]) {
+    __device__ void round_probs(const float (&s)[logits]) {
 #pragma unroll
-        for (int i = 0; i < logits / 2; ++i) weights[i] = pack(T{}, s[2 * i], s[2 * i + 1]);
+        for (int i = 0; i < logits / 2; ++i) probs[i] = pack(T{}, s[2 * i], s[2 * i + 1]);
     }
 
     template <bool BIASED>
-    __device__ void attend(int tile, int first_tile, const float* bias) {
+    __device__ void mma(int tile, int first_tile, const float* bias) {
 #pragma unroll
         for (float& x : out) x = 0.0f;
-        top[0] = top[1] = -INFINITY, total[0] = total[1] = 0.0f;
-        float s[logits], shrink[2];
+        row_max[0] = row_max[1] = -INFINITY, row_sum[0] = row_sum[1] = 0.0f;
+        float s[logits], rescale[2];
 
-        barrier_wait(shared.q_full, taken_q++ % 2);
-        Place<Tile::stages> k(taken), v(taken);
-        barrier_wait(shared.k_full[k.stage], k.parity);
-        product_fence();
-        issue_logits(s, k.stage);
-        product_wait<0>();
-        pin(s);
-        release(shared.k_empty[k.stage]);
-        softmax<BIASED>(s, tile, bias, (tile + 1) * Tile::keys > p.schedule.keys, shrink);
-        round_weights(s);
+        mbarrier_wait(shared.q_full, tiles_q++ % 2);
+        PipelineState<Tile::stages> current(tiles_k);  // of the key tile whose logits are computed; its values follow one step later
+        mbarrier_wait(shared.k_full[current.stage], current.parity);
+        wgmma_fence();
+        issue_logits(s, current.stage);
+        wgmma_wait<0>();
+        fence_operand(s);
+        release(shared.k_empty[current.stage]);
+        softmax<BIASED>(s, tile, bias, (tile + 1) * Tile::keys > p.schedule.keys, rescale);
+        round_probs(s);
 
 #pragma unroll 1
         while (--tile >= first_tile) {
-            v = k, k = Place<Tile::stages>(++taken);
-            barrier_wait(shared.k_full[k.stage], k.parity);
-            turns.wait();
-            product_fence();
-            issue_logits(s, k.stage);
-            barrier_wait(shared.v_full[v.stage], v.parity);
-            product_fence();
-            issue_values(v.stage);
-            turns.pass();
-            product_wait<BIASED ? 0 : 1>();  // registers do not suffice for a product and a softmax with a bias at once
-            pin(s);
-            release(shared.k_empty[k.stage]);
-            softmax<BIASED>(s, tile, bias, false, shrink);
-            pin(s);
-            if (total[0] + total[1] < 0.0f) __trap();  // never; ptxas would wait first and exponentiate later, but moves nothing over a branch
-            product_wait<0>();
-            pin(out);
-            release(shared.v_empty[v.stage]);
-            if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f))  // a maximum moved, which soon becomes rare
+            const PipelineState<Tile::stages> previous = current;
+            current = PipelineState<Tile::stages>(++tiles_k);
+            mbarrier_wait(shared.k_full[current.stage], current.parity);
+            scheduler_barrier.wait();
+            wgmma_fence();
+            issue_logits(s, current.stage);
+            mbarrier_wait(shared.v_full[previous.stage], previous.parity);
+            wgmma_fence();
+            issue_values(previous.stage);
+            scheduler_barrier.pass();
+            wgmma_wait<BIASED ? 0 : 1>();  // there are too few registers to run a wgmma under a softmax with a bias
+            fence_operand(s);
+            release(shared.k_empty[current.stage]);
+            softmax<BIASED>(s, tile, bias, false, rescale);
+            fence_operand(s);
+            if (row_sum[0] + row_sum[1] < 0.0f) __trap();  // never taken: the branch keeps ptxas from moving the wait before the exponentials
+            wgmma_wait<0>();
+            fence_operand(out);
+            release(shared.v_empty[previous.stage]);
+            if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f))  // a maximum moved, which soon becomes rare
 #pragma unroll
-                for (int i = 0; i < D / 2; ++i) out[i] *= shrink[i / 2 % 2];
-            round_weights(s);
+                for (int i = 0; i < D / 2; ++i) out[i] *= rescale[i / 2 % 2];
+            round_probs(s);
         }
-        ++taken;
+        ++tiles_k;
 
         release(shared.q_empty);
-        barrier_wait(shared.v_full[k.stage], k.parity);
-        product_fence();
-        issue_values(k.stage);
-        product_wait<0>();
-        pin(out);
-        release(shared.v_empty[k.stage]);
+        mbarrier_wait(shared.v_full[current.stage], current.parity);
+        wgmma_fence();
+        issue_values(current.stage);
+        wgmma_wait<0>();
+        fence_operand(out);
+        release(shared.v_empty[current.stage]);
     }
 
-    // Divides, and writes the rows that are this tile's. Halves go through shared memory, to leave in runs of 128 bytes.
+    // Divides by the sum and writes the rows of this tile. 16-bit results go through shared memory and leave in runs of 128 bytes.
     template <bool BIASED>
-    __device__ void write(const Work& work) {
-        const Schedule& schedule = p.schedule;
-        const Part own = part();
+    __device__ void epilogue(const WorkTile& work) {
+        const TileScheduler& schedule = p.schedule;
+        const ThreadCoord own = thread_coord();
         const int64_t head = static_cast<int64_t>(work.batch) * schedule.heads + work.head;
         const int64_t split = static_cast<int64_t>(work.split) * schedule.batch * schedule.heads + head;
         const bool whole = schedule.splits == 1;
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            total[row] += __shfl_xor_sync(0xffffffffu, total[row], 1);
-            total[row] += __shfl_xor_sync(0xffffffffu, total[row], 2);
-            const bool dead = total[row] == 0.0f || (top[row] == -INFINITY && total[row] == total[row]);  // all logits -inf
-            const float factor = dead ? 0.0f : 1.0f / total[row];
+            row_sum[row] += __shfl_xor_sync(0xffffffffu, row_sum[row], 1);
+            row_sum[row] += __shfl_xor_sync(0xffffffffu, row_sum[row], 2);
+            const bool fully_masked = row_sum[row] == 0.0f || (row_max[row] == -INFINITY && row_sum[row] == row_sum[row]);  // all logits -inf
+            const float factor = fully_masked ? 0.0f : 1.0f / row_sum[row];
             const int n = schedule.row(work.tile, own.row + 8 * row);
             if (n >= 0 && own.lane % 4 == 0) {
-                const float lse = dead ? -INFINITY : (BIASED ? top[row] : top[row] * p.scale) + logf(total[row]);
-                (whole ? p.lse + head * schedule.queries : p.part_lse + split * schedule.queries)[n] = lse;
+                const float lse = fully_masked ? -INFINITY : (BIASED ? row_max[row] : row_max[row] * p.scale) + logf(row_sum[row]);
+                (whole ? p.lse + head * schedule.queries : p.lse_partial + split * schedule.queries)[n] = lse;
             }
 #pragma unroll
             for (int i = 2 * row; i < D / 2; i += 4) out[i] *= factor, out[i + 1] *= factor;
             if (!whole && n >= 0) {
-                float* const to = p.parts + (split * schedule.queries + n) * D + own.lane % 4 * 2;
+                float* const to = p.out_partial + (split * schedule.queries + n) * D + own.lane % 4 * 2;
 #pragma unroll
                 for (int i = 2 * row; i < D / 2; i += 4) *reinterpret_cast<float2*>(to + i / 4 * 8) = make_float2(out[i], out[i + 1]);
             }
@@ -316,13 +318,13 @@ struct Consumer {
         if (!whole) return;
 
         const int barrier = 1 + Tile::consumers + number;
-        sync_threads(barrier, 128);  // everybody has read what the last tile left here
+        named_barrier_sync(barrier, 128);  // all threads have read the last tile's rows
 #pragma unroll
         for (int i = 0; i < D / 2; i += 2) {
             const int row = own.row + i / 2 % 2 * 8, group = i / 4;
             *reinterpret_cast<uint32_t*>(shared.out.chunk(group / 8, row, group % 8) + own.lane % 4 * 2) = pack(T{}, out[i], out[i + 1]);
         }
-        sync_threads(barrier, 128);
+        named_barrier_sync(barrier, 128);
         T* const base = static_cast<T*>(p.out) + work.batch * p.out_stride[0] + work.head * p.out_stride[1];
 #pragma unroll 1
         for (int i = own.thread; i < 64 * 8; i += 128) {
@@ -336,82 +338,82 @@ struct Consumer {
     }
 
     template <bool BIASED>
-    __device__ void attend_and_write(int index) {
-        const Work work = p.schedule.at(index);
-        attend<BIASED>(work.last_key_tile - 1, work.first_key_tile, BIASED ? p.bias + work.batch * p.bias_stride : nullptr);
-        forget(index);  // cheaper to work it out again than to keep it in registers meanwhile
-        write<BIASED>(p.schedule.at(index));
+    __device__ void mma_and_epilogue(int index) {
+        const WorkTile work = p.schedule.at(index);
+        mma<BIASED>(work.last_key_tile - 1, work.first_key_tile, BIASED ? p.bias + work.batch * p.bias_stride : nullptr);
+        forget(index);  // recomputing it is cheaper than keeping it in registers
+        epilogue<BIASED>(p.schedule.at(index));
     }
 
     __device__ void run() {
-        const Schedule& schedule = p.schedule;
+        const TileScheduler& schedule = p.schedule;
         for (int index = blockIdx.x; index < schedule.work; index += gridDim.x) {
-            const Work work = schedule.at(index);
+            const WorkTile work = schedule.at(index);
             bool biased = schedule.packed(work.tile);
             gate[0] = gate[1] = 0.0f;
             if (p.gate && (biased || schedule.special == 0)) {
-                const Part own = part();
+                const ThreadCoord own = thread_coord();
 #pragma unroll
                 for (int row = 0; row < 2; ++row) {
                     const int n = schedule.row(work.tile, own.row + 8 * row);
                     if (n >= 0) gate[row] = p.gate[work.batch * p.gate_stride + n];
                 }
                 // without a layout any row may be gated
-                if (schedule.special == 0) biased = any_of_threads(gate[0] != 0.0f || gate[1] != 0.0f, 1 + Tile::consumers + number, 128);
+                if (schedule.special == 0) biased = named_barrier_or(gate[0] != 0.0f || gate[1] != 0.0f, 1 + Tile::consumers + number, 128);
             }
             if (biased)
-                attend_and_write<true>(index);
+                mma_and_epilogue<true>(index);
             else
-                attend_and_write<false>(index);
+                mma_and_epilogue<false>(index);
         }
     }
 };
 
-// As many blocks as there are multiprocessors, or as there is work.
+// One block per multiprocessor, or fewer if there are fewer tiles.
 template <class T, int D>
-__global__ void __launch_bounds__(AttentionTile<T, D>::threads, 1) attention(const __grid_constant__ AttentionArguments p) {
+__global__ void __launch_bounds__(AttentionTile<T, D>::threads, 1) mask_attention_fwd_kernel(const __grid_constant__ AttentionArguments p) {
     using Tile = AttentionTile<T, D>;
     auto& shared = *reinterpret_cast<AttentionShared<T, D>*>(dynamic_shared());
     if (threadIdx.x == 0) {
-        prefetch_map(p.q), prefetch_map(p.k), prefetch_map(p.v);
+        prefetch_tensormap(p.q), prefetch_tensormap(p.k), prefetch_tensormap(p.v);
         constexpr int warps = 4 * Tile::consumers;
-        barrier_init(shared.q_full, 1), barrier_init(shared.q_empty, warps);
+        mbarrier_init(shared.q_full, 1), mbarrier_init(shared.q_empty, warps);
         for (int i = 0; i < Tile::stages; ++i) {
-            barrier_init(shared.k_full[i], 1), barrier_init(shared.k_empty[i], warps);
-            barrier_init(shared.v_full[i], 1), barrier_init(shared.v_empty[i], warps);
+            mbarrier_init(shared.k_full[i], 1), mbarrier_init(shared.k_empty[i], warps);
+            mbarrier_init(shared.v_full[i], 1), mbarrier_init(shared.v_empty[i], warps);
         }
-        barrier_init_done();
+        fence_mbarrier_init();
     }
     __syncthreads();
     const int warpgroup = threadIdx.x / 128;
     if (warpgroup == 0) {
-        give_registers<Tile::producer_registers>();
-        if (threadIdx.x == 0) produce<T, D>(p, shared);
+        setmaxnreg_dec<Tile::producer_registers>();
+        if (threadIdx.x == 0) load<T, D>(p, shared);
     } else {
-        take_registers<Tile::consumer_registers>();
+        setmaxnreg_inc<Tile::consumer_registers>();
         Consumer<T, D>(p, shared, warpgroup - 1).run();
     }
-    __syncthreads();  // ptxas gives each role its own number of registers only if they come together again
+    __syncthreads();  // ptxas gives each role its own register count only if the roles meet again
 }
 
 constexpr int merge_threads = 128;
 
 // One thread per four columns of a row.
 template <class T, int D>
-__global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ AttentionArguments p) {
-    const Schedule& schedule = p.schedule;
+__global__ void __launch_bounds__(merge_threads) mask_attention_fwd_kernel_merge(const __grid_constant__ AttentionArguments p) {
+    const TileScheduler& schedule = p.schedule;
     const int64_t rows = static_cast<int64_t>(schedule.batch) * schedule.heads * schedule.queries;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * merge_threads + threadIdx.x, row = index / (D / 4);
     const int column = static_cast<int>(index % (D / 4)) * 4;
     if (row >= rows) return;
     Merge merge;
-    for (int i = 0; i < schedule.splits; ++i) merge.see(p.part_lse[i * rows + row]);
+    for (int i = 0; i < schedule.splits; ++i) merge.see(p.lse_partial[i * rows + row]);
     float sum[4] = {};
     for (int i = 0; i < schedule.splits; ++i) {
-        const float weight = merge.weight(p.part_lse[i * rows + row]);
-        const float* part = p.parts + (i * rows + row) * D + column;
+        const float weight = merge.weight(p.lse_partial[i * rows + row]);
+        const float* partial = p.out_partial + (i * rows + row) * D + column;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[j] += weight * part[j];
+        for (int j = 0; j < 4; ++j) sum[j] += weight * partial[j];
     }
     const int64_t head = row / schedule.queries, n = row % schedule.queries;
     T* to = static_cast<T*>(p.out) + head / schedule.heads * p.out_stride[0] + head % schedule.heads * p.out_stride[1] + n * p.out_stride[2] + column;

@@ -14,14 +14,15 @@ Status launch(const MaskHead& p, const HeadStatistics& space, cudaStream_t strea
     const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); };
     const auto frames = static_cast<unsigned>(p.batch * p.frames);
     using Statistics = StatisticsTile<T>;
-    statistics<T><<<dim3(frames, ceil_div(p.channels, Statistics::channels)), Statistics::threads, 0, stream>>>(p, space, aligned<T>(p));
+    mask_head_fwd_kernel_stats<T>
+        <<<dim3(frames, ceil_div(p.channels, Statistics::channels)), Statistics::threads, 0, stream>>>(p, space, aligned<T>(p));
     if (const Status status = to_status(cudaGetLastError()); status != Status::ok) return status;
 
     using Tile = HeadTile<HIDDEN>;
     const int bytes = Tile::floats(static_cast<int>(p.width)) * static_cast<int>(sizeof(float));
-    const cudaError_t error = cudaFuncSetAttribute(head<T, HIDDEN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t error = cudaFuncSetAttribute(mask_head_fwd_kernel<T, HIDDEN>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return to_status(error);
-    head<T, HIDDEN>
+    mask_head_fwd_kernel<T, HIDDEN>
         <<<dim3(ceil_div(p.height * p.width, Tile::patches), frames), Tile::threads, static_cast<unsigned>(bytes), stream>>>(p, space, aligned<T>(p));
     return to_status(cudaGetLastError());
 }

@@ -55,7 +55,7 @@ struct StatisticsTile {
 
 // Grid (batch * frames, blocks of channels).
 template <class T>
-__global__ void __launch_bounds__(StatisticsTile<T>::threads) statistics(const MaskHead p, const HeadStatistics to, bool aligned) {
+__global__ void __launch_bounds__(StatisticsTile<T>::threads) mask_head_fwd_kernel_stats(const MaskHead p, const HeadStatistics to, bool aligned) {
     using Tile = StatisticsTile<T>;
     constexpr int size = Pack<T>::size;
     const int lane = threadIdx.x % Tile::lanes, row = threadIdx.x / Tile::lanes, channel = blockIdx.y * Tile::channels + lane * size;
@@ -123,7 +123,7 @@ struct HeadTile {
 
 // Grid (tiles of patches, batch * frames). Hidden layers up to HIDDEN.
 template <class T, int HIDDEN>
-__global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) head(const MaskHead p, const HeadStatistics statistics, bool aligned) {
+__global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) mask_head_fwd_kernel(const MaskHead p, const HeadStatistics statistics, bool aligned) {
     using Tile = HeadTile<HIDDEN>;
     constexpr int size = Pack<T>::size, C = Tile::channels;
     constexpr bool three = sizeof(T) == 4;  // products, for all digits of fp32
@@ -159,14 +159,14 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) head(const MaskHead
             for (int i = thread; i < HIDDEN * C / 4; i += Tile::threads) {
                 const int n = i / (C / 4), c = block * C + i % (C / 4) * 4;
                 const bool valid = n < hidden && c < channels;
-                copy_later<16>(w2 + n * Tile::pitch + i % (C / 4) * 4, valid ? p.w2 + static_cast<int64_t>(n) * channels + c : p.w2, valid);
+                cp_async<16>(w2 + n * Tile::pitch + i % (C / 4) * 4, valid ? p.w2 + static_cast<int64_t>(n) * channels + c : p.w2, valid);
             }
         else
 #pragma unroll 1
             for (int i = thread; i < HIDDEN * C; i += Tile::threads) {
                 const int n = i / C, c = block * C + i % C;
                 const bool valid = n < hidden && c < channels;
-                copy_later<4>(w2 + n * Tile::pitch + i % C, valid ? p.w2 + static_cast<int64_t>(n) * channels + c : p.w2, valid);
+                cp_async<4>(w2 + n * Tile::pitch + i % C, valid ? p.w2 + static_cast<int64_t>(n) * channels + c : p.w2, valid);
             }
     };
 
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) head(const MaskHead
 #pragma unroll
             for (int j = 0; j < 4; ++j) active[at * Tile::pitch + c + j] = gelu(a[j]);
         }
-        copies_wait();
+        cp_async_wait_all();
         __syncthreads();
 
 #pragma unroll 1
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) head(const MaskHead
                 }
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
-                    if (three) product_tf32(out[m][n], a_rest[m], b), product_tf32(out[m][n], a[m], b_rest);
-                    product_tf32(out[m][n], a[m], b);
+                    if (three) mma_m16n8k8_tf32(out[m][n], a_rest[m], b), mma_m16n8k8_tf32(out[m][n], a[m], b_rest);
+                    mma_m16n8k8_tf32(out[m][n], a[m], b);
                 }
             }
         }

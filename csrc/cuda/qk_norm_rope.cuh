@@ -37,8 +37,8 @@ __device__ float sum(float x) {
 }
 
 template <class T, int D>
-__device__ void normalise_and_turn(float (&x)[Group<T, D>::per_lane], const float* weight, const float* bias, const float* cos, const float* sin,
-                                   float sign, float eps) {
+__device__ void norm_and_rotate(float (&x)[Group<T, D>::per_lane], const float* weight, const float* bias, const float* cos, const float* sin,
+                                float sign, float eps) {
     using G = Group<T, D>;
     float mean = 0.0f, square = 0.0f;
 #pragma unroll
@@ -60,7 +60,7 @@ __device__ void normalise_and_turn(float (&x)[Group<T, D>::per_lane], const floa
 
 // Grid (tiles of tokens * batch * heads,).
 template <class T, int D>
-__global__ void __launch_bounds__(threads) forward(const QkNormRope p, int tiles, bool aligned) {
+__global__ void __launch_bounds__(threads) qk_norm_rope_fwd_kernel(const QkNormRope p, int tiles, bool aligned) {
     using G = Group<T, D>;
     constexpr int quarter = D / 4;
     const int lane = threadIdx.x % G::lanes, channel = lane * G::per_lane;
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(threads) forward(const QkNormRope p, int tiles
     const int position = patch < 0 ? 0 : (axis == 0 ? patch / width : patch % width) + 1;
     const float sign = channel % (D / 2) < quarter ? -1.0f : 1.0f;
     const float *cos = p.cos + position * quarter + first, *sin = p.sin + position * quarter + first;
-    normalise_and_turn<T, D>(q, p.q_weight + channel, p.q_bias + channel, cos, sin, sign, p.eps);
-    normalise_and_turn<T, D>(k, p.k_weight + channel, p.k_bias + channel, cos, sin, sign, p.eps);
+    norm_and_rotate<T, D>(q, p.q_weight + channel, p.q_bias + channel, cos, sin, sign, p.eps);
+    norm_and_rotate<T, D>(k, p.k_weight + channel, p.k_bias + channel, cos, sin, sign, p.eps);
 
     if (n >= tokens) return;
     const int64_t to = (head_of_batch * p.tokens + n) * D + channel;

@@ -16,26 +16,26 @@
 namespace page4d::cuda {
 
 // A tile of query rows of one head, against a range of key tiles.
-struct Work {
+struct WorkTile {
     int tile, split, head, batch;
     int first_key_tile, last_key_tile;  // without the last
 };
 
 // Which work there is, in order. Query rows of a head come in tiles. With a layout the gated rows, first `special` of each frame, are gathered into
 // packed tiles of whole frames, which come first; the other tiles are contiguous and leave the special rows to the packed ones.
-struct Schedule {
+struct TileScheduler {
     int queries, keys, heads, batch;
     int per_frame, special, frames;  // special = 0: no layout
     int tile_rows, tile_keys, splits;
-    // What follows, worked out once: a kernel would keep it in registers.
+    // Derived once on the host: a kernel would keep these in registers.
     int packed_frames, packed_tiles;       // frames of a packed tile, and how many there are
     int tiles, key_tiles, key_tiles_each;  // of a head, and of a split
     int work;                              // in all
 
     PAGE4D_HOST_DEVICE static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-    Schedule() = default;
-    Schedule(int queries, int keys, int heads, int batch, int per_frame, int special, int frames, int tile_rows, int tile_keys, int splits)
+    TileScheduler() = default;
+    TileScheduler(int queries, int keys, int heads, int batch, int per_frame, int special, int frames, int tile_rows, int tile_keys, int splits)
         : queries(queries),
           keys(keys),
           heads(heads),
@@ -55,7 +55,7 @@ struct Schedule {
     }
 
     // Tiles of one head are neighbours, so that blocks share its keys in the L2 cache.
-    PAGE4D_HOST_DEVICE Work at(int index) const {
+    PAGE4D_HOST_DEVICE WorkTile at(int index) const {
         const int tile = index % tiles, rest = index / tiles, split = rest % splits, head = rest / splits;
         const int first = split * key_tiles_each, last = first + key_tiles_each;
         return {tile, split, head % heads, head / heads, first, last < key_tiles ? last : key_tiles};
@@ -75,26 +75,26 @@ struct Schedule {
 };
 
 // The number of splits that have keys when `tiles` are shared by `splits`.
-inline int whole_splits(int tiles, int splits) { return Schedule::ceil_div(tiles, Schedule::ceil_div(tiles, splits)); }
+inline int whole_splits(int tiles, int splits) { return TileScheduler::ceil_div(tiles, TileScheduler::ceil_div(tiles, splits)); }
 
 // Over how many blocks the keys of a tile are split: enough to fill the device, and at least 8 key tiles each.
-inline int splits_for(const Schedule& whole, int multiprocessors) {
+inline int splits_for(const TileScheduler& whole, int multiprocessors) {
     const int most = whole.key_tiles / 8, wanted = multiprocessors / whole.work, splits = wanted < most ? wanted : most;
     return splits < 2 ? 1 : whole_splits(whole.key_tiles, splits);
 }
 
-// Joins partial results by their log-sum-exp, in order: out = sum_i exp(lse_i - top) out_i / sum_i exp(lse_i - top).
+// Joins partial results by their log-sum-exp, in order: out = sum_i exp(lse_i - row_max) out_i / sum_i exp(lse_i - row_max).
 struct Merge {
-    float top = -INFINITY, total = 0.0f;
+    float row_max = -INFINITY, row_sum = 0.0f;
 
-    PAGE4D_HOST_DEVICE void see(float lse) { top = lse > top || lse != lse ? lse : top; }  // all of them first; NaN stays
+    PAGE4D_HOST_DEVICE void see(float lse) { row_max = lse > row_max || lse != lse ? lse : row_max; }  // all of them first; NaN stays
     PAGE4D_HOST_DEVICE float weight(float lse) {
-        const float w = top == -INFINITY ? 0.0f : expf(lse - top);
-        total += w;
+        const float w = row_max == -INFINITY ? 0.0f : expf(lse - row_max);
+        row_sum += w;
         return w;
     }
-    PAGE4D_HOST_DEVICE float factor() const { return total == 0.0f ? 0.0f : 1.0f / total; }
-    PAGE4D_HOST_DEVICE float lse() const { return total == 0.0f ? -INFINITY : top + logf(total); }
+    PAGE4D_HOST_DEVICE float factor() const { return row_sum == 0.0f ? 0.0f : 1.0f / row_sum; }
+    PAGE4D_HOST_DEVICE float lse() const { return row_sum == 0.0f ? -INFINITY : row_max + logf(row_sum); }
 };
 
 }  // namespace page4d::cuda

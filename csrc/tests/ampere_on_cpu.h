@@ -8,7 +8,7 @@ namespace page4d::cuda {
 inline float to_tf32(float x) { return bits_as<float>((bits_as<uint32_t>(x) + 0x1000) & ~0x1fffu); }
 
 // A product reads tf32: what a kernel did not round before is cut off.
-inline void product_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+inline void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
     struct Lane {
         float *d, a[4], b[2];
     };
@@ -35,7 +35,7 @@ inline std::vector<std::function<void()>>& copies_of_thread() {
     return copies[threadIdx.x];
 }
 template <int BYTES>
-void copy_later(float* to, const float* from, bool valid) {
+void cp_async(float* to, const float* from, bool valid) {
     if (reinterpret_cast<uintptr_t>(to) % BYTES != 0 || reinterpret_cast<uintptr_t>(from) % BYTES != 0) {
         std::printf("a copy of %d bytes that are not aligned\n", BYTES);
         std::exit(1);
@@ -45,7 +45,7 @@ void copy_later(float* to, const float* from, bool valid) {
         for (size_t i = 0; i < BYTES / sizeof(float); ++i) to[i] = valid ? from[i] : 0.0f;
     });
 }
-inline void copies_wait() {
+inline void cp_async_wait_all() {
     for (const auto& copy : copies_of_thread()) copy();
     copies_of_thread().clear();
 }

@@ -12,7 +12,7 @@ namespace page4d::tests {
 namespace {
 
 using cuda::AttentionTile;
-using cuda::Schedule;
+using cuda::TileScheduler;
 
 enum class Gate { none, layout, anywhere };
 
@@ -64,8 +64,8 @@ void attention_case(const Case& c) {
 
     const size_t rows = static_cast<size_t>(c.batch * c.heads) * static_cast<size_t>(queries);
     std::vector<T> out(rows * D, rounded<T>(NAN));
-    std::vector<float> lse(rows, NAN), parts(c.splits > 1 ? static_cast<size_t>(c.splits) * rows * D : 0, NAN),
-        part_lse(static_cast<size_t>(c.splits) * rows, NAN);
+    std::vector<float> lse(rows, NAN), out_partial(c.splits > 1 ? static_cast<size_t>(c.splits) * rows * D : 0, NAN),
+        lse_partial(static_cast<size_t>(c.splits) * rows, NAN);
     cuda::AttentionArguments p{};
     const auto map = [&](cuda::TensorMap& to, int which, int tokens, int box) {
         to = {qkv.data() + which * c.heads * D, 4, {D, tokens, c.heads, c.batch}, {1, row, D, batch_stride}, {64, box, 1, 1}};
@@ -80,15 +80,15 @@ void attention_case(const Case& c) {
                   {1, row, c.per_frame * row, D, batch_stride},
                   {64, c.special, p.schedule.packed_frames, 1, 1}};
     if (c.gate != Gate::none) p.gate = gate.data(), p.bias = bias.data();
-    p.out = out.data(), p.lse = lse.data(), p.parts = parts.data(), p.part_lse = part_lse.data();
+    p.out = out.data(), p.lse = lse.data(), p.out_partial = out_partial.data(), p.lse_partial = lse_partial.data();
     p.out_stride[0] = static_cast<int64_t>(queries) * c.heads * D, p.out_stride[1] = D, p.out_stride[2] = c.heads * D;  // token-major
     p.gate_stride = queries, p.bias_stride = keys, p.scale = 1.0f / std::sqrt(static_cast<float>(D));
 
-    launch_on_cpu({c.blocks, 1}, Tile::threads, random(), cuda::attention<T, D>, p);
+    launch_on_cpu({c.blocks, 1}, Tile::threads, random(), cuda::mask_attention_fwd_kernel<T, D>, p);
     if (c.splits > 1) {
         const size_t pieces = rows * D / 4;
         launch_on_cpu({static_cast<unsigned>((pieces + cuda::merge_threads - 1) / cuda::merge_threads), 1}, cuda::merge_threads, random(),
-                      cuda::merge<T, D>, p);
+                      cuda::mask_attention_fwd_kernel_merge<T, D>, p);
     }
 
     bool good = true;
@@ -97,32 +97,32 @@ void attention_case(const Case& c) {
     for (int b = 0; b < c.batch; ++b)
         for (int h = 0; h < c.heads; ++h)
             for (int n = 0; n < queries; ++n) {
-                double most = -INFINITY, total = 0;
+                double row_max = -INFINITY, row_sum = 0;
                 for (int m = 0; m < keys; ++m) {
                     double logit = 0;
                     for (int d = 0; d < D; ++d) logit += static_cast<double>(at(0, b, h, n, d)) * at(1, b, h, m, d);
                     logit *= p.scale;
                     if (p.gate) logit += static_cast<double>(gate[static_cast<size_t>(b * queries + n)]) * bias[static_cast<size_t>(b * keys + m)];
-                    weight[static_cast<size_t>(m)] = logit, most = std::max(most, logit);
+                    weight[static_cast<size_t>(m)] = logit, row_max = std::max(row_max, logit);
                 }
-                const bool dead = c.extremes && n == 7;
-                for (double& w : weight) total += w = dead ? 0.0 : std::exp(w - most);
+                const bool fully_masked = c.extremes && n == 7;
+                for (double& w : weight) row_sum += w = fully_masked ? 0.0 : std::exp(w - row_max);
                 const size_t index = (static_cast<size_t>(b) * static_cast<size_t>(c.heads) + static_cast<size_t>(h)) * static_cast<size_t>(queries) +
                                      static_cast<size_t>(n);
-                if (dead)
-                    good = good && lse[index] == -INFINITY, total = 1.0;
-                else if (total == total)
-                    good = good && std::abs(lse[index] - (most + std::log(total))) < 1e-4 * (1 + std::abs(most));
+                if (fully_masked)
+                    good = good && lse[index] == -INFINITY, row_sum = 1.0;
+                else if (row_sum == row_sum)
+                    good = good && std::abs(lse[index] - (row_max + std::log(row_sum))) < 1e-4 * (1 + std::abs(row_max));
                 else
                     good = good && lse[index] != lse[index];
                 for (int d = 0; d < D; ++d) {
                     double want = 0, size = 0;
                     for (int m = 0; m < keys; ++m) {
-                        const double term = weight[static_cast<size_t>(m)] / total * at(2, b, h, m, d);
+                        const double term = weight[static_cast<size_t>(m)] / row_sum * at(2, b, h, m, d);
                         want += term, size += std::abs(term);
                     }
                     const float got = value(out[static_cast<size_t>((static_cast<int64_t>(b) * queries + n) * c.heads * D + h * D + d)]);
-                    const double epsilon = std::is_same_v<T, __half> ? 6e-4 : 4e-3;  // of the weights, and of the result
+                    const double epsilon = std::is_same_v<T, __half> ? 6e-4 : 4e-3;  // of the probs, and of the result
                     const double error = want != want && got != got ? 0.0 : std::abs(got - want) / (epsilon * (size + std::abs(want)) + 1e-6);
                     good = good && error < 1;  // false for NaN
                     worst = std::max(worst, error);
@@ -150,12 +150,12 @@ void kernel_cases() {
 
 // Every row is written once, by a packed tile if it is special.
 void schedule_case(int frames, int per_frame, int special, int keys, int splits) {
-    const Schedule s{frames * per_frame, keys, 2, 3, per_frame, special, special ? frames : 0, 192, 128, splits};
+    const TileScheduler s{frames * per_frame, keys, 2, 3, per_frame, special, special ? frames : 0, 192, 128, splits};
     std::map<std::array<int, 4>, int> written;
     std::set<std::array<int, 4>> key_tiles;
     bool good = true;
     for (int index = 0; index < s.work; ++index) {
-        const cuda::Work work = s.at(index);
+        const cuda::WorkTile work = s.at(index);
         good = good && work.first_key_tile < work.last_key_tile && work.last_key_tile <= s.key_tiles;
         for (int i = 0; i < s.tile_rows; ++i)
             if (const int n = s.row(work.tile, i); n >= 0) {
@@ -178,7 +178,7 @@ void splits_cases() {
     check(splits(5, 35720) == 8, "five queries are split until the device is full: %d", splits(5, 35720));
     for (int tiles = 1; tiles < 40; ++tiles)
         for (int wanted = 1; wanted <= tiles; ++wanted) {
-            const int whole = cuda::whole_splits(tiles, wanted), span = Schedule::ceil_div(tiles, whole);
+            const int whole = cuda::whole_splits(tiles, wanted), span = TileScheduler::ceil_div(tiles, whole);
             check(whole >= 1 && whole <= wanted && (whole - 1) * span < tiles && whole * span >= tiles, "%d key tiles in %d splits: %d", tiles,
                   wanted, whole);
         }
@@ -188,12 +188,12 @@ void merge_cases() {
     cuda::Merge merge;
     const float lse[] = {1.0f, -INFINITY, 3.0f};
     for (const float x : lse) merge.see(x);
-    const float weights[] = {merge.weight(lse[0]), merge.weight(lse[1]), merge.weight(lse[2])};
+    const float probs[] = {merge.weight(lse[0]), merge.weight(lse[1]), merge.weight(lse[2])};
     check(std::abs(merge.lse() - std::log(std::exp(1.0f) + std::exp(3.0f))) < 1e-6f, "merge: log-sum-exp %f", merge.lse());
-    check(weights[1] == 0.0f && std::abs(weights[0] * merge.factor() - 1 / (1 + std::exp(2.0f))) < 1e-6f, "merge: weights");
-    cuda::Merge dead;
-    dead.see(-INFINITY);
-    check(dead.weight(-INFINITY) == 0.0f && dead.factor() == 0.0f && dead.lse() == -INFINITY, "merge: no logit is finite");
+    check(probs[1] == 0.0f && std::abs(probs[0] * merge.factor() - 1 / (1 + std::exp(2.0f))) < 1e-6f, "merge: probs");
+    cuda::Merge fully_masked;
+    fully_masked.see(-INFINITY);
+    check(fully_masked.weight(-INFINITY) == 0.0f && fully_masked.factor() == 0.0f && fully_masked.lse() == -INFINITY, "merge: no logit is finite");
     cuda::Merge nan;
     for (const float x : {1.0f, NAN, 2.0f}) nan.see(x);
     nan.weight(1.0f);

@@ -19,11 +19,11 @@ void run(const MaskHead& p, cuda::HeadStatistics space) {
     const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); };
     const auto frames = static_cast<unsigned>(p.batch * p.frames);
     using Statistics = cuda::StatisticsTile<T>;
-    launch_on_cpu({frames, ceil_div(p.channels, Statistics::channels)}, Statistics::threads, random(), cuda::statistics<T>, p, space,
+    launch_on_cpu({frames, ceil_div(p.channels, Statistics::channels)}, Statistics::threads, random(), cuda::mask_head_fwd_kernel_stats<T>, p, space,
                   cuda::aligned<T>(p));
     using Tile = cuda::HeadTile<HIDDEN>;
     std::fill_n(cuda::dynamic_floats(), Tile::floats(static_cast<int>(p.width)), NAN);
-    launch_on_cpu({ceil_div(p.height * p.width, Tile::patches), frames}, Tile::threads, random(), cuda::head<T, HIDDEN>, p, space,
+    launch_on_cpu({ceil_div(p.height * p.width, Tile::patches), frames}, Tile::threads, random(), cuda::mask_head_fwd_kernel<T, HIDDEN>, p, space,
                   cuda::aligned<T>(p));
 }
 

@@ -45,9 +45,9 @@ void rope_case(DType dtype, int64_t batch, int64_t frames, int64_t heads, int64_
         const int64_t tiles = (tokens + rows - 1) / rows;
         launch_on_cpu({static_cast<unsigned>(tiles * batch * heads), 1}, cuda::threads, random(), kernel, p, static_cast<int>(tiles), aligned);
     };
-    if (head_dim == 32) run(cuda::forward<T, 32>, cuda::Group<T, 32>::rows);
-    if (head_dim == 64) run(cuda::forward<T, 64>, cuda::Group<T, 64>::rows);
-    if (head_dim == 128) run(cuda::forward<T, 128>, cuda::Group<T, 128>::rows);
+    if (head_dim == 32) run(cuda::qk_norm_rope_fwd_kernel<T, 32>, cuda::Group<T, 32>::rows);
+    if (head_dim == 64) run(cuda::qk_norm_rope_fwd_kernel<T, 64>, cuda::Group<T, 64>::rows);
+    if (head_dim == 128) run(cuda::qk_norm_rope_fwd_kernel<T, 128>, cuda::Group<T, 128>::rows);
     const double rounding = dtype == DType::f32 ? 1e-5 : dtype == DType::f16 ? 1e-3 : 8e-3;
     for (size_t i = 0; i < outputs; ++i)
         for (const auto& [got, want] : {std::pair{cuda::value(q[i / cuda::Pack<T>::size].at[i % cuda::Pack<T>::size]), want_q[i]},

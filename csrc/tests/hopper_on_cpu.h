@@ -30,16 +30,16 @@ inline unsigned char* swizzled(uint32_t address) {
 }
 
 template <int COUNT>
-void give_registers() {}
+void setmaxnreg_dec() {}
 template <int COUNT>
-void take_registers() {}
+void setmaxnreg_inc() {}
 
 // ---- barriers of the block --------------------------------------------------------------------------------------------------------
-inline void sync_threads(int barrier, int threads) {
+inline void named_barrier_sync(int barrier, int threads) {
     block().meet({at_barrier, barrier}, threads, [] {});
 }
-inline void arrive_threads(int barrier, int threads) { block().arrive({at_barrier, barrier}, threads); }
-inline bool any_of_threads(bool mine, int barrier, int threads) {
+inline void named_barrier_arrive(int barrier, int threads) { block().arrive({at_barrier, barrier}, threads); }
+inline bool named_barrier_or(bool mine, int barrier, int threads) {
     static bool any[16], result[16];
     any[barrier] = any[barrier] || mine;
     block().meet({at_barrier, barrier}, threads, [&] { result[barrier] = any[barrier], any[barrier] = false; });
@@ -56,17 +56,17 @@ struct Barrier {
         if (missing == 0 && bytes == 0) missing = arrivals, phase ^= 1;
     }
 };
-inline void barrier_init(Barrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, 0}; }
-inline void barrier_init_done() {}
-inline void barrier_arrive(Barrier& barrier) {
+inline void mbarrier_init(Barrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, 0}; }
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive(Barrier& barrier) {
     if (barrier.missing-- == 0) fail("more arrivals than the barrier expects");
     barrier.step();
 }
-inline void barrier_expect(Barrier& barrier, uint32_t bytes) {
+inline void mbarrier_arrive_expect_tx(Barrier& barrier, uint32_t bytes) {
     barrier.bytes += bytes;
-    barrier_arrive(barrier);
+    mbarrier_arrive(barrier);
 }
-inline void barrier_wait(Barrier& barrier, uint32_t parity) {
+inline void mbarrier_wait(Barrier& barrier, uint32_t parity) {
     block().wait_until([&barrier, parity] { return barrier.phase != parity; });
 }
 
@@ -77,10 +77,10 @@ struct TensorMap {
     int64_t size[5], stride[5];  // in elements of 2 bytes, the first stride is 1
     int box[5];
 };
-inline void prefetch_map(const TensorMap&) {}
-template <class... Place>
-void copy_tile(void* to, const TensorMap& map, Barrier& full, Place... place) {
-    const std::array<int64_t, sizeof...(Place)> from{place...};
+inline void prefetch_tensormap(const TensorMap&) {}
+template <class... Index>
+void tma_load(void* to, const TensorMap& map, Barrier& full, Index... index) {
+    const std::array<int64_t, sizeof...(Index)> from{index...};
     if (static_cast<int>(from.size()) != map.rank) fail("a copy has not as many coordinates as its map");
     const uint32_t address = shared_address(to);
     if (address % 1024 != 0) fail("a swizzled copy goes to an address that is not a multiple of 1024");
@@ -104,6 +104,10 @@ void copy_tile(void* to, const TensorMap& map, Barrier& full, Place... place) {
         full.step();
     });
 }
+inline void tma_load_4d(void* to, const TensorMap& map, Barrier& full, int x0, int x1, int x2, int x3) { tma_load(to, map, full, x0, x1, x2, x3); }
+inline void tma_load_5d(void* to, const TensorMap& map, Barrier& full, int x0, int x1, int x2, int x3, int x4) {
+    tma_load(to, map, full, x0, x1, x2, x3, x4);
+}
 
 // ---- matrix products of a warpgroup -----------------------------------------------------------------------------------------------
 struct Product {
@@ -112,7 +116,7 @@ struct Product {
     uint64_t a, b;  // descriptors
     float* d[128];  // each thread's accumulators
     std::vector<float> before[128];
-    const uint32_t* weights[128] = {};  // each thread's part of A, or null if it is in shared memory
+    const uint32_t* registers[128] = {};  // each thread's part of A, or null if it is in shared memory
 };
 struct Warpgroup {
     std::shared_ptr<Product> coming;
@@ -141,8 +145,8 @@ inline void compute(const Product& p) {
     for (int thread = 0; thread < 128; ++thread)
         for (int i = 0; i < 8; ++i) {  // pairs: (row, columns), (row + 8, columns), (row, columns + 8), (row + 8, columns + 8)
             const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, k = thread % 4 * 2 + i % 2 + i / 4 * 8;
-            a[row][k] = p.weights[thread] ? half_value(p.half, static_cast<uint16_t>(p.weights[thread][i / 2] >> (i % 2 * 16)))
-                                          : element(p.half, p.a, row, k);
+            a[row][k] = p.registers[thread] ? half_value(p.half, static_cast<uint16_t>(p.registers[thread][i / 2] >> (i % 2 * 16)))
+                                            : element(p.half, p.a, row, k);
         }
     for (int thread = 0; thread < 128; ++thread)
         for (int i = 0; i < p.columns / 2; ++i) {
@@ -152,17 +156,17 @@ inline void compute(const Product& p) {
             p.d[thread][i] = sum;
         }
 }
-// All threads of the warpgroup have to issue the same product. Until it is done, its results are NaN.
+// All threads of the warpgroup must issue the same wgmma. Until it completes, its results are NaN.
 template <int N>
-void issue(float (&d)[N], bool half, bool add, bool transposed, const uint32_t* weights, uint64_t a, uint64_t b) {
+void issue(float (&d)[N], bool half, bool add, bool transposed, const uint32_t* registers, uint64_t a, uint64_t b) {
     Warpgroup& group = warpgroup();
     const int thread = static_cast<int>(threadIdx.x % 128);
     if (!group.coming) group.coming = std::make_shared<Product>(Product{2 * N, half, add, transposed, a, b, {}, {}, {}});
     Product& p = *group.coming;
     if (p.columns != 2 * N || p.add != add || p.a != a || p.b != b || p.transposed != transposed)
         fail("threads of a warpgroup issue different products");
-    if (!group.fenced[thread]) fail("a product without a fence before it");
-    p.d[thread] = d, p.weights[thread] = weights;
+    if (!group.fenced[thread]) fail("a wgmma without a fence before it");
+    p.d[thread] = d, p.registers[thread] = registers;
     block().meet({of_warpgroup, static_cast<int>(threadIdx.x / 128)}, 128, [&group] {
         group.uncommitted.push_back(std::move(group.coming));
         group.coming = nullptr;
@@ -176,8 +180,8 @@ void issue(float (&d)[N], bool half, bool add, bool transposed, const uint32_t* 
         std::fill(d, d + N, NAN);
     }
 }
-inline void product_fence() { warpgroup().fenced[threadIdx.x % 128] = true; }
-inline void product_commit() {
+inline void wgmma_fence() { warpgroup().fenced[threadIdx.x % 128] = true; }
+inline void wgmma_commit() {
     Warpgroup& group = warpgroup();
     block().meet({of_warpgroup, static_cast<int>(threadIdx.x / 128)}, 128, [&group] {
         group.groups.push_back(std::move(group.uncommitted));
@@ -193,27 +197,27 @@ inline void product_commit() {
     });
 }
 template <int PENDING>
-void product_wait() {
+void wgmma_wait() {
     Warpgroup& group = warpgroup();
     block().wait_until([&group] { return group.groups.size() <= PENDING; });
     group.fenced[threadIdx.x % 128] = false;
 }
 template <int N>
-void pin(float (&)[N]) {}
+void fence_operand(float (&)[N]) {}
 
 template <class T>
 constexpr bool is_half = std::is_same_v<T, __half>;
 template <class T>
-void product(T, float (&d)[64], uint64_t a, uint64_t b, bool add) {
+void wgmma_ss(T, float (&d)[64], uint64_t a, uint64_t b, bool add) {
     issue(d, is_half<T>, add, false, nullptr, a, b);
 }
 template <class T, int N>
-void product(T, float (&d)[N], const uint32_t* a, uint64_t b) {
+void wgmma_rs(T, float (&d)[N], const uint32_t* a, uint64_t b) {
     issue(d, is_half<T>, true, true, a, 0, b);
 }
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------------------------
-inline float exp2_unit(float x) { return std::exp2(x); }
+inline float ex2_approx(float x) { return std::exp2(x); }
 inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : std::max(x, y); }
 inline uint32_t pack(__nv_bfloat16, float low, float high) {
     return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16;

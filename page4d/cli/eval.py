@@ -33,8 +33,8 @@ def build_parser(prog: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=WEIGHTS_HELP)
     parser.add_argument("--tasks", type=parse_names, help=f"comma-separated, of {','.join(TASKS)} (default: all that apply, but mono)")
-    parser.add_argument("--frames", type=int, help="at most so many per sequence (default: what the data set's protocol says)")
-    parser.add_argument("--sequences", type=int, help="only so many of each data set")
+    parser.add_argument("--frames", type=int, help="at most so many per sequence (default: what the dataset's protocol says)")
+    parser.add_argument("--sequences", type=int, help="only so many of each dataset")
     parser.add_argument(
         "--size", type=parse_size, help="network input: the longer side, or HEIGHTxWIDTH to fit in (default: what suits the weights)"
     )

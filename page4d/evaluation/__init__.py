@@ -2,6 +2,6 @@
 
 from .evaluate import TASKS, evaluate
 from .protocol import Protocol
-from .readers import DataSet, Rules, open_dataset
+from .readers import Dataset, Rules, open_dataset
 
-__all__ = ["TASKS", "DataSet", "Protocol", "Rules", "evaluate", "open_dataset"]
+__all__ = ["TASKS", "Dataset", "Protocol", "Rules", "evaluate", "open_dataset"]

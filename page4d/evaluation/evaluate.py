@@ -27,7 +27,7 @@ from .tracks import track_metrics
 
 Metrics = dict[str, dict[str, float]]  # group, such as "pose" or "depth:scale", then metric
 
-# task: the ground truth it needs, and the alternatives of what the model has to be able to do for it
+# task -> (required ground truth, sets of model outputs of which any one suffices)
 TASKS: dict[str, tuple[set[str], tuple[set[str], ...]]] = {
     "pose": (set(), ({"camera"},)),
     "depth": ({"depth"}, ({"depth"},)),
@@ -54,7 +54,7 @@ def evaluate(
         model: put into eval mode for the time being.
         tasks: of "pose", "depth", "mono", "points", "tracks", "mask". None = all but mono that model and sample have what it takes for.
         protocol: how to run and compare; by default at the size that the model was trained for.
-        rules: what counts in this data set.
+        rules: what counts in this dataset.
         progress: the title of a progress bar.
 
     Returns:

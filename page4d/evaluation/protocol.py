@@ -66,7 +66,7 @@ def network_size(original: tuple[int, int], protocol: Protocol) -> tuple[int, in
 def network_images(images: Tensor, protocol: Protocol) -> Tensor:
     """Pictures (S, 3, H, W) at the network's size; nothing is cut or padded, as the truth is not either.
 
-    The official loader cuts upright pictures to a square; all data sets here have wide ones.
+    The official loader cuts upright pictures to a square; all datasets here have wide ones.
     """
     original = (images.shape[-2], images.shape[-1])
     size = network_size(original, protocol)

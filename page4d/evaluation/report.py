@@ -20,7 +20,7 @@ HEADLINES = {  # what the table shows of each task; the JSON has all
 
 
 def table(results: dict[str, dict]) -> str:
-    """One row per sequence and one per data set's mean, of results by the data set's name; what failed is said below."""
+    """One row per sequence and one per dataset's mean, of results by the dataset's name; what failed is said below."""
     groups = dict.fromkeys(group for result in results.values() for group in result["mean"])
     columns = [(group, metric, title) for group in groups for metric, title in HEADLINES[group.partition(":")[0]].items()]
     titles = ["sequence", *(f"{group} {title}" for group, _, title in columns)]

@@ -43,7 +43,7 @@ class LossConfig:
     points: float = 0.0
     track: float = 0.0
     mask: float = 0.0  # supervision by true motion
-    match: float = 0.0  # of attention and tokens by true correspondences, for training from nothing
+    match: float = 0.0  # of attention and tokens by true correspondences, for training from scratch
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Initial weights for training from nothing.
+"""Initial weights for training from scratch.
 
 The official initialisation is made for starting from a trained encoder: positions hardly differ at first, and the first frame's tokens
 are those of the others. A model without that start needs hundreds of steps to learn them, before it can learn anything else.

@@ -1,6 +1,6 @@
 """The training losses of VGGT / PAGE-4D: camera, depth, points; and supervision of tracks and of the mask.
 
-fix(x) replaces what is not finite by 0 and clamps to [-100, 100]. All terms are fp32.
+sanitise(x) replaces what is not finite by 0 and clamps to [-100, 100]. All terms are fp32.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from .config import LossConfig
 
 LARGEST = 100.0
 KEPT_SHARE = 0.98  # of the errors of a batch; the largest are left out
-FEW = 1000  # no filter for fewer
-FLAT = 1e-8  # a cross product so small has no direction
-MANY = 100_000_000  # the threshold comes from a subset beyond
+MIN_SAMPLES = 1000  # fewer are not filtered
+DEGENERATE_NORM = 1e-8  # a shorter cross product has no direction
+SUBSAMPLE_ABOVE = 100_000_000  # of more, the threshold comes from a subset
 
 
-def fix(x: Tensor) -> Tensor:
+def sanitise(x: Tensor) -> Tensor:
     return x.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST, LARGEST)
 
 
 def without_largest(x: Tensor) -> Tensor:
     """x (n,) without values from its nearest-rank 0.98 quantile on, if there are more than 1000 and more than 1000 remain."""
-    if len(x) <= FEW:
+    if len(x) <= MIN_SAMPLES:
         return x
     x = x.clamp_max(LARGEST)
     drawn = x.detach()
-    if len(x) > MANY:
+    if len(x) > SUBSAMPLE_ABOVE:
         drawn = drawn[torch.randint(len(x), (1_000_000,), device=x.device)]
     rank = round(KEPT_SHARE * (len(drawn) - 1)) + 1
     kept = x[x < drawn.kthvalue(rank).values]
-    return kept if len(kept) > FEW else x
+    return kept if len(kept) > MIN_SAMPLES else x
 
 
 def camera_loss(pose_enc_list: Tensor, target: Sample) -> Tensor:
@@ -54,15 +54,15 @@ def camera_loss(pose_enc_list: Tensor, target: Sample) -> Tensor:
     for i, predicted in enumerate(pose_enc_list):
         error = (predicted - wanted)[chosen].abs()
         translation = error[..., :3].clamp_max(LARGEST).mean()
-        terms = fix(translation) + fix(error[..., 3:7].mean()) + 0.5 * fix(error[..., 7:].mean())
+        terms = sanitise(translation) + sanitise(error[..., 3:7].mean()) + 0.5 * sanitise(error[..., 7:].mean())
         total = total + 0.6 ** (count - 1 - i) * terms / count
     return total
 
 
 def _regression(error: Tensor, confidence: Tensor, gamma: float, alpha: float) -> Tensor:
     """mean(gamma e k - alpha log k) + mean(e) of errors e and confidences k at valid pixels (n,), the largest left out of each."""
-    e, k = fix(error), confidence.clamp_min(1e-6)
-    return without_largest(fix(gamma * e * k - alpha * k.log())).mean() + without_largest(e).mean()
+    e, k = sanitise(error), confidence.clamp_min(1e-6)
+    return without_largest(sanitise(gamma * e * k - alpha * k.log())).mean() + without_largest(e).mean()
 
 
 def depth_loss(depth: Tensor, confidence: Tensor, target: Sample) -> Tensor:
@@ -83,7 +83,7 @@ def _gradients(error: Tensor, valid: Tensor) -> Tensor:
         e, m = error[..., ::stride, ::stride], valid[..., ::stride, ::stride]
         across = (e[..., 1:] - e[..., :-1]).abs().clamp_max(LARGEST) * (m[..., 1:] & m[..., :-1])
         down = (e[..., 1:, :] - e[..., :-1, :]).abs().clamp_max(LARGEST) * (m[..., 1:, :] & m[..., :-1, :])
-        total = total + fix((across.sum() + down.sum()) / m.sum().clamp_min(1)) / 4
+        total = total + sanitise((across.sum() + down.sum()) / m.sum().clamp_min(1)) / 4
     return total
 
 
@@ -106,7 +106,7 @@ def _normal_error(predicted: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
     b, _ = _normals(wanted, valid)
     if ok.sum() < 10:
         return predicted.sum() * 0
-    return fix((1 - (a * b).sum(-1))[ok]).mean()
+    return sanitise((1 - (a * b).sum(-1))[ok]).mean()
 
 
 def _normals(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def _normals(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     m_left, m_right = inside[..., 1:-1, :-2], inside[..., 1:-1, 2:]
     pairs = [(up, left, m_up, m_left), (left, down, m_left, m_down), (down, right, m_down, m_right), (right, up, m_right, m_up)]
     normals = torch.stack([torch.linalg.cross(a, b) for a, b, _, _ in pairs])
-    normals = torch.where(normals.detach().norm(dim=-1, keepdim=True) > FLAT, normals, 0.0)
+    normals = torch.where(normals.detach().norm(dim=-1, keepdim=True) > DEGENERATE_NORM, normals, 0.0)
     return F.normalize(normals, dim=-1), torch.stack([ma & mb & valid for _, _, ma, mb in pairs])
 
 
@@ -136,7 +136,7 @@ def track_loss(track_list: Tensor, visibility: Tensor, target: Sample) -> Tensor
     total = _cross_entropy(visibility, seen.float())
     for i, track in enumerate(track_list):
         error = (track - target.tracks)[seen].abs() / max(target.images.shape[-2:])
-        total = total + 0.8 ** (count - 1 - i) * fix(error).sum() / max(error.numel(), 1) / count
+        total = total + 0.8 ** (count - 1 - i) * sanitise(error).sum() / max(error.numel(), 1) / count
     return total
 
 

@@ -1,4 +1,4 @@
-"""Auxiliary supervision of correspondence: what lets a model that starts from nothing learn how frames relate.
+"""Auxiliary supervision of correspondence: what lets a model that starts from scratch learn how frames relate.
 
 Losses of camera and depth alone leave global attention at a plateau: no token has a reason to look for its counterpart until others make
 use of it. Points that are followed through the sequence tell the attention where to look, and the tokens what to keep of what it found.
@@ -28,7 +28,8 @@ class Matching(nn.Module):
 
     - the cross-entropy of the attention of ps, over all tokens of the sequence, with p0 as the answer: head 0 of the last two global
       blocks of the first half, averaged;
-    - the L1 error, in patches, of the point's way from s to frame 0 as a linear map of the last layer's token at ps tells it.
+    - the L1 error, in patches, between the true displacement from frame s to frame 0 and a linear prediction from the last-layer token
+      at ps.
     """
 
     def __init__(self, model: Page4D):

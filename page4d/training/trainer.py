@@ -33,7 +33,7 @@ from .parameters import choose_trainable, make_optimizers, mask_schedule, set_le
 
 TRACKS = 64  # points followed, if tracks or matches are trained
 STATE, WEIGHTS, LOG = "state.pt", "model.safetensors", "log.csv"
-HARMLESS = ("out", "log_every", "save_every", "checkpoint_activations", "data.workers")  # a resumed run may change them
+MAY_CHANGE_ON_RESUME = ("out", "log_every", "save_every", "checkpoint_activations", "data.workers")  # a resumed run may change them
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
@@ -118,7 +118,7 @@ class Trainer:
             raise InputError(f"{self.out} holds a run already: continue it with --resume, or choose another folder with out=FOLDER")
         if resume and not state_file.exists():
             raise InputError(f"there is nothing to resume in {self.out}: {STATE} is missing")
-        state = self._read(state_file) if resume else None
+        state = self._load_state(state_file) if resume else None
 
         torch.manual_seed(config.seed)
         if state is not None:
@@ -162,7 +162,7 @@ class Trainer:
         if problem[0] is not None:
             raise InputError(problem[0])
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _load_state(self, path: Path) -> dict[str, Any]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes of it
@@ -171,7 +171,7 @@ class Trainer:
         if not isinstance(state, dict) or not keys <= set(state):
             raise InputError(f"{path} is not the state of a run: restore it, or start again in another folder")
         before, now = flatten(state["config"]), flatten(self.config.to_dict())
-        changed = [key for key in now if key not in HARMLESS and before.get(key) != now[key]]
+        changed = [key for key in now if key not in MAY_CHANGE_ON_RESUME and before.get(key) != now[key]]
         if changed:
             raise InputError(f"{path} belongs to another configuration ({', '.join(changed)} differ): resume with the same one")
         ranks = state["ranks"]
@@ -183,10 +183,10 @@ class Trainer:
         mask, steps = self.config.mask, self.config.steps
         return mask_schedule(step, mask.hold_start * steps, mask.hold_end * steps, mask.strength)
 
-    def train(self, until: int | None = None) -> dict[str, float]:
-        """Train to the end (or step `until`), with a progress bar; the last step's losses."""
+    def train(self, max_step: int | None = None) -> dict[str, float]:
+        """Train to the end (or step `max_step`), with a progress bar; the last step's losses."""
         config = self.config
-        end = config.steps if until is None else min(until, config.steps)
+        end = config.steps if max_step is None else min(max_step, config.steps)
         if self.rank == 0:
             self._trim_log()
         tracks = TRACKS if config.loss.track or config.loss.match else 0
@@ -196,7 +196,7 @@ class Trainer:
         bar = tqdm(total=end, initial=self.step, desc="training", unit="step", disable=True if self.rank > 0 else None)
         started, images = time.perf_counter(), 0
         while self.step < end:
-            values, count = self._iterate(stream)
+            values, count = self._optimizer_step(stream)
             images += count
             self.step += 1
             bar.update()
@@ -210,7 +210,7 @@ class Trainer:
         bar.close()
         return values
 
-    def _iterate(self, stream) -> tuple[dict[str, float], int]:
+    def _optimizer_step(self, stream) -> tuple[dict[str, float], int]:
         """One optimiser step over the micro-batches: losses averaged over them, and the number of images."""
         config, images = self.config, 0
         totals: dict[str, float] = {}
@@ -277,9 +277,10 @@ class Trainer:
             writer.writerow(row)
 
     def save(self) -> None:
-        """state.pt, to go on from, and model.safetensors, to use: averaged if the run averages, the mask as strong as in the last step.
+        """Write state.pt, to resume from, and model.safetensors, to use.
 
-        And at this run's size, unless it fine-tunes weights that know more than one.
+        The saved model has the averaged weights (if enabled), the last step's mask strength, and this run's image size (unless the initial
+        weights had no fixed size).
         """
         if self.rank > 0:
             return

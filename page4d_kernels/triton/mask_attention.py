@@ -6,7 +6,8 @@ Flash attention with three additions. Conventions: i_* program ids, o_* offsets,
    tiles of their own, the first ceil(frames * special / BLOCK_M) of the grid; only these run the loop with bias code. All other tiles
    cover contiguous rows without any, and leave the special rows to the packed tiles. Without a layout (ROWS = CHECKED) each tile
    looks at its own gate and takes one loop or the other. Without a bias ROWS = PLAIN.
-2. The softmax runs in base 2: log2(e) goes into the exponent's factor, for scale and bias alike.
+2. The softmax runs in base 2. Without a bias scale and log2(e) are one factor of the exponent. With a bias the forward applies log2(e)
+   after the maximum is subtracted, and the backward multiplies it into r or c.
 3. The backward has two kernels, one that owns query rows (dq, dr) and one that owns key rows (dk, dv, dc), so that nothing is
    summed by atomics. The second meets special rows twice: in its loop over contiguous rows their log-sum-exp is +inf, which makes
    their probability 0 at no cost, and in its loop over packed rows they come with their bias.

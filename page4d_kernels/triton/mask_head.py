@@ -1,8 +1,8 @@
 """The dynamics-aware mask head in Triton, in two passes over the tokens and without a copy of them.
 
-`statistics` makes mean and 1 / standard deviation per frame and channel. `forward` normalises while it reads the nine neighbours of
-each patch (out of the cache but for one), applies depthwise convolution, GELU, the C -> hidden matrix product, GELU, the hidden -> 1
-product, the channel mean and the sigmoid, and writes the key bias. Gradients: `mask_head_backward.py`. Conventions as in
+`mask_head_fwd_kernel_stats` computes mean and 1 / standard deviation per frame and channel. `mask_head_fwd_kernel` normalises while it
+reads the nine neighbours of each patch (all but one from the cache). It applies the depthwise convolution, GELU, the C -> hidden matmul,
+GELU, the hidden -> 1 matmul, the channel mean and the sigmoid, and writes the key bias. Gradients: `mask_head_backward.py`. Conventions:
 `mask_attention.py`.
 """
 

@@ -1,4 +1,4 @@
-"""Synthetic scenes: the ground truth against itself, against formulas of its own, and the data set around it."""
+"""Synthetic scenes: the ground truth against itself, against formulas of its own, and the dataset around it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def write_image(path: Path, seed: int) -> np.ndarray:
 
 
 def write_sintel(root: Path, sequence: str, frames: int = 3) -> dict[str, np.ndarray]:
-    """The three folders of one sequence, in the formats of the data set; what is in them."""
+    """The three folders of one sequence, in the formats of the dataset; what is in them."""
     generator = np.random.default_rng(0)
     truth: dict[str, list] = {"pixels": [], "depth": [], "intrinsics": [], "extrinsics": []}
     for i in range(1, frames + 1):
@@ -47,7 +47,7 @@ def write_sintel(root: Path, sequence: str, frames: int = 3) -> dict[str, np.nda
 
 
 def write_tum(folder: Path, frames: int = 8, poses: int = 400) -> dict[str, np.ndarray]:
-    """A sequence whose files have different times, as in the data set; depth frame i holds i + 1 metres."""
+    """A sequence whose files have different times, as in the dataset; depth frame i holds i + 1 metres."""
     folder.mkdir(parents=True)
     times, depth_times = 100 + 0.033 * np.arange(frames), 100.005 + 0.033 * np.arange(frames)
     pose_times = 99.9 + 0.01 * np.arange(poses)
@@ -166,7 +166,7 @@ def test_synthetic_is_made_with_what_is_asked_for(monkeypatch, scene):
         ("sintel:{}/none", "expected MPI Sintel with training/final"),
         ("sintel:{}", r"'.*training/final' is not a folder: expected MPI Sintel"),
         ("tum:{}", r"expected TUM RGB-D with folders with rgb\.txt"),
-        ("bonn:{}", "expected the Bonn RGB-D dynamic data set .*rgbd_bonn_balloon2"),
+        ("bonn:{}", "expected the Bonn RGB-D dynamic dataset .*rgbd_bonn_balloon2"),
     ],
 )
 def test_what_is_not_there_is_one_line(tmp_path, spec, message):
@@ -188,7 +188,7 @@ def test_numbers_have_to_be_positive(tmp_path):
         (("training/depth/alley_2/frame_0002.dpt", lambda data: data[:6]), "cut off"),
         (("training/depth/alley_2/frame_0001.dpt", lambda data: b"FLOW" + data[4:]), "is no file of MPI Sintel"),
         (("training/camdata_left/alley_2/frame_0003.cam", lambda data: data[:20]), "cut off: 20 bytes instead of 172"),
-        (("training/camdata_left/alley_2/frame_0003.cam", None), "data set is incomplete"),
+        (("training/camdata_left/alley_2/frame_0003.cam", None), "dataset is incomplete"),
         (("training/final/alley_2/frame_0001.png", lambda data: b"no picture"), "cannot read the image"),
     ],
 )

@@ -14,9 +14,9 @@ from page4d.training.config import LossConfig
 from page4d.training.losses import (
     camera_loss,
     depth_loss,
-    fix,
     mask_loss,
     point_loss,
+    sanitise,
     total_loss,
     track_loss,
     without_largest,
@@ -104,7 +104,7 @@ def test_normalise_tiny_and_huge_scenes(size, scale):
 
 
 def test_fix_and_filter():
-    assert fix(torch.tensor([math.nan, math.inf, -math.inf, 1e4, -1e4, 3.0])).tolist() == [0, 0, 0, 100, -100, 3]
+    assert sanitise(torch.tensor([math.nan, math.inf, -math.inf, 1e4, -1e4, 3.0])).tolist() == [0, 0, 0, 100, -100, 3]
     few = torch.rand(1000)
     assert torch.equal(without_largest(few), few)
     many = torch.randperm(5000).float() / 100

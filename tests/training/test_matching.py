@@ -97,7 +97,7 @@ def test_a_run_resumes_exactly_and_leaves_nothing_in_the_weights(tmp_path):
     straight = run("straight")
     values = straight.train()
     assert values["match"] > 0 and values["loss"] == pytest.approx(5 * values["camera"] + values["depth"] + values["match"], rel=1e-4)
-    run("halves").train(until=2)
+    run("halves").train(max_step=2)
     second = run("halves", resume=True)
     second.train()
     for (name, a), b in zip(straight.objective.state_dict().items(), second.objective.state_dict().values(), strict=True):

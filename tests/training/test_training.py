@@ -147,7 +147,7 @@ def test_resuming_is_exact(tmp_path, options):
     """8 steps are 4 steps, a new process' worth of state, and 4 steps; to the bit."""
     straight = run(tmp_path, *options, name="straight")
     straight.train()
-    run(tmp_path, *options, name="halves").train(until=4)
+    run(tmp_path, *options, name="halves").train(max_step=4)
     second = run(tmp_path, *options, name="halves", resume=True)
     assert second.step == 4
     second.train()
@@ -174,7 +174,7 @@ def test_the_mean_of_the_weights_is_kept(tmp_path):
     """Of all steps at first, then with weights that fall by `average` per step."""
     trainer, seen = run(tmp_path, "average=0.6", "steps=4"), []
     for step in range(1, 5):
-        trainer.train(until=step)
+        trainer.train(max_step=step)
         seen.append(trainer.model.camera_head.embed_pose.weight.detach().double())
     mean = seen[0]
     for share, weight in zip((1 / 2, 0.4, 0.4), seen[1:], strict=True):
@@ -217,7 +217,7 @@ def test_each_step_has_its_micro_batches(tmp_path, monkeypatch):
     seen, real = [], Batches.batch
     monkeypatch.setattr(Batches, "batch", lambda self, index: seen.append(index) or real(self, index))
     options = ["accumulation=2", "steps=3", "trainable=middle"]
-    run(tmp_path, *options).train(until=1)
+    run(tmp_path, *options).train(max_step=1)
     run(tmp_path, *options, resume=True).train()
     assert seen == list(range(6))
 
@@ -310,10 +310,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_saving(tmp_path, monkeypatch):
-    """Every `save_every` steps and after the last; `until` ends early, at 0 at once."""
+    """Every `save_every` steps and after the last; `max_step` ends early, at 0 at once."""
     trainer, saved = run(tmp_path, "save_every=3", "trainable=middle"), []
     monkeypatch.setattr(trainer, "save", lambda: saved.append(trainer.step))
-    assert trainer.train(until=0) == {} and trainer.step == 0 and saved == []
+    assert trainer.train(max_step=0) == {} and trainer.step == 0 and saved == []
     trainer.train()
     assert saved == [3, 6, 8]
 
@@ -325,10 +325,10 @@ def test_the_log_of_a_resumed_run(tmp_path):
     (folder / "log.csv").write_text("step,other\n1,5\n")
     options = ["steps=4", "trainable=middle"]
     first = run(tmp_path, *options)
-    first.train(until=2)
+    first.train(max_step=2)
     assert [row["step"] for row in logged(folder)] == ["1", "2"] and "other" not in logged(folder)[0]
     state = (folder / "state.pt").read_bytes()
-    first.train(until=3)
+    first.train(max_step=3)
     (folder / "state.pt").write_bytes(state)
     assert len(logged(folder)) == 3
     before = logged(folder)[:2]
@@ -513,12 +513,12 @@ def test_a_run_is_not_overwritten(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("capability", "precision"), [("AVX2", "bf16"), ("AVX2", "fp32"), ("AVX512", "bf16")])
-def test_bf16_without_bf16_products_is_said_to_be_slow(tmp_path, monkeypatch, capsys, capability, precision):
+def test_bf16_without_bf16_instructions_is_said_to_be_slow(tmp_path, monkeypatch, capsys, capability, precision):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     config = tmp_path / "run.yaml"
     config.write_text(f"out: {tmp_path / 'run'}\n")
     assert main([str(config), *QUICK, "--device", "cpu", "steps=1", f"precision={precision}"]) == 0
-    said = "precision=fp32 would be several times as fast" in "".join(capsys.readouterr())
+    said = "precision=fp32 is several times as fast" in "".join(capsys.readouterr())
     assert said == (capability == "AVX2" and precision == "bf16")
 
 

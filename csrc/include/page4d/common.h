@@ -4,7 +4,7 @@
 #include <cstdint>
 
 // Raised whenever a struct or a function below changes; page4d_kernels/native.py expects the same number.
-#define PAGE4D_INTERFACE 3
+#define PAGE4D_INTERFACE 4
 
 namespace page4d {
 
@@ -34,7 +34,7 @@ Level best_level();
 
 // Keeps every thread busy with independent multiply-adds (`exponentials`: with 2^x) out of registers, for benchmarks to time.
 // Returns the work done, in FLOP or values; 0 for plain loops.
-double busy(DType dtype, bool exponentials, int threads, Level level);
+double peak_rate(DType dtype, bool exponentials, int threads, Level level);
 
 // CUDA's words for the last Status::cuda_error of this thread. In libraries with CUDA kernels only.
 const char* cuda_message();

@@ -28,8 +28,8 @@ Status mask_attention(const MaskAttention& problem);
 
 // On Hopper (sm_90), head dims 64 and 128, fp16 and bf16; addresses and strides of q, k, v and out are multiples of 16 bytes. `stream` is a
 // cudaStream_t of that device; nothing waits for the kernel. If few queries leave the device idle the keys are split: then `splits` is
-// more than 1, and the caller brings parts (splits, batch, heads, queries, head_dim) and part_lse (splits, batch, heads, queries), fp32.
+// more than 1, and the caller brings out_partial (splits, batch, heads, queries, head_dim) and lse_partial (splits, batch, heads, queries), fp32.
 Status mask_attention_cuda_splits(const MaskAttention& problem, int device, int& splits);
-Status mask_attention_cuda(const MaskAttention& problem, int splits, float* parts, float* part_lse, int device, void* stream);
+Status mask_attention_cuda(const MaskAttention& problem, int splits, float* out_partial, float* lse_partial, int device, void* stream);
 
 }  // namespace page4d

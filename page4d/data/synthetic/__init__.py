@@ -1,6 +1,6 @@
 """Synthetic scenes with exact ground truth: rooms and open ground, things that stand and things that move, seen by a moving camera.
 
-`SyntheticScenes` is the data set; `python -m page4d.data.synthetic --preview` shows what it looks like.
+`SyntheticScenes` is the dataset; `python -m page4d.data.synthetic --preview` shows what it looks like.
 """
 
 from .dataset import SyntheticScenes, stream

@@ -1,4 +1,4 @@
-"""Data sets with ground truth, by a word such as synthetic:dynamic or sintel:FOLDER. Each yields `page4d.data.sample.Sample`s."""
+"""Datasets with ground truth, by a word such as synthetic:dynamic or sintel:FOLDER. Each yields `page4d.data.sample.Sample`s."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from ...data.preprocess import Size
 from ...errors import InputError
-from .base import DataSet, Rules
+from .base import Dataset, Rules
 from .sintel import open_sintel
 from .synthetic import open_synthetic
 from .tum import open_bonn, open_tum
 
-__all__ = ["DataSet", "Rules", "open_dataset"]
+__all__ = ["Dataset", "Rules", "open_dataset"]
 
-FOLDERS: dict[str, Callable[..., DataSet]] = {"sintel": open_sintel, "tum": open_tum, "bonn": open_bonn}
+FOLDERS: dict[str, Callable[..., Dataset]] = {"sintel": open_sintel, "tum": open_tum, "bonn": open_bonn}
 
 
 def open_dataset(
@@ -26,8 +26,8 @@ def open_dataset(
     size: Size | None = None,
     seed: int = 0,
     sequences: int | None = None,
-) -> DataSet:
-    """The data set that `spec` names: synthetic:static, synthetic:dynamic, sintel:FOLDER, tum:FOLDER or bonn:FOLDER.
+) -> Dataset:
+    """The dataset that `spec` names: synthetic:static, synthetic:dynamic, sintel:FOLDER, tum:FOLDER or bonn:FOLDER.
 
     `frames`: at most so many per sequence, instead of what the protocol says; `sequences`: only so many; `tasks`: what it is for.
     `size` and `seed` are of the synthetic scenes. InputError if it is not there, or has no truth for any of the tasks.

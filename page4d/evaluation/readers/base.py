@@ -1,4 +1,4 @@
-"""What a data set is to the evaluation: named sequences, read one at a time, and the rules of its protocol."""
+"""What a dataset is to the evaluation: named sequences, read one at a time, and the rules of its protocol."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rules:
-    """What counts in a data set. None means everything."""
+    """What counts in a dataset. None means everything."""
 
     tasks: frozenset[str] | None = None  # those that it has a usable truth for
     pose_sequences: frozenset[str] | None = None
@@ -32,7 +32,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class DataSet:
+class Dataset:
     name: str
     sequences: tuple[str, ...]
     read: Callable[[str], Sample]

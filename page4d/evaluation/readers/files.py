@@ -21,7 +21,7 @@ def _open(path: Path) -> Image.Image:
         image = Image.open(path)
         image.load()
     except FileNotFoundError:
-        raise InputError(f"{str(path)!r} is missing: the data set is incomplete, unpack it again") from None
+        raise InputError(f"{str(path)!r} is missing: the dataset is incomplete, unpack it again") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
         raise InputError(f"cannot read the image {str(path)!r} ({error}): copy it again") from error
     return image
@@ -75,7 +75,7 @@ def _tagged(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {str(path)!r} ({error.strerror}): the data set is incomplete, unpack it again") from error
+        raise InputError(f"cannot read {str(path)!r} ({error.strerror}): the dataset is incomplete, unpack it again") from error
     if len(content) < 4 or np.frombuffer(content, "<f4", 1)[0] != SINTEL_TAG:
         raise InputError(f"{str(path)!r} is no file of MPI Sintel: it does not start with the number {SINTEL_TAG}")
     return content

@@ -8,7 +8,7 @@ import torch
 
 from ...data.sample import Sample
 from ...errors import InputError
-from .base import DataSet, Rules, existing_folder, present
+from .base import Dataset, Rules, existing_folder, present
 from .files import read_images, read_sintel_camera, read_sintel_depth
 
 EXPECTED = (
@@ -24,7 +24,7 @@ POSE_SEQUENCES = (
 RULES = Rules(pose_sequences=frozenset(POSE_SEQUENCES), max_depth=70.0, official_clip=70.0, official_skip=frozenset({"market_5"}))
 
 
-def open_sintel(folder: Path, *, tasks: set[str] | None = None, frames: int | None = None) -> DataSet:
+def open_sintel(folder: Path, *, tasks: set[str] | None = None, frames: int | None = None) -> Dataset:
     """Every sequence, or the 14 of the pose protocol if nothing but poses is asked for; at most 120 frames, stride 1."""
     training = existing_folder(folder, f"MPI Sintel with {EXPECTED}") / "training"
     images = existing_folder(training / "final", f"MPI Sintel with {EXPECTED}")
@@ -47,4 +47,4 @@ def open_sintel(folder: Path, *, tasks: set[str] | None = None, frames: int | No
             name=sequence,
         )
 
-    return DataSet("sintel", sequences, read, RULES)
+    return Dataset("sintel", sequences, read, RULES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...data.preprocess import DEFAULT_SIZE, PATCH, Size
 from ...data.sample import Sample
 from ...errors import InputError
-from .base import DataSet
+from .base import Dataset
 
 SEQUENCES = 10
 FRAMES = 16
@@ -14,7 +14,7 @@ TRACKS = 256
 
 def open_synthetic(
     kind: str, *, frames: int | None = None, size: Size | None = None, seed: int = 0, sequences: int | None = None
-) -> DataSet:
+) -> Dataset:
     """`sequences` scenes of `kind` with `frames` pictures each, drawn at the size at which the network sees them (4:3 if only a width)."""
     from ...data.synthetic import SyntheticScenes
 
@@ -28,4 +28,4 @@ def open_synthetic(
     def read(sequence: str) -> Sample:
         return scenes[int(sequence)]
 
-    return DataSet(f"synthetic:{kind}", names, read)
+    return Dataset(f"synthetic:{kind}", names, read)

@@ -1,4 +1,4 @@
-"""TUM RGB-D and the Bonn dynamic data set, which has TUM's layout: lists of files and poses by time."""
+"""TUM RGB-D and the Bonn dynamic dataset, which has TUM's layout: lists of files and poses by time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...data.sample import Sample
 from ...errors import InputError
 from ...geometry import quaternion_to_matrix
-from .base import DataSet, Rules, existing_folder, present
+from .base import Dataset, Rules, existing_folder, present
 from .files import read_depths_png, read_images
 
 EXPECTED = "folders with rgb.txt, depth.txt and groundtruth.txt"
@@ -27,7 +27,7 @@ BONN_CAMERA = (542.822841, 542.576870, 315.593520, 237.756098)
 BONN_SEQUENCES = tuple(f"rgbd_bonn_{name}" for name in ("balloon2", "crowd2", "crowd3", "person_tracking2", "synchronous"))
 
 
-def open_tum(folder: Path, *, tasks: set[str] | None = None, frames: int | None = None) -> DataSet:
+def open_tum(folder: Path, *, tasks: set[str] | None = None, frames: int | None = None) -> Dataset:
     """Every sequence of the folder: every third frame, at most 90."""
     existing_folder(folder, f"TUM RGB-D with {EXPECTED}")
     found = tuple(sorted(path.parent.name for path in folder.glob("*/rgb.txt")))
@@ -39,21 +39,21 @@ def open_tum(folder: Path, *, tasks: set[str] | None = None, frames: int | None 
             raise InputError(f"the camera of {sequence!r} is not known: its name should contain one of {', '.join(TUM_CAMERAS)}")
         return _read(folder / sequence, known[0], frames or 90, stride=3)
 
-    return DataSet("tum", sequences, read)
+    return Dataset("tum", sequences, read)
 
 
-def open_bonn(folder: Path, *, tasks: set[str] | None = None, frames: int | None = None) -> DataSet:
+def open_bonn(folder: Path, *, tasks: set[str] | None = None, frames: int | None = None) -> Dataset:
     """The five sequences of the depth protocol, their first 110 frames.
 
     Depth alone: the recorded poses are those of the markers that motion capture sees, not of the camera.
     """
-    expected = f"the Bonn RGB-D dynamic data set with {EXPECTED}, such as {BONN_SEQUENCES[0]}"
+    expected = f"the Bonn RGB-D dynamic dataset with {EXPECTED}, such as {BONN_SEQUENCES[0]}"
     sequences = present(BONN_SEQUENCES, existing_folder(folder, expected), expected)
 
     def read(sequence: str) -> Sample:
         return _read(folder / sequence, BONN_CAMERA, frames or 110, stride=1)
 
-    return DataSet("bonn", sequences, read, Rules(tasks=frozenset({"depth", "mono"}), max_depth=70.0))
+    return Dataset("bonn", sequences, read, Rules(tasks=frozenset({"depth", "mono"}), max_depth=70.0))
 
 
 def _read(folder: Path, camera: tuple[float, float, float, float], frames: int, stride: int) -> Sample:

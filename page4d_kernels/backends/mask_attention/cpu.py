@@ -16,7 +16,9 @@ def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     q = args.q
     out, lse = compiled.outputs(q)
     gate, bias = compiled.unit_stride(args.query_gate), compiled.unit_stride(args.key_bias)
-    native.library().mask_attention(*compiled.arguments(args._replace(query_gate=gate, key_bias=bias), out, lse), *native.common(q))
+    native.library().mask_attention(
+        *compiled.arguments(args._replace(query_gate=gate, key_bias=bias), out, lse), *native.cpu_launch_args(q)
+    )
     return out, lse
 
 

@@ -21,7 +21,7 @@ def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     gate, bias = compiled.unit_stride(args.query_gate), compiled.unit_stride(args.key_bias)
     call = compiled.arguments(args._replace(query_gate=gate, key_bias=bias), out, lse)
     frames = (0, 0, 0) if layout is None else (layout.frames, layout.tokens_per_frame, layout.special_tokens)
-    dtype, device, stream = native.stream(q)
+    dtype, device, stream = native.cuda_launch_args(q)
     with torch.cuda.device_of(q):  # so that the caller's own current device is in force again afterwards, whatever the library sets
         splits = native.library().mask_attention_cuda_splits(*call, frames, dtype, device)
         parts = [torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (q, lse)] if splits > 1 else []

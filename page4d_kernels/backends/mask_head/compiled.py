@@ -18,14 +18,14 @@ def forward(
     grid: tuple[int, int],
     special_tokens: int,
     *working_space: Any,
-    where: tuple[int, ...],
+    launch_args: tuple[int, ...],
 ) -> Tensor:
-    """`function` of the library; `where` are its last arguments (dtype, threads or device, ...)."""
+    """`function` of the library; `launch_args` are its last arguments (dtype, threads or device, ...)."""
     batch, frames, per_frame, channels = tokens.shape
     weights = [native.fp32(parameter) for parameter in parameters]
     out = torch.empty(batch, frames * per_frame, dtype=torch.float32, device=tokens.device)
     getattr(native.library(), function)(
         tokens.data_ptr(), [weight.data_ptr() for weight in weights], out.data_ptr(), *working_space,
-        (batch, frames, channels, weights[2].shape[0], special_tokens, *grid), tokens.stride(), MIN_STD, *where,
+        (batch, frames, channels, weights[2].shape[0], special_tokens, *grid), tokens.stride(), MIN_STD, *launch_args,
     )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ from . import compiled
 
 
 def _forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], special_tokens: int) -> Tensor:
-    return compiled.forward("mask_head", tokens, parameters, grid, special_tokens, where=native.common(tokens))
+    return compiled.forward("mask_head", tokens, parameters, grid, special_tokens, launch_args=native.cpu_launch_args(tokens))
 
 
 BACKEND = Backend(

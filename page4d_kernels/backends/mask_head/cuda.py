@@ -20,7 +20,9 @@ def _forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], sp
     statistics = torch.empty(2, batch * frames, channels, dtype=torch.float32, device=tokens.device)
     working_space = [statistics[0].data_ptr(), statistics[1].data_ptr()]
     with torch.cuda.device_of(tokens):  # so that the caller's own current device is in force again afterwards, whatever the library sets
-        return compiled.forward("mask_head_cuda", tokens, parameters, grid, special_tokens, working_space, where=native.stream(tokens))
+        return compiled.forward(
+            "mask_head_cuda", tokens, parameters, grid, special_tokens, working_space, launch_args=native.cuda_launch_args(tokens)
+        )
 
 
 def _unsupported(problem: MaskHeadProblem) -> list[str]:

@@ -12,14 +12,14 @@ from torch import Tensor
 from ... import native
 
 
-def forward(function: str, where: Callable[[Tensor], tuple[int, ...]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The forward of a backend: `function` of the library; `where(qkv)` are its last arguments (dtype, threads or device, ...)."""
-    return partial(_forward, function, where)
+def forward(function: str, launch_args: Callable[[Tensor], tuple[int, ...]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of a backend: `function` of the library; `launch_args(qkv)` are its last arguments (dtype, threads or device, ...)."""
+    return partial(_forward, function, launch_args)
 
 
 def _forward(
     function: str,
-    where: Callable[[Tensor], tuple[int, ...]],
+    launch_args: Callable[[Tensor], tuple[int, ...]],
     qkv: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -31,5 +31,5 @@ def _forward(
     stride = (qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3))
     addresses = [x.data_ptr() for x in vectors]
     with torch.cuda.device_of(qkv):  # so that the caller's own current device is in force again afterwards, whatever the library sets
-        getattr(native.library(), function)(qkv.data_ptr(), addresses, q.data_ptr(), k.data_ptr(), sizes, stride, eps, *where(qkv))
+        getattr(native.library(), function)(qkv.data_ptr(), addresses, q.data_ptr(), k.data_ptr(), sizes, stride, eps, *launch_args(qkv))
     return q, k

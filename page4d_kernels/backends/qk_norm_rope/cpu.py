@@ -11,7 +11,7 @@ from . import compiled
 BACKEND = Backend(
     "cpu",
     "our compiled kernel; backward by PyTorch",
-    compiled.forward("qk_norm_rope", native.common),
+    compiled.forward("qk_norm_rope", native.cpu_launch_args),
     qk_norm_rope_backward,
     unsupported=native_common.unsupported,
     unavailable=native_common.unavailable,

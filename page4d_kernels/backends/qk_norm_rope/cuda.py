@@ -22,7 +22,7 @@ def _unsupported(problem: QkNormRopeProblem) -> list[str]:
 BACKEND = Backend(
     "cuda",
     "our CUDA kernel, sm_80 and newer; not yet run on a GPU; backward by PyTorch",
-    compiled.forward("qk_norm_rope_cuda", native.stream),
+    compiled.forward("qk_norm_rope_cuda", native.cuda_launch_args),
     qk_norm_rope_backward,
     unsupported=_unsupported,
     unavailable=lambda: native_common.cuda_unavailable("qk_norm_rope_cuda"),
