@@ -3,11 +3,11 @@
 PAGE4D_BUILD_EXT=auto  (default) build it; if that fails, install without it and record why
 PAGE4D_BUILD_EXT=1     build it or fail
 PAGE4D_BUILD_EXT=0     do not build it
-PAGE4D_BUILD_CUDA=auto (default) with CUDA kernels, if nvcc is there and compiles them
+PAGE4D_BUILD_CUDA=auto (default) with CUDA kernels if nvcc is installed and compiles them
 PAGE4D_BUILD_CUDA=1    with CUDA kernels or fail
-PAGE4D_BUILD_CUDA=0    without
+PAGE4D_BUILD_CUDA=0    without CUDA kernels
 PAGE4D_CUDA_ARCHS=...  compute capabilities for nvcc, separated by commas (default 80,90a)
-MAX_JOBS=N             compile at most N files at a time (default: one per core, as far as memory goes: 1 GiB each)
+MAX_JOBS=N             compile at most N files at a time (default: one per core, fewer if memory is short: 1 GiB each)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GIB_PER_JOB = 1
 
 
 class BuildFailed(Exception):
-    """Why there is no compiled library, in words."""
+    """The compiled library could not be built; the message says why."""
 
 
 def jobs() -> int:
@@ -55,7 +55,7 @@ def switch(name: str) -> str:
 
 
 def architectures() -> list[str]:
-    """-D for CMake, if the user names any."""
+    """The -D argument for CMake, if the user sets architectures."""
     wanted = os.environ.get("PAGE4D_CUDA_ARCHS", "").replace(" ", "")
     if wanted and not re.fullmatch(r"\d+[af]?(,\d+[af]?)*", wanted):
         raise SystemExit(f"PAGE4D_CUDA_ARCHS={wanted!r}: give compute capabilities without the dot, separated by commas, like 80,90a")
@@ -71,16 +71,17 @@ def run(command: list[str]) -> None:
     if result.returncode != 0:
         sys.stderr.write(result.stderr)
         lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-        said = [line for line in lines if re.search(r"\b(error|fatal) *:", line, re.IGNORECASE)]  # a compiler's, not "CMake Error at ..."
-        said = said or [line for line in lines if "error" in line.lower()] or lines
-        raise BuildFailed(f"{Path(command[0]).name} failed: {said[0][:300] if said else f'exit code {result.returncode}'}")
+        diagnostics = [line for line in lines if re.search(r"\b(error|fatal) *:", line, re.IGNORECASE)]  # from a compiler, not CMake
+        diagnostics = diagnostics or [line for line in lines if "error" in line.lower()] or lines
+        first = diagnostics[0][:300] if diagnostics else f"exit code {result.returncode}"
+        raise BuildFailed(f"{Path(command[0]).name} failed: {first}")
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         target.mkdir(parents=True, exist_ok=True)
-        for stale in target.glob("_native.*"):  # a library that no longer belongs to these sources must not be picked up
+        for stale in target.glob("_native.*"):  # a library from older sources must not be imported
             stale.unlink()
         wanted, cuda = switch("PAGE4D_BUILD_EXT"), switch("PAGE4D_BUILD_CUDA")
         if wanted == "0" and cuda == "1":
@@ -100,13 +101,13 @@ class CMakeBuild(build_ext):
             print(line, file=sys.stderr)
 
     def compile_with_or_without(self, cuda: str, target: Path) -> dict[str, object]:
-        """An nvcc that breaks on the sources costs the CUDA kernels, not the library."""
+        """If nvcc fails and CUDA is optional, build the library without the CUDA kernels."""
         try:
             return self.compile(target, cuda)
         except BuildFailed as with_cuda:
             if cuda != "auto":
                 raise
-            record = self.compile(target, "0")  # no better without: that failure is the one to tell
+            record = self.compile(target, "0")  # if this fails too, its error is the one reported
             return record | {"left_out": [line if not line.startswith("cuda: ") else f"cuda: {with_cuda}" for line in record["left_out"]]}
 
     def compile(self, target: Path, cuda: str) -> dict[str, Any]:
@@ -140,7 +141,7 @@ class CMakeBuild(build_ext):
         }
 
     def copy_extensions_to_source(self) -> None:
-        """An editable install: the library and its record go beside the sources, where Python looks for them."""
+        """For an editable install, copy the library and its record beside the sources, where Python looks for them."""
         package = ROOT / "page4d_kernels"
         built = Path(self.build_lib).resolve() / "page4d_kernels"
         for stale in package.glob("_native.*"):

@@ -1,4 +1,4 @@
-"""Every environment variable of the project, in one table. The ops add theirs when their backends are declared."""
+"""All environment variables of the project in one table. Each op adds its variable when its backends are declared."""
 
 from __future__ import annotations
 

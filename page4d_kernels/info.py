@@ -1,4 +1,4 @@
-"""`python -m page4d_kernels.info`: versions, devices, environment, and every backend with the reasons why it cannot serve here."""
+"""`python -m page4d_kernels.info`: versions, devices, environment, and for each backend whether it can serve here or why not."""
 
 from __future__ import annotations
 

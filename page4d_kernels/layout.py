@@ -1,4 +1,4 @@
-"""Layout of tokens: how a sequence is made of frames, and how outputs lie in memory."""
+"""Layout of tokens: how a sequence is divided into frames, and how outputs are laid out in memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """`frames` runs of `tokens_per_frame` tokens, each beginning with `special_tokens` special ones.
+    """`frames` frames of `tokens_per_frame` tokens; each frame begins with `special_tokens` special tokens.
 
-    Given to `mask_attention` it is a promise that the query gate is zero outside the special tokens; backends use it to do the
-    biased work for frames * special_tokens rows only, and make the gate's gradient 0 everywhere else. PAGE4D_DEBUG=1 checks the promise.
+    Given to `mask_attention`, it is a promise that the query gate is zero outside the special tokens. Backends then apply the bias to
+    frames * special_tokens rows only, and the gate's gradient is 0 elsewhere. PAGE4D_DEBUG=1 checks the promise.
     """
 
     frames: int
@@ -31,7 +31,7 @@ class TokenLayout:
         return self.frames * self.tokens_per_frame
 
     def special(self, x: Tensor, dim: int) -> Tensor:
-        """The special tokens of `x` along `dim`, as one run of frames * special_tokens (a copy of those alone)."""
+        """The special tokens of `x` along `dim`, frames * special_tokens in a row. Copies only these."""
         dim %= x.dim()
         return x.unflatten(dim, (self.frames, self.tokens_per_frame)).narrow(dim + 1, 0, self.special_tokens).flatten(dim, dim + 1)
 
@@ -42,11 +42,11 @@ class TokenLayout:
 
 
 def to_token_major(x: Tensor) -> Tensor:
-    """(B, H, N, D) over (B, N, H, D) memory, the convention for outputs: the projections before and after attention read it so."""
+    """`x` (B, H, N, D) stored as (B, N, H, D), the memory layout of all outputs: the projections around attention use it."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def empty_token_major(like: Tensor) -> Tensor:
-    """An uninitialised (B, H, N, D) tensor over (B, N, H, D) memory, with shape, dtype and device of `like`."""
+    """An uninitialised (B, H, N, D) tensor stored as (B, N, H, D), with the shape, dtype and device of `like`."""
     batch, heads, tokens, head_dim = like.shape
     return torch.empty(batch, tokens, heads, head_dim, dtype=like.dtype, device=like.device).transpose(1, 2)

@@ -23,14 +23,14 @@ NAMES = ("q", "k", "v", "query_gate", "key_bias")
 
 
 def devices_of(backend: str) -> tuple[str, ...]:
-    """The types of device that a backend of this name can serve, the default one first."""
+    """The device types that a backend of this name can serve, the default first."""
     if backend == "cpu" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
         return ("cpu",)
     return ("cuda",) if backend in ("triton", "cuda", "flash", "xformers") else ("cpu", "cuda")
 
 
 def default_device(backend: str) -> str:
-    """The device for a test that needs only one: the CPU where the backend serves it."""
+    """The device for a test that needs only one: the CPU if the backend serves it."""
     return devices_of(backend)[0]
 
 
@@ -47,11 +47,11 @@ class AttentionInputs:
         return [self.q, self.k, self.v, self.query_gate, self.key_bias]
 
     def attend(self, backend: str, **options: Any) -> Any:
-        """`mask_attention` of these inputs."""
+        """Call `mask_attention` with these inputs."""
         return mask_attention(self.q, self.k, self.v, self.query_gate, self.key_bias, layout=self.layout, backend=backend, **options)
 
     def reasons(self, backend: str) -> list[str]:
-        """Why the backend cannot serve these inputs. If there is a reason, the call itself must raise it, never fall back."""
+        """Why the backend cannot serve these inputs. If there are reasons, checks that the call raises them instead of falling back."""
         problem = describe(self.q, self.k, self.v, self.query_gate, self.key_bias, layout=self.layout)
         reasons = registries()["mask_attention"].reasons(backend, problem)
         if reasons:
@@ -60,11 +60,11 @@ class AttentionInputs:
             except BackendError as error:
                 assert all(reason in str(error) for reason in reasons), error
             else:
-                raise AssertionError(f"{backend} served what it says it cannot: {reasons}")
+                raise AssertionError(f"{backend} served a call that it says it cannot serve: {reasons}")
         return reasons
 
     def to(self, dtype: torch.dtype) -> AttentionInputs:
-        """q, k, v in `dtype`, the bias vectors in what goes with it; new leaves."""
+        """New leaves: q, k, v in `dtype`, the bias vectors in its accumulation dtype."""
         vectors = accumulation_dtype(dtype)
         q, k, v = (x.detach().to(dtype) for x in (self.q, self.k, self.v))
         query_gate, key_bias = (None if x is None else x.detach().to(vectors) for x in (self.query_gate, self.key_bias))
@@ -92,7 +92,7 @@ def attention_inputs(
 ) -> AttentionInputs:
     """Random q, k, v ~ spread * N(0, 1), gate = strength at special tokens, bias ~ U(-1/2, 1/2) at patches.
 
-    `packed`: q, k, v are views of one (B, N, 3, H, D) projection, as a model makes them.
+    `packed`: q, k, v are views of one (B, N, 3, H, D) projection, as in the model.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = layout.tokens
@@ -107,7 +107,7 @@ def attention_inputs(
 
 
 def plain_attention(inputs: AttentionInputs, scale: float) -> Tensor:
-    """What a user would write in the inputs' own dtype: the logits and the probabilities are rounded to it. Sets the budget."""
+    """Attention as a user would write it in the dtype of the inputs, which rounds logits and probabilities to it. Sets the error budget."""
     logits = inputs.q @ inputs.k.transpose(-1, -2) * scale
     if inputs.query_gate is not None and inputs.key_bias is not None:
         logits = logits + (inputs.query_gate[:, None, :, None] * inputs.key_bias[:, None, None, :]).to(logits.dtype)
@@ -115,15 +115,15 @@ def plain_attention(inputs: AttentionInputs, scale: float) -> Tensor:
 
 
 def oracle_attention(inputs: AttentionInputs, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in float64; differentiable in inputs that are float64 leaves already."""
+    """Output and log-sum-exp in float64. Differentiable in inputs that already are float64 leaves."""
     exact = inputs if inputs.q.dtype == torch.float64 else inputs.to(torch.float64)
     return reference(exact.q, exact.k, exact.v, exact.query_gate, exact.key_bias, scale)
 
 
 def assert_within_budget(name: str, result: Tensor, oracle: Tensor, plain: Tensor, factor: float = 2.0, slack: float = 0.0) -> None:
-    """Largest error at most `factor` times that of the plain version plus a few roundings of the largest value. NaN never passes.
+    """The largest error may be `factor` times that of the plain version plus a few roundings of the largest value. NaN never passes.
 
-    `slack` is an absolute allowance for results that are small differences of large terms, see `gradient_slack`.
+    `slack` is an absolute tolerance for results that are small differences of large terms, see `gradient_slack`.
     """
     rounding = torch.finfo(result.dtype).eps * 4 * float(oracle.abs().max()) + slack
     budget = factor * float((plain.double() - oracle).abs().max()) + rounding
@@ -134,9 +134,9 @@ def assert_within_budget(name: str, result: Tensor, oracle: Tensor, plain: Tenso
 
 @torch.no_grad()
 def gradient_slack(exact: AttentionInputs, out: Tensor, lse: Tensor, d_out: Tensor, scale: float) -> dict[str, float]:
-    """What fp32 rounding alone may do to each gradient: the backward formulas with every term replaced by its magnitude.
+    """A bound on the fp32 rounding error of each gradient: the backward formulas with every term replaced by its magnitude.
 
-    dS = P (dP - rowsum(dO O)) cancels, and P = exp(logit - lse) carries the rounding of lse in every value.
+    dS = P (dP - rowsum(dO O)) suffers from cancellation, and the rounding of lse affects every value of P = exp(logit - lse).
     """
     q, k, v, r, c = (None if x is None else x.detach().abs() for x in exact.tensors())
     assert q is not None and k is not None and v is not None
@@ -155,7 +155,7 @@ def gradient_slack(exact: AttentionInputs, out: Tensor, lse: Tensor, d_out: Tens
 
 
 def attention_gradients(out: Tensor, inputs: AttentionInputs, d_out: Tensor) -> dict[str, Tensor]:
-    """Gradients by name of those inputs that are there."""
+    """Gradients by name, for the inputs that are not None."""
     present = {name: x for name, x in zip(NAMES, inputs.tensors(), strict=True) if x is not None}
     gradients = torch.autograd.grad(out, list(present.values()), d_out.to(out.dtype), materialize_grads=True)
     return dict(zip(present, gradients, strict=True))

@@ -1,4 +1,4 @@
-"""What all backends of the compiled library have in common: when they are missing, which devices and dtypes they serve."""
+"""Shared by the backends of the compiled library: when they are unavailable, and which devices and dtypes they serve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def unavailable() -> list[str]:
 
 
 def unsupported(problem: Any) -> list[str]:
-    """Reasons of a problem with a device and a dtype."""
+    """The reasons that follow from the device and dtype of `problem`."""
     reasons = []
     if problem.device != "cpu":
         reasons.append(f"it runs on cpu, the tensors are on {problem.device}")
@@ -41,5 +41,5 @@ def cuda_unsupported(problem: Any) -> list[str]:
 
 
 def no_vector_level(problem: Any) -> list[str]:
-    """Why "auto" goes on: without vector instructions PyTorch is faster."""
+    """`auto_skips`: without vector instructions PyTorch is faster."""
     return ["it has only plain loops for this processor"] if native.level() == 0 else []

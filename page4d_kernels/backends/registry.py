@@ -1,7 +1,7 @@
 """Which backend serves an op. An op describes its arguments as a *problem*, and backends say why they cannot serve it.
 
 A backend named by the argument, `use_backend` or the op's environment variable (in this order) never falls back: it serves or raises
-with its reasons. "auto" takes the first backend in the registry's order that has no reason against it, and logs the choice once.
+with its reasons. "auto" takes the first backend in the registry's order without a reason against it, and logs the choice once.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ logger = logging.getLogger("page4d_kernels")
 
 AUTO = "auto"
 _registries: dict[str, Registry] = {}
-_overrides: dict[str, list[list[str]]] = {}  # per op the names of the open `use_backend` blocks, each in a list of its own
+_overrides: dict[str, list[list[str]]] = {}  # per op, the open `use_backend` blocks; each is a list of one name
 
 
 class BackendError(RuntimeError):
-    """The chosen backend, or every backend, cannot serve the problem. The message lists the reasons and the backends that could."""
+    """The chosen backend cannot serve the problem, or no backend can. The message lists the reasons and the backends that could."""
 
 
 def _available() -> list[str]:
@@ -38,10 +38,10 @@ def _no_reason(problem: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an op. Three functions return lists of reasons in words; an empty list means none.
+    """One implementation of an op. Three functions return a list of reasons in words; an empty list means no objection.
 
-    With a `backward`, both run inside the op's torch.library operator, which brings autograd and the fake implementation.
-    Without one, `forward` must be differentiable PyTorch and is called as it is.
+    With a `backward`, both run inside the op's torch.library operator, which supplies autograd and the fake implementation.
+    Without one, `forward` must be differentiable PyTorch and is called directly.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Registry:
         return f"unknown backend {name!r} for {self.op}: choose one of auto, {', '.join(self._backends)}"
 
     def reasons(self, name: str, problem: Any) -> list[str]:
-        """Why `name` cannot serve `problem`, in words; empty if it can."""
+        """Why `name` cannot serve `problem`, in words. Empty if it can."""
         backend = self.get(name)
         return backend.unavailable() or backend.unsupported(problem)
 
@@ -87,7 +87,7 @@ class Registry:
         return [name for name in self._backends if not self.reasons(name, problem)]
 
     def requested(self) -> str:
-        """What `use_backend` or the environment variable asks for; "auto" if neither does."""
+        """The name set by `use_backend` or the environment variable; "auto" if neither is set."""
         blocks = _overrides.get(self.op)
         if blocks:
             return blocks[-1][0]
@@ -136,7 +136,7 @@ def declare(op: str, variable: str, order: tuple[str, ...], typical: Callable[[s
         op: name of the op.
         variable: its environment variable.
         order: the backends that "auto" tries, in this order.
-        typical: the problem of an inference call at the official size on a device, such as "cuda", for reports.
+        typical: makes the problem of an inference call at the official size on a given device, such as "cuda". Used in reports.
     """
     env.VARIABLES[variable] = f"backend of {op}: auto (default) or a name from `page4d info`"
     _registries[op] = Registry(op, variable, order, typical)
@@ -144,7 +144,7 @@ def declare(op: str, variable: str, order: tuple[str, ...], typical: Callable[[s
 
 
 def register_backend(backend: Backend, op: str = "mask_attention") -> None:
-    """Add a backend to an op, also from outside this package. It then serves by its name; "auto" does not try it.
+    """Add a backend to an op. Code outside this package may call it. The backend serves by name; "auto" does not try it.
 
     Raises:
         BackendError: the op does not exist. ValueError: the op has a backend of this name.
@@ -161,7 +161,7 @@ def registries() -> dict[str, Registry]:
 def use_backend(name: str, op: str = "mask_attention") -> Iterator[None]:
     """Within the block, `op` is served by `name` ("auto" for the automatic choice) unless a call names another.
 
-    The block holds for the whole process: autograd recomputes checkpointed layers in threads of its own.
+    The block applies to all threads of the process, because autograd recomputes checkpointed layers in other threads.
     """
     registry = _registry(op)
     if name != AUTO:
@@ -171,7 +171,7 @@ def use_backend(name: str, op: str = "mask_attention") -> Iterator[None]:
     blocks.append(block)
     try:
         yield
-    finally:  # by identity: blocks of several threads may end in any order
+    finally:  # by identity, because blocks of several threads may end in any order
         blocks[:] = [other for other in blocks if other is not block]
 
 

@@ -1,4 +1,4 @@
-"""Shared by the Triton backends: the backend of an op, imported on first use, and the devices and dtypes it serves."""
+"""Shared by the Triton backends: launch modules imported on first use, and the devices and dtypes that the backends serve."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unavailable() -> list[str]:
 
 
 def unsupported(problem: Any) -> list[str]:
-    """Reasons by device and dtype of a problem."""
+    """The reasons that follow from the device and dtype of `problem`."""
     from ..triton.target import interpreted
 
     reasons = []
@@ -35,7 +35,7 @@ def unsupported(problem: Any) -> list[str]:
 
 
 def launch(op: str, direction: str) -> Callable[..., Any]:
-    """`direction` ("forward" or "backward") of an op's launch module, which is imported on the first call."""
+    """The function `direction` ("forward" or "backward") of an op's launch module. The module is imported on the first call."""
 
     def run(*args: Any) -> Any:
         return getattr(importlib.import_module(f"page4d_kernels.triton.{op}_launch"), direction)(*args)
@@ -44,7 +44,7 @@ def launch(op: str, direction: str) -> Callable[..., Any]:
 
 
 def backend(op: str, summary: str, also_unsupported: Callable[[Any], list[str]] | None = None) -> Backend:
-    """The Triton backend of `op`: forward and backward of `triton/<op>_launch.py`. `also_unsupported` adds reasons of its own."""
+    """The Triton backend of `op`: forward and backward of `triton/<op>_launch.py`. `also_unsupported` adds further reasons."""
 
     def all_unsupported(problem: Any) -> list[str]:
         return unsupported(problem) + (also_unsupported(problem) if also_unsupported else [])

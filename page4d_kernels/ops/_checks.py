@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: one line that says what is wrong and what was expected."""
+"""Argument checks shared by the ops. Each error is one line that says what is wrong and what was expected."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def expect_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Inside an op the dtypes are the op's own: autocast would round the fp32 logits, bias included, to its own dtype."""
+    """Disable autocast inside an op, which chooses its dtypes itself. Autocast would round the fp32 logits and bias."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
 
 
 def values_can_be_read(x: Tensor) -> bool:
-    """Looking at values is free on the CPU, and synchronises other devices: there only with PAGE4D_DEBUG=1."""
+    """Whether checks may read values: always on the CPU, elsewhere only with PAGE4D_DEBUG=1, as reading synchronises the device."""
     if torch.compiler.is_compiling() or x.device.type == "meta" or is_fake(x):
         return False
     return x.device.type == "cpu" or env.flag("PAGE4D_DEBUG")

@@ -27,19 +27,19 @@ def mask_attention(
     backend: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact attention whose logits get r_i c_j added, the same for every head:
+    """Exact attention with the additive bias r_i c_j, the same for every head:
 
         out = softmax(q k^T * scale + r c^T) v,   r = query_gate, c = key_bias
 
-    This is PAGE-4D's mask-modulated attention: r is the mask strength at the special tokens and 0 elsewhere, c what the mask head
-    predicts for each token. Differentiable in q, k, v, r and c where the backend says so.
+    This is PAGE-4D's mask-modulated attention: r is the mask strength at the special tokens and 0 elsewhere, c the
+    prediction of the mask head for each token. Differentiable in q, k, v, r and c if the backend supports it.
 
     Args:
         q: (B, H, Nq, D), float32, float16, bfloat16 or float64, any strides with unit stride in D.
         k, v: (B, H, Nk, D), dtype and device of q.
-        query_gate: r, (B, Nq), float32 (float64 with float64 q). Given together with key_bias or not at all.
+        query_gate: r, (B, Nq), float32 (float64 with float64 q). Must be given together with key_bias or not at all.
         key_bias: c, (B, Nk), float32 (float64 with float64 q).
-        layout: promise that r is zero outside the special tokens of each frame; lets backends skip the bias for all other rows.
+        layout: promise that r is zero outside the special tokens of each frame. Backends then skip the bias for all other rows.
         scale: factor of q k^T, positive; 1/sqrt(D) by default.
         backend: a name from `python -m page4d_kernels.info`; default `use_backend`, then PAGE4D_ATTN, then automatic.
         return_lse: also return log(sum_j exp(logit_ij)), (B, H, Nq) float32 (float64 with float64 q), to merge partial results.
@@ -48,9 +48,10 @@ def mask_attention(
         (B, H, Nq, D) in q's dtype; a row whose logits are all -inf gives 0. With `return_lse` a pair.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or strides do not fit; r or c is not finite (seen on the CPU, and elsewhere
-            with PAGE4D_DEBUG=1, as it synchronises the device).
-        BackendError: the chosen backend (or none) can serve this; the message lists the reasons and the backends that could.
+        TypeError, ValueError: shapes, dtypes, devices or strides do not fit; r or c is not finite (checked on the CPU, and elsewhere
+            only with PAGE4D_DEBUG=1, as the check synchronises the device).
+        BackendError: the chosen backend cannot serve the call, or no backend can. The message lists the reasons and the backends that
+            could.
 
     Source: PAGE-4D (ICLR 2026), dynamics-aware aggregator.
     """
@@ -60,12 +61,12 @@ def mask_attention(
     if layout is not None and layout.special_tokens == 0:
         query_gate = key_bias = None  # the layout promises that nothing is gated
     if layout is not None and query_gate is not None and query_gate.requires_grad:
-        query_gate = layout.only_special(query_gate)  # the promise makes the rest constants: no gradient there, whatever the backend
+        query_gate = layout.only_special(query_gate)  # the rest is constant by the promise: no gradient there with any backend
     problem = describe(q, k, v, query_gate, key_bias, layout=layout, return_lse=return_lse)
     chosen = BACKENDS.choose(problem, backend)
     if chosen.backward is None:
-        with without_autocast(q):
-            return chosen.forward(AttentionArgs(q, k, v, query_gate, key_bias, layout, scale))  # such a backend has declined `return_lse`
+        with without_autocast(q):  # such a backend refuses `return_lse`
+            return chosen.forward(AttentionArgs(q, k, v, query_gate, key_bias, layout, scale))
     packed = None if layout is None else [layout.frames, layout.tokens_per_frame, layout.special_tokens]
     out, lse = torch.ops.page4d.mask_attention(q, k, v, query_gate, key_bias, packed, scale, chosen.name)
     return (out, lse) if return_lse else out
@@ -81,7 +82,7 @@ def describe(
     layout: TokenLayout | None = None,
     return_lse: bool = False,
 ) -> AttentionProblem:
-    """The problem that `BACKENDS.reasons` and `is_backend_supported` judge."""
+    """The problem to pass to `BACKENDS.reasons` and `is_backend_supported`."""
     tensors = {"q": q, "k": k, "v": v, "query_gate": query_gate, "key_bias": key_bias}
     needs = [name for name, x in tensors.items() if x is not None and x.requires_grad] if torch.is_grad_enabled() else []
     batch, heads, queries, head_dim = q.shape
@@ -93,7 +94,7 @@ def describe(
 
 
 def _aligned(x: Tensor) -> bool:
-    """Strides alone: where a tensor starts is not known while a compiler traces."""
+    """Checks the strides only: the address of a tensor is unknown during tracing."""
     return all(stride * x.element_size() % 16 == 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)
 
 
@@ -180,9 +181,9 @@ def _backward_op(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, query_gate, key_bias; the last two are empty when there is no bias."""
+    """Gradients of q, k, v, query_gate, key_bias. The last two are empty if there is no bias."""
     backward = BACKENDS.get(backend).backward
-    assert backward is not None  # only backends with one are served by this operator
+    assert backward is not None  # this operator is used only for backends that have one
     with without_autocast(q):
         args = AttentionArgs(q, k, v, query_gate, key_bias, _unpack(layout), scale)
         d_q, d_k, d_v, d_gate, d_bias = backward(args, out, lse, d_out, d_lse)

@@ -32,7 +32,7 @@ def mask_head(
         g = conv1x1(gelu(conv1x1(gelu(depthwise3x3(z)))))                                   C -> C -> hidden -> 1, exact gelu
         c = sigmoid(g + mean over channels of z) - 1/2 at patches, 0 at special tokens
 
-    Differentiable in the six parameters only: the tokens, and with them the channel mean, are detached by definition.
+    Differentiable in the six parameters only. By definition the tokens are detached, and with them the channel mean.
 
     Args:
         tokens: (B, S, P, C), P = special_tokens + h*w; float32, float16, bfloat16 or float64.

@@ -1,4 +1,4 @@
-"""`qk_norm_rope`: q, k, v out of the packed projection, q and k normalised and rotated on the way."""
+"""`qk_norm_rope`: q, k, v from the packed projection, with QK-norm and rotary embedding of q and k."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ def qk_norm_rope(
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a packed projection into heads, with QK-norm and 2-D rotary embedding:
+    """Split a packed projection into heads, and apply QK-norm and 2-D rotary embedding:
 
         q = rope(LN(qkv[:, :, 0]; q_weight, q_bias)),   k = rope(LN(qkv[:, :, 1]; k_weight, k_bias)),   v = qkv[:, :, 2]
 
-    LN runs over the head dimension D. rope turns the first D/2 channels by the token's row and the last D/2 by its column; in each
-    half, with a and b its first and second D/4 channels, (a, b) -> (a cos - b sin, b cos + a sin). Tokens come frame by frame, the
-    special ones of a frame first (position 0), then patches row-major (row + 1, column + 1). Differentiable in qkv and the parameters.
+    LN runs over the head dimension D. rope rotates the first D/2 channels by the token's row and the last D/2 by its column. In each
+    half, with a and b its first and second D/4 channels, (a, b) -> (a cos - b sin, b cos + a sin). Tokens are ordered by frame. In a
+    frame the special tokens come first, at position 0, then the patches in row-major order, at (row + 1, column + 1). Differentiable in
+    qkv and the parameters.
 
     Args:
         qkv: (B, N, 3, H, D) with N a multiple of special_tokens + h*w, D a multiple of 4, any strides with unit stride in D;
             float32, float16, bfloat16 or float64.
         q_weight, q_bias, k_weight, k_bias: (D,), shared by all heads.
-        cos, sin: (positions, D/4), at least max(h, w) + 1 positions; `page4d_kernels.rope_tables` makes them.
+        cos, sin: (positions, D/4), at least max(h, w) + 1 positions, from `page4d_kernels.rope_tables`.
         grid: patches per frame (h, w).
         special_tokens: tokens before the patches of each frame.
         eps: added to the variance.
         backend: a name; default `use_backend(..., op="qk_norm_rope")`, then PAGE4D_QK_NORM_ROPE, then automatic.
 
     Returns:
-        q, k, v (B, H, N, D) in qkv's dtype; the arithmetic is fp32 inside. v is a view of qkv.
+        q, k, v (B, H, N, D) in qkv's dtype, computed in fp32 (float64 for float64). v is a view of qkv.
 
     Raises:
         TypeError, ValueError: shapes or dtypes do not fit. BackendError: see `mask_attention`.

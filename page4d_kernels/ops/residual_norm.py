@@ -23,23 +23,23 @@ def residual_norm(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add a scaled branch to the residual stream and normalise the sum for the next branch:
+    """Add a scaled branch to the residual stream, and normalise the sum for the next branch:
 
         total = x + scale * branch,   normal = (total - mean(total)) / sqrt(var(total) + eps) * weight + bias
 
-    Mean and variance run over the last dimension. Of memory traffic x and branch are read, total and normal written, once each.
+    Mean and variance are over the last dimension. Memory traffic: x and branch are read once, total and normal are written once.
     Differentiable in all five tensors.
 
     Args:
         x: (..., C), the residual stream, any strides; float32, float16, bfloat16 or float64.
-        branch: as x, of any of these dtypes.
+        branch: shape of x, any of these dtypes.
         scale, weight, bias: (C,)
         eps: added to the variance.
-        dtype: of normal, what its reader computes in; x's by default.
+        dtype: dtype of normal, by default that of x.
         backend: a name; default `use_backend(..., op="residual_norm")`, then PAGE4D_RESIDUAL_NORM, then automatic.
 
     Returns:
-        total in x's dtype and normal in `dtype`, both as x in shape, contiguous; the arithmetic is fp32 inside.
+        total in x's dtype and normal in `dtype`, both contiguous with the shape of x, computed in fp32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: shapes or dtypes do not fit. BackendError: see `mask_attention`.
@@ -64,7 +64,7 @@ def _check(x: Tensor, branch: Tensor, vectors: dict[str, Tensor], dtype: torch.d
         expect_floats("residual_norm", tensor)
         expect(tensor.device == x.device, f"{name} is on {tensor.device} but x is on {x.device}: move one of them")
     if dtype not in FLOATS:
-        raise TypeError(f"residual_norm makes float32, float16, bfloat16 or float64, not {dtype}")
+        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, not {dtype}")
     expect(x.dim() >= 1 and x.numel() > 0, f"x must be (..., C) and not empty, not {tuple(x.shape)}")
     expect(branch.shape == x.shape, f"branch must have the shape of x, {tuple(x.shape)}, not {tuple(branch.shape)}")
     for name, vector in vectors.items():

@@ -18,7 +18,7 @@ def _logits(q: Tensor, k: Tensor, query_gate: Tensor | None, key_bias: Tensor | 
 def mask_attention(
     q: Tensor, k: Tensor, v: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, Nq, D) in q's dtype and log-sum-exp (B, H, Nq); a row whose logits are all -inf gives 0."""
+    """Output (B, H, Nq, D) in q's dtype and log-sum-exp (B, H, Nq). A row whose logits are all -inf gives 0."""
     dtype = accumulation_dtype(q.dtype)
     logits = _logits(q.to(dtype), k.to(dtype), query_gate, key_bias, scale)
     highest = logits.amax(-1, keepdim=True)

@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
@@ -15,8 +16,8 @@ MIN_STD = 1e-6
 
 
 def _normalise(tokens: Tensor, grid: tuple[int, int], special_tokens: int) -> Tensor:
-    """Patch tokens (B*S, C, h, w), each channel of each frame to zero mean and unit (unbiased) standard deviation over space."""
-    u = tokens[:, :, special_tokens:].flatten(0, 1).transpose(1, 2).unflatten(2, grid).to(accumulation_dtype(tokens.dtype))
+    """Patch tokens (B*S, C, h, w), normalised per frame and channel to zero mean and unit (unbiased) standard deviation over space."""
+    u = rearrange(tokens[:, :, special_tokens:], "b s (h w) c -> (b s) c h w", h=grid[0]).to(accumulation_dtype(tokens.dtype))
     return (u - u.mean((2, 3), keepdim=True)) / u.std((2, 3), keepdim=True, unbiased=True).clamp_min(MIN_STD)
 
 
@@ -34,8 +35,8 @@ def mask_head(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], s
     z = _normalise(tokens, grid, special_tokens)
     s = torch.sigmoid(_head(z, parameters)[2] + z.mean(1, keepdim=True)) - 0.5
     bias = s.new_zeros(batch, frames, per_frame)
-    bias[:, :, special_tokens:] = s.reshape(batch, frames, -1)
-    return bias.flatten(1)
+    bias[:, :, special_tokens:] = rearrange(s, "(b s) 1 h w -> b s (h w)", b=batch)
+    return rearrange(bias, "b s p -> b (s p)")
 
 
 def _gelu_slope(x: Tensor) -> Tensor:
@@ -46,12 +47,12 @@ def _gelu_slope(x: Tensor) -> Tensor:
 def mask_head_backward(
     d_bias: Tensor, tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], special_tokens: int
 ) -> list[Tensor]:
-    """Gradients of the six parameters; the tokens are detached by definition, and with them the channel mean."""
-    batch, frames, per_frame, _ = tokens.shape
+    """Gradients of the six parameters. By definition the tokens are detached, and with them the channel mean."""
     z = _normalise(tokens, grid, special_tokens)
     a0, a2, g = _head(z, parameters)
     probability = torch.sigmoid(g + z.mean(1, keepdim=True))
-    d_s = d_bias.view(batch, frames, per_frame)[:, :, special_tokens:].reshape(g.shape).to(z.dtype)
+    d_patches = rearrange(d_bias, "b (s p) -> b s p", p=tokens.shape[2])[:, :, special_tokens:]
+    d_s = rearrange(d_patches, "b s (h w) -> (b s) 1 h w", h=grid[0]).to(z.dtype)
     d_g = d_s * probability * (1 - probability)
     _, _, w2, _, w4, _ = (parameter.to(z.dtype) for parameter in parameters)
     h0, h2 = F.gelu(a0), F.gelu(a2)

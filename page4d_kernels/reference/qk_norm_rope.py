@@ -1,8 +1,9 @@
-"""LayerNorm over the head dimension, then 2-D rotary embedding, of q and k out of the packed projection."""
+"""q and k from the packed projection: LayerNorm over the head dimension, then 2-D rotary embedding."""
 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from . import accumulation_dtype
@@ -17,7 +18,7 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (max(h, w) + 1, head_dim / 4) of p * base^(-2m / (head_dim / 2)) for positions p = 0 .. max(h, w).
 
-    The angles are formed in fp32, as the released model's are, then cast to `dtype` (float32, or float64 for a float64 model).
+    The angles are computed in fp32, as in the released model, then cast to `dtype` (float32, or float64 for a float64 model).
     """
     half = head_dim // 2
     exponent = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
@@ -27,7 +28,7 @@ def rope_tables(
 
 
 def positions(grid: tuple[int, int], special_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """y and x position of each token of a frame, (P,): 0 for special tokens, row + 1 and column + 1 for patches."""
+    """y and x position of each token of a frame, each (P,): 0 for special tokens, row + 1 and column + 1 for patches."""
     height, width = grid
     patch = torch.arange(height * width, device=device)
     zeros = patch.new_zeros(special_tokens)
@@ -35,16 +36,16 @@ def positions(grid: tuple[int, int], special_tokens: int, device: torch.device) 
 
 
 def _token_tables(cos: Tensor, sin: Tensor, grid: tuple[int, int], special_tokens: int, tokens: int, dtype: torch.dtype):
-    """cos and sin per token, (N, 2, D/4): the first half of the head dimension turns with y, the second with x."""
+    """cos and sin per token, (N, 2, D/4): the first half of the head dimension is rotated by y, the second by x."""
     y, x = positions(grid, special_tokens, cos.device)
     frames = tokens // len(y)
     return tuple(torch.stack([table[y], table[x]], 1).repeat(frames, 1, 1).to(dtype) for table in (cos, sin))
 
 
 def _rotate(f: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half in each of the two halves of the last dimension; f is (..., N, D), cos and sin (N, 2, D/4)."""
-    a, b = f.unflatten(-1, (2, 2, -1)).unbind(-2)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -2).flatten(-3)
+    """Rotate-half in each of the two halves (y and x) of the last dimension. f is (..., N, D), cos and sin are (N, 2, D/4)."""
+    a, b = rearrange(f, "... (axis half d) -> half ... axis d", axis=2, half=2)
+    return rearrange([a * cos - b * sin, b * cos + a * sin], "half ... axis d -> ... (axis half d)")
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,8 @@ def qk_norm_rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv (zero in its v part), q_weight, q_bias, k_weight, k_bias.
 
-    A rotation's gradient is the rotation back; LayerNorm's, with n the normalised input and g = dy w, is rstd (g - mean(g) - n mean(g n)).
+    The gradient of a rotation is the inverse rotation. The gradient of LayerNorm is rstd (g - mean(g) - n mean(g n)), with n the normalised
+    input and g = dy w.
     """
     dtype = accumulation_dtype(qkv.dtype)
     cos_, sin_ = _token_tables(cos, sin, grid, special_tokens, qkv.shape[1], dtype)

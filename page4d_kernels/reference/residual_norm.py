@@ -1,4 +1,4 @@
-"""A branch scaled and added to the residual stream, and the sum normalised for the next branch."""
+"""LayerScale, residual addition and the LayerNorm of the next branch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import accumulation_dtype
 def residual_norm(
     x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The sum in x's dtype, and the normalised sum in `dtype`; all (..., C)."""
+    """The sum in x's dtype and the normalised sum in `dtype`, both (..., C)."""
     acc = accumulation_dtype(x.dtype)
     total = torch.addcmul(x.to(acc), branch.to(acc), scale.to(acc)).to(x.dtype)
     return total, F.layer_norm(total.to(acc), weight.shape, weight.to(acc), bias.to(acc), eps).to(dtype)
@@ -23,7 +23,7 @@ def residual_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, branch, scale, weight, bias.
 
-    LayerNorm's, with n the normalised sum without its affine part and g = d_normal weight, is rstd (g - mean(g) - n mean(g n)).
+    The gradient of LayerNorm is rstd (g - mean(g) - n mean(g n)), with n the normalised sum before the affine part and g = d_normal weight.
     """
     acc = accumulation_dtype(total.dtype)
     wide = total.to(acc)

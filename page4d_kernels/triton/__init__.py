@@ -1,4 +1,4 @@
-"""Triton kernels and their launch: `<op>.py` and `<op>_backward.py` hold @triton.jit code, `<op>_launch.py` the Python around it.
+"""Triton kernels and their launch. `<op>.py` and `<op>_backward.py` hold the @triton.jit code, `<op>_launch.py` the host code.
 
-Imported by the backends on first use only: `import page4d_kernels` does not need Triton.
+The backends import these modules on first use, so `import page4d_kernels` does not need Triton.
 """

@@ -1,10 +1,10 @@
 """Tile sizes of the kernels: built in, from a table, or timed on first use.
 
-A configuration is the dictionary of constants that a launch adds, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}.
-Its key holds the kernel, the architecture, the head dim or channels, the dtype and how rows see the bias. It does not depend on sequence
-length or batch size: a new clip length triggers no timing and no compilation.
+A configuration is a dictionary of launch constants, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}.
+Its key holds the kernel, the architecture, the head dim or channels, the dtype and, for attention, how rows see the bias (`Rows.mode`).
+It does not depend on sequence length or batch size: a new clip length triggers no timing and no compilation.
 
-PAGE4D_AUTOTUNE says when candidates are timed:
+PAGE4D_AUTOTUNE sets when candidates are timed:
 
     off   never (the default): the key's entry in a table, else the first candidate
     fast  on first use of a key that no table has, over the first four candidates
@@ -39,15 +39,15 @@ T = TypeVar("T")
 TABLES = Path(__file__).parent / "tables"
 MODES = ("off", "fast", "full")
 FAST = 4  # candidates timed by "fast"
-_chosen: dict[str, Config] = {}  # what this process has timed
+_chosen: dict[str, Config] = {}  # choices timed by this process
 
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """Lower bound of what one program of a configuration needs, without compiling it."""
+    """Lower bound of the resources of one program of a configuration, without compiling it."""
 
     shared: int  # bytes
-    accumulators: int  # fp32 values that live in registers
+    accumulators: int  # fp32 values held in registers
 
     def fits(self, config: Config) -> bool:
         shared, registers = limits()
@@ -68,12 +68,12 @@ def key(kernel: str, *traits: object) -> str:
 
 
 def prune(candidates: list[Config], resources: Callable[[Config], ResourceEstimate]) -> list[Config]:
-    """Those that fit by the estimate; the first one, the built-in choice, always stays."""
+    """The candidates that fit by the estimate. The first, the built-in choice, is always kept."""
     return [candidate for i, candidate in enumerate(candidates) if i == 0 or resources(candidate).fits(candidate)]
 
 
 def choose(name: str, candidates: list[Config], run: Callable[[Config], object]) -> Config:
-    """The configuration for key `name`; `run` launches a candidate and may be called again and again."""
+    """The configuration for key `name`. `run` launches a candidate and may be called many times."""
     if name in _chosen:
         return _chosen[name]
     timing = mode()
@@ -83,7 +83,7 @@ def choose(name: str, candidates: list[Config], run: Callable[[Config], object])
     times = [(_time(run, candidate), i) for i, candidate in enumerate(candidates[: FAST if timing == "fast" else None])]
     best, index = min(times)
     if best == float("inf"):
-        return candidates[0]  # which then says itself what is wrong
+        return candidates[0]  # its launch then raises the error
     logger.info(f"autotune: {name}: {candidates[index]} ({best:.3f} ms, best of {len(times)})")
     _chosen[name] = candidates[index]
     own = _own()
@@ -98,7 +98,7 @@ def launch(kernel: str, traits: tuple[object, ...], candidates: list[Config], ru
 
 
 def dump(path: Path) -> None:
-    """Add what this process has timed to the table at `path`, at once or not at all."""
+    """Add the choices timed by this process to the table at `path`. The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = _read(path) | _chosen
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
@@ -135,12 +135,12 @@ def _read(path: Path) -> dict[str, Config]:
 
 
 def _can_time() -> bool:
-    """Not in the interpreter, and not while a CUDA graph is captured: timing waits for the device."""
+    """False in the interpreter, and while a CUDA graph is captured, because timing waits for the device."""
     return not interpreted() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _time(run: Callable[[Config], object], config: Config) -> float:
-    """Median milliseconds with a cold cache; infinite for a configuration that does not fit."""
+    """Median milliseconds with a cold cache. Infinite for a configuration that does not fit."""
     try:
         return float(triton.testing.do_bench(lambda: run(config), warmup=10, rep=50, return_mode="median"))
     except (triton.runtime.errors.OutOfResources, triton.CompilationError):

@@ -1,7 +1,7 @@
-"""Compile kernels without a GPU: `python -m page4d_kernels.triton.dryrun > docs/triton_resources.md` writes what each one needs.
+"""Compile kernels without a GPU: `python -m page4d_kernels.triton.dryrun > docs/triton_resources.md` lists their resources.
 
-A stand-in for Triton's NVIDIA driver takes CPU tensors through the real launch path. Kernels are specialised and compiled down to machine
-code, and the launch is recorded instead of run. Not for a process with TRITON_INTERPRET=1.
+A stand-in for Triton's NVIDIA driver lets CPU tensors pass through the real launch path. Kernels are specialised and compiled to machine
+code. The launch is recorded instead of run. Does not work with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DryRunDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # compiled kernels are cached per device: one for each capability
+        return self.target.arch  # Triton caches compiled kernels per device, so each capability is a device
 
     def get_current_stream(self, device: Any = None) -> int:
         return 0
@@ -63,7 +63,7 @@ class DryRunDriver:
         return {"max_shared_mem": shared, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: Any, *args: Any, **kwargs: Any) -> tuple[int, ...]:
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads at most
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, maximum threads
 
     def unload_module(self, *args: Any) -> None:
         pass
@@ -75,16 +75,16 @@ class DryRunDriver:
 
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
         def launch(grid_x: int, grid_y: int, grid_z: int, *args: Any, **kwargs: Any) -> None:
-            driver.active.launches.append(Launch(metadata.name, (grid_x, grid_y, grid_z)))  # compiled kernels outlive a dry run
+            driver.active.launches.append(Launch(metadata.name, (grid_x, grid_y, grid_z)))  # `active`: compiled kernels outlive a dry run
 
         return launch
 
 
 @contextlib.contextmanager
 def dry_run(capability: int) -> Iterator[DryRunDriver]:
-    """Launches inside the block compile for `capability` and are recorded."""
+    """Inside the block, launches compile for `capability` and are recorded."""
     stand_in = DryRunDriver(capability)
-    before = driver._active  # not `active`, which would look for a GPU
+    before = driver._active  # reading `active` would look for a GPU
     driver.set_active(stand_in)
     try:
         yield stand_in
@@ -94,11 +94,11 @@ def dry_run(capability: int) -> Iterator[DryRunDriver]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel needs, per thread and per program, and how often an instruction stands in its code."""
+    """Resources of one compiled kernel, and how often each of `INSTRUCTIONS` occurs in its machine code."""
 
-    registers: int
-    stack: int  # bytes of local memory: 0 means nothing is spilled
-    shared: int  # bytes
+    registers: int  # per thread
+    stack: int  # bytes of local memory per thread; 0 means no spills
+    shared: int  # bytes per program
     instructions: dict[str, int]
 
 
@@ -118,7 +118,7 @@ def resources(kernel: Any) -> Resources:
 
 @contextlib.contextmanager
 def compiled_kernels() -> Iterator[dict[str, Any]]:
-    """The kernels that launches inside the block compile, by name."""
+    """The kernels launched inside the block, compiled, by name."""
     found: dict[str, Any] = {}
     original = triton.runtime.jit.JITFunction.run
 
@@ -136,7 +136,7 @@ def compiled_kernels() -> Iterator[dict[str, Any]]:
 
 
 def entry_points() -> dict[str, Callable[[], None]]:
-    """Every launch of the library at the official sizes (10 frames of 24 x 37 patches), by name: the `examples` of the launch modules."""
+    """The `examples` of all launch modules by name: every launch at the official sizes (10 frames of 24 x 37 patches)."""
     from ..backends.registry import registries
 
     found: dict[str, Callable[[], None]] = {}
@@ -147,7 +147,7 @@ def entry_points() -> dict[str, Callable[[], None]]:
 
 
 def table() -> str:
-    """The page docs/triton_resources.md: what every kernel needs with its built-in tiles."""
+    """The page docs/triton_resources.md: the resources of every kernel with its built-in tiles."""
     columns = ["target", "op", "kernel", "registers", "spilled bytes", "shared bytes", *INSTRUCTIONS[:4]]
     lines = [
         "# Resources of the Triton kernels",

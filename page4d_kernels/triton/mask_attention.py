@@ -1,21 +1,24 @@
 """Mask-modulated attention in Triton: softmax(q k^T * scale + r c^T) v, forward and backward, exact and deterministic.
 
-Flash attention with three additions. Conventions: i_* program ids, o_* offsets, m_* masks, p_* pointers, b_* blocks, s_* strides.
+Flash attention with three additions. Naming: i_* program ids, o_* offsets, m_* masks, p_* pointers, b_* blocks, s_* strides.
 
-1. Which tiles see the bias. With a `TokenLayout` (ROWS = PACKED) the gated rows, first `special` of each frame, are gathered into
-   tiles of their own, the first ceil(frames * special / BLOCK_M) of the grid; only these run the loop with bias code. All other tiles
-   cover contiguous rows without any, and leave the special rows to the packed tiles. Without a layout (ROWS = CHECKED) each tile
-   looks at its own gate and takes one loop or the other. Without a bias ROWS = PLAIN.
-2. The softmax runs in base 2. Without a bias scale and log2(e) are one factor of the exponent. With a bias the forward applies log2(e)
-   after the maximum is subtracted, and the backward multiplies it into r or c.
-3. The backward has two kernels, one that owns query rows (dq, dr) and one that owns key rows (dk, dv, dc), so that nothing is
-   summed by atomics. The second meets special rows twice: in its loop over contiguous rows their log-sum-exp is +inf, which makes
-   their probability 0 at no cost, and in its loop over packed rows they come with their bias.
+1. Only some tiles see the bias. With a `TokenLayout` (ROWS = PACKED) the gated rows, the first `special` of each frame, are gathered
+   into separate tiles, the first ceil(frames * special / BLOCK_M) of the grid. Only these run the loop with bias code. All other tiles
+   cover contiguous rows and have no bias code. They do not store the special rows. Without a layout (ROWS = CHECKED) each tile checks
+   its gate and takes one loop or the other. Without a bias ROWS = PLAIN.
+2. The softmax is in base 2. In the forward, plain tiles keep q k^T unscaled and apply scale * log2(e) as one factor in the exponent.
+   Biased tiles keep natural logits, scale included, and multiply by log2(e) after subtracting the maximum. In the backward, q k^T is
+   multiplied by scale * log2(e) in every tile. The bias gets its log2(e) from r in the dq kernel and from c in the dkv kernel, because
+   there the other vector enters dr or dc unscaled.
+3. The backward has two kernels. One owns query rows (dq, dr), the other owns key rows (dk, dv, dc), so no sum needs atomics. The dkv
+   kernel reads special rows twice. In its loop over contiguous rows their log-sum-exp is +inf, which makes their probability 0 at no
+   cost. In its loop over packed rows they have their bias.
 
-The first axis of every grid counts tiles within heads, as the others end at 65535. Lengths are not specialised: a kernel is compiled
-once for all clips.
+The first grid axis counts tiles, heads and batch, because the other axes are limited to 65535. Lengths are not specialised: a kernel is
+compiled once for all clips.
 
-Few query tiles leave a GPU idle: then the keys are split over programs and `merge` joins the partial results by log-sum-exp.
+With few query tiles a GPU would be partly idle. Then the keys are split over programs, and `mask_attention_fwd_kernel_merge` merges the
+partial results by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -33,14 +36,14 @@ CHECKED: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def _packed_rows(i_tile, per_frame, special, BLOCK_M: tl.constexpr):
-    """Sequence positions of a tile of gated rows, packed frame after frame. (BLOCK_M,)"""
+    """Sequence positions and packed positions of a tile of gated rows, each (BLOCK_M,). Rows are packed frame after frame."""
     o_p = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     return (o_p // special) * per_frame + o_p % special, o_p
 
 
 @triton.jit
 def _load_rows(p_x, o_rows, m_rows, s_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows (len(o_rows), BLOCK_D) of a (N, D) matrix; 0 where masked and past D."""
+    """Rows (len(o_rows), BLOCK_D) of an (N, D) matrix; 0 where masked and past D."""
     o_d = tl.arange(0, BLOCK_D)
     p_rows = p_x + o_rows.to(tl.int64)[:, None] * s_row + o_d[None, :]
     m_x = m_rows[:, None]
@@ -61,7 +64,7 @@ def _store_rows(p_x, b_x, o_rows, m_rows, s_row, D: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def _load_tile(x, i_b, i_h, i_n, n, s_b, s_h, s_n, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
-    """Contiguous rows i_n ... of head (i_b, i_h), (BLOCK_N, BLOCK_D), 0 past n: `x` is a tensor descriptor (TMA) or a pointer."""
+    """Contiguous rows from i_n of head (i_b, i_h), (BLOCK_N, BLOCK_D), 0 past n. `x` is a tensor descriptor (TMA) or a pointer."""
     if TMA:
         b_x = x.load([i_b, i_h, i_n, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
@@ -76,11 +79,11 @@ def _softmax_over_keys(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BIASED: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys start ... end; only the last tile of a sequence is MASKED. Returns numerator, denominator, maximum.
+    """Online softmax over keys start ... end. Only the last tile of a sequence is MASKED. Returns numerator, denominator, maximum.
 
-    Without a bias b_s and the maximum are plain q k^T, and the scale is left to the exponent: one fused multiply-add per logit. With
-    a bias they are natural logits, and the factor log2(e) comes after the maximum is taken off: rounding it into a gate of 64 would
-    cost digits.
+    Without a bias b_s and the maximum are unscaled q k^T. The scale is applied in the exponent, one fused multiply-add per logit. With a
+    bias they are natural logits, and log2(e) is applied after the maximum is subtracted: rounding log2(e) into a gate of 64 would lose
+    digits.
     """
     to_base2 = LOG2E if BIASED else scale * LOG2E
     for i_n in tl.range(start, end, BLOCK_N):
@@ -140,8 +143,8 @@ def mask_attention_fwd_kernel(
 ):  # fmt: skip
     """Grid (tiles of rows * batch * heads, splits of the keys).
 
-    q, k, v (B, H, N, D): descriptors or pointers; r (B, Nq), c (B, Nk) fp32; out (B, H, Nq, D), lse (B, H, Nq) fp32. With SPLIT,
-    out and lse are fp32 partial results, one per split, `s_split` rows of lse apart.
+    q (B, H, Nq, D): a pointer; k, v (B, H, Nk, D): descriptors or pointers; r (B, Nq), c (B, Nk) fp32; out (B, H, Nq, D), lse (B, H, Nq)
+    fp32. With SPLIT, out and lse are fp32 partial results, one per split, `s_split` rows of lse apart.
     """
     i_tile, i_bh, i_split = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -199,7 +202,7 @@ def mask_attention_fwd_kernel_merge(
     p_parts, p_part_lse, p_out, p_lse, s_split, s_ob, s_oh, s_on, heads, n_q, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits, in order: out = sum_i exp(lse_i - lse) out_i. Grid (tiles of rows * batch * heads,).
+    """Merge the splits in order: out = sum_i exp(lse_i - lse) out_i. Grid (tiles of rows * batch * heads,).
 
     parts (splits, B, H, Nq, D) and part_lse (splits, B, H, Nq) fp32, contiguous, `s_split` rows apart.
     """

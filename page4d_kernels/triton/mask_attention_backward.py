@@ -1,8 +1,8 @@
 """Backward of mask-modulated attention in Triton; see `mask_attention.py` for the conventions and the handling of gated rows.
 
-With S the logits in base 2, P = exp2(S - lse2), delta = rowsum(dO * O) - dlse and dS = P * (dO V^T - delta):
+With S2 the logits in base 2, P = exp2(S2 - lse2), delta = rowsum(dO * O) - dlse and dS = P * (dO V^T - delta):
 dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K, dr_i = sum_hj dS_ij c_j, dc_j = sum_hi dS_ij r_i.
-The sums over heads are left to the caller, last and in order.
+The caller computes the sums over heads last, in a fixed order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def mask_attention_bwd_kernel_preprocess(
     s_ob, s_oh, s_on, s_db, s_dh, s_dn, heads, n_q, per_frame, special,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, LSE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """delta and the base-2 log-sum-exp that contiguous rows use: +inf (probability 0) for special rows and rows without a finite logit."""
+    """delta and the base-2 log-sum-exp for contiguous rows: +inf (probability 0) for special rows and rows without a finite logit."""
     tiles = tl.cdiv(n_q, BLOCK_M)
     i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
@@ -41,7 +41,7 @@ def mask_attention_bwd_kernel_preprocess(
 
 @triton.jit
 def _gated_lse2(p_lse, o_rows, m_rows):
-    """Base-2 log-sum-exp of gated rows; +inf makes the probability 0 where there is no row or no finite logit."""
+    """Base-2 log-sum-exp of gated rows. It is +inf, so the probability is 0, where there is no row or no finite logit."""
     b_lse = tl.load(p_lse + o_rows, mask=m_rows, other=float("inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
 
@@ -101,9 +101,9 @@ def mask_attention_bwd_kernel_dq(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq and, per head, dr. Grid (tiles of rows as in `forward` * batch * heads,). k, v may be descriptors; q, d_out are pointers.
+    """dq, and dr per head. Grid (tiles of rows as in the forward * batch * heads,). k, v: descriptors or pointers; q, d_out: pointers.
 
-    dr: (B, H, n_packed) with PACKED, (B, H, Nq) with CHECKED.
+    dr: (B, H, n_packed) with PACKED, (B, H, Nq) with CHECKED. r is multiplied by log2(e) for the base-2 logits; dr needs c unscaled.
     """
     i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -147,7 +147,7 @@ def mask_attention_bwd_kernel_dq(
 
 @triton.jit
 def _add_rows(b_dk, b_dv, b_dc, b_k, b_v, b_c, b_q, b_do, b_lse2, b_delta, b_r, scale, BIASED: tl.constexpr, PRECISION: tl.constexpr):
-    """What one tile of query rows adds to dk, dv and dc of a tile of keys. Logits are (BLOCK_N, BLOCK_M)."""
+    """Add the contribution of a tile of query rows to dk, dv and dc of a tile of keys. Logits are (BLOCK_N, BLOCK_M)."""
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2E)
     if BIASED:
         b_s += b_c[:, None] * b_r[None, :]
@@ -169,9 +169,10 @@ def mask_attention_bwd_kernel_dkv(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and, per head, dc (B, H, Nk). Grid (tiles of keys * batch * heads,).
+    """dk, dv, and dc (B, H, Nk) per head. Grid (tiles of keys * batch * heads,).
 
-    q and d_out come twice: as descriptors (with TMA) for contiguous rows, and as pointers for the packed ones. dk and dv share strides.
+    q and d_out are passed twice: as descriptors (with TMA) for contiguous rows, and as pointers for packed rows. dk and dv share strides.
+    c is multiplied by log2(e) for the base-2 logits; dc needs r unscaled.
     """
     i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_b, i_h = i_bh // heads, i_bh % heads

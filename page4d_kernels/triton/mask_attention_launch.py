@@ -19,12 +19,12 @@ from . import mask_attention as fwd
 from . import mask_attention_backward as bwd
 from .target import capability, multiprocessors
 
-MIN_SPLIT_KEYS = 512  # a split shorter than that costs more in merging than it gains
+MIN_SPLIT_KEYS = 512  # merging a shorter split costs more than it gains
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How the query rows of a call meet the bias; see `mask_attention.py`."""
+    """How the query rows of a call see the bias; see `mask_attention.py`."""
 
     mode: int
     per_frame: int = 1
@@ -43,7 +43,7 @@ class Rows:
         return triton.cdiv(rows, block) + triton.cdiv(self.packed, block)
 
 
-# Rows, keys, warps, pipeline stages; the first that fits is the built-in choice. Not yet measured on a GPU.
+# Rows, keys, warps, pipeline stages. The first is the built-in choice. Not yet measured on a GPU.
 TILES = {
     "fwd_kernel": [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)],
     "bwd_kernel_dq": [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2)],
@@ -62,7 +62,7 @@ FP32_TILES = {
 
 
 def _resources(kernel: str, head_dim: int, itemsize: int, config: autotune.Config) -> autotune.ResourceEstimate:
-    """Tiles of the loop once per stage and the program's own; accumulators and the logits (and their gradient)."""
+    """Shared memory: the loop's tiles once per stage, and the program's tile. Registers: accumulators, and logits (and their gradient)."""
     rows, keys, stages = config["BLOCK_M"], config["BLOCK_N"], config["num_stages"]
     if kernel == "fwd_kernel":
         return autotune.ResourceEstimate((2 * keys * stages + rows) * head_dim * itemsize, rows * head_dim + rows * keys)
@@ -103,7 +103,7 @@ def _constants(q: Tensor, rows: Rows, tma: bool) -> dict[str, Any]:
 
 
 def _tma_ready(*tensors: Tensor) -> bool:
-    """Descriptors (Hopper and newer) want 16-byte alignment of base and strides, and a head dim that is a block."""
+    """Descriptors (Hopper and newer) need 16-byte alignment of base and strides, and a head dim that is a power of two from 16 to 128."""
     if capability() < 90:
         return False
 
@@ -120,14 +120,14 @@ def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
 
 
 def _vectors(query_gate: Tensor | None, key_bias: Tensor | None, unread: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and bias with unit stride along the tokens, as the kernels read them; without a bias something that is never read."""
+    """Gate and bias with unit stride along the tokens, as the kernels read them. Without a bias, `unread` takes their place."""
     if query_gate is None or key_bias is None:
         return unread, unread
     return query_gate.contiguous(), key_bias.contiguous()
 
 
 def splits_for(tiles: int, keys: int, device: torch.device) -> int:
-    """Over how many programs to split the keys of a tile: enough to fill the device, while each keeps a useful number of keys."""
+    """Number of programs that share the keys of a tile: enough to fill the device, with at least MIN_SPLIT_KEYS keys each."""
     return max(1, min(multiprocessors(device) // tiles, keys // MIN_SPLIT_KEYS))
 
 

@@ -1,8 +1,8 @@
-"""The dynamics-aware mask head in Triton, in two passes over the tokens and without a copy of them.
+"""The dynamics-aware mask head in Triton: two passes over the tokens, without copying them.
 
-`mask_head_fwd_kernel_stats` computes mean and 1 / standard deviation per frame and channel. `mask_head_fwd_kernel` normalises while it
-reads the nine neighbours of each patch (all but one from the cache). It applies the depthwise convolution, GELU, the C -> hidden matmul,
-GELU, the hidden -> 1 matmul, the channel mean and the sigmoid, and writes the key bias. Gradients: `mask_head_backward.py`. Conventions:
+`mask_head_fwd_kernel_stats` computes mean and 1 / standard deviation per frame and channel. `mask_head_fwd_kernel` normalises the nine
+neighbours of each patch as it reads them (all but one from the cache). It applies the depthwise convolution, GELU, the C -> hidden matmul,
+GELU, the hidden -> 1 matmul, the channel mean and the sigmoid, and writes the key bias. Gradients: `mask_head_backward.py`. Naming:
 `mask_attention.py`.
 """
 
@@ -24,7 +24,7 @@ def mask_head_fwd_kernel_stats(
 ):  # fmt: skip
     """mean and 1 / max(std, min_std) over the patches, (B*S, C) fp32, std unbiased. Grid (B*S, blocks of channels).
 
-    Blocks of patches are merged by their means and squared deviations, so a large mean costs no digits.
+    Blocks of patches are merged by their means and squared deviations, so a large mean loses no digits.
     """
     i_f, i_c = tl.program_id(0), tl.program_id(1)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -52,7 +52,7 @@ def mask_head_fwd_kernel_stats(
 
 @triton.jit
 def tap(p_z, o_y, o_x, o_c, m_p, m_c, b_mean, b_rstd, s_p, s_c, special, height, width, TAP: tl.constexpr):
-    """Normalised tokens (patches, channels) of one of the nine neighbours; the padding is 0 after normalisation."""
+    """Normalised tokens (patches, channels) of one of the nine neighbours. Padding is 0 after normalisation."""
     o_ty, o_tx = o_y + (TAP // 3 - 1), o_x + (TAP % 3 - 1)
     m_z = (m_p & (o_ty >= 0) & (o_ty < height) & (o_tx >= 0) & (o_tx < width))[:, None] & m_c[None, :]
     o_z = (special + o_ty * width + o_tx).to(tl.int64)[:, None] * s_p + o_c[None, :] * s_c
@@ -65,7 +65,7 @@ def depthwise(
     p_z, p_mean, p_rstd, p_w0, p_b0, o_y, o_x, o_c, m_p, m_c, s_p, s_c, special, height, width,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Convolved (patches, channels), and the normalised tokens themselves."""
+    """The convolution of the normalised tokens, and the normalised tokens; both (patches, channels)."""
     b_mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
     b_rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
     b_a = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32) + tl.load(p_b0 + o_c, mask=m_c, other=0.0)[None, :]

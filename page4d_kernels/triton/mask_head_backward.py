@@ -6,9 +6,9 @@ With z the normalised tokens, a0 = depthwise(z), a2 = W2 gelu(a0) + b2, g = w4 g
     da2 = dg w4 gelu'(a2)      dW2 = sum da2 gelu(a0)^T    db2 = sum da2
     da0 = W2^T da2 gelu'(a0)   dw0_tap = sum da0 z_tap     db0 = sum da0       (sums over the patches of all frames)
 
-`hidden` owns patches: it repeats the forward, keeps da2 (patches, hidden) and leaves sums of its tile. `channels` owns channels: it
-repeats the depthwise convolution of a block of them over a share of the tiles. Neither stores anything of size patches x C, every
-sum has one writer, and the caller adds the partial sums last, in order.
+`mask_head_bwd_kernel_hidden` owns patches. It repeats the forward, stores da2 (patches, hidden) and the partial sums of its tile.
+`mask_head_bwd_kernel_channels` owns channels. It repeats the depthwise convolution of a block of channels over a share of the tiles.
+Neither stores anything of size patches x C. Every sum has one writer. The caller adds the partial sums last, in a fixed order.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def mask_head_bwd_kernel_channels(
 ):  # fmt: skip
     """Per share of the tiles dw2 (shares, C, hidden), dw0 (shares, 9, C) and db0 (shares, C). Grid (blocks of channels, shares).
 
-    There are `last` tiles of patches in all, `tiles` in each frame.
+    There are `last` tiles of patches in total, `tiles` per frame.
     """
     i_c, i_share = tl.program_id(0), tl.program_id(1)
     patches = height * width
@@ -94,7 +94,7 @@ def mask_head_bwd_kernel_channels(
         b_da2 = tl.load(p_rows + o_h[None, :], mask=m_p[:, None] & m_h[None, :], other=0.0)
         b_dw2 = tl.dot(tl.trans(gelu(b_a0)), b_da2, b_dw2, input_precision=PRECISION)
         b_dh0 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-        for i_k in range(0, n_hidden, BLOCK_K):  # in slices: as one product its operands would fill the registers
+        for i_k in range(0, n_hidden, BLOCK_K):  # in slices: the operands of a single matmul would fill the registers
             o_k = i_k + tl.arange(0, BLOCK_K)
             m_k = o_k < n_hidden
             b_rows = tl.load(p_rows + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0)
@@ -104,7 +104,7 @@ def mask_head_bwd_kernel_channels(
         b_db0 += tl.sum(b_da0, 0)
         b_mean = tl.load(p_mean + o_stat + o_c, mask=m_c, other=0.0)
         b_rstd = tl.load(p_rstd + o_stat + o_c, mask=m_c, other=0.0)
-        for i_tap in tl.static_range(9):  # read again, out of the cache: nine tiles at a time would not fit into registers
+        for i_tap in tl.static_range(9):  # read again from the cache: nine tiles at a time would not fit into registers
             b_z = tap(p_z, o_y, o_x, o_c, m_p, m_c, b_mean, b_rstd, s_p, s_c, special, height, width, i_tap)
             b_dw0 += tl.where((o_tap == i_tap)[:, None], tl.sum(b_da0 * b_z, 0)[None, :], 0.0)
     o_share = i_share.to(tl.int64) * n_channels

@@ -18,9 +18,9 @@ from .target import capability
 
 T = TypeVar("T")
 STATISTICS_P, STATISTICS_C = 64, 32
-SHARES = 16  # of the tiles of patches, for the weight gradients: programs to fill a GPU, against partial sums to store
+SHARES = 16  # of the patch tiles, for weight gradients: more shares fill the GPU better but store more partial sums
 
-# Patches, channels, warps, pipeline stages; the first is the built-in choice. Not yet measured on a GPU.
+# Patches, channels, warps, pipeline stages. The first is the built-in choice. Not yet measured on a GPU.
 TILES = {"rows": [(32, 32, 8, 2), (16, 32, 4, 2)], "channels": [(32, 32, 8, 1), (32, 16, 8, 2)]}
 FP32_TILES = {"rows": [(32, 32, 8, 2)], "channels": [(32, 16, 8, 2), (16, 32, 8, 1)]}
 HOPPER_ROWS = (64, 32, 8, 2)  # wide enough for wgmma; Triton 3.7 aborts on it for sm_100
@@ -45,7 +45,7 @@ def _block_h(hidden: int) -> int:
 
 
 def _constants(tokens: Tensor, hidden: int) -> dict[str, Any]:
-    """Tokens of half precision carry fewer digits than one tf32 product keeps; fp32 takes three."""
+    """One tf32 matmul keeps all digits of half-precision tokens; fp32 tokens need three (tf32x3)."""
     return {"BLOCK_H": _block_h(hidden), "PRECISION": "tf32x3" if tokens.dtype == torch.float32 else "tf32"}
 
 

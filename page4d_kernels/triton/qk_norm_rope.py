@@ -1,8 +1,8 @@
-"""LayerNorm over the head dimension and 2-D rotary embedding of q and k, out of the packed projection in one pass, in Triton.
+"""LayerNorm over the head dimension and 2-D rotary embedding of q and k in Triton, in one pass over the packed projection.
 
-A program owns a tile of tokens of one head, for q and k both. The rotation pairs channel d with its partner a quarter of the head
-dimension away; the partner is loaded again (it is in the cache) rather than shuffled, and normalised with the same statistics.
-Conventions as in `mask_attention.py`.
+A program owns a tile of tokens of one head, for both q and k. The rotation pairs channel d with its partner D/4 channels away. The partner
+is loaded again from the cache instead of being shuffled between threads, and is normalised with the same statistics. Naming:
+`mask_attention.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _channels(D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Channel, its partner, its index into the tables' columns, its axis (0 row, 1 column), and the sign of the partner's sine."""
+    """Channel, its partner, its column in the tables, its axis (0 row, 1 column), and the sign of the partner's sine."""
     o_d = tl.arange(0, BLOCK_D)
     o_local = o_d % (D // 2)
     is_first = o_local < D // 4
@@ -23,7 +23,7 @@ def _channels(D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _angles(p_cos, p_sin, o_n, m_x, per_frame, special, width, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """cos and signed sin (BLOCK_N, BLOCK_D) of a tile of tokens; special tokens sit at position 0."""
+    """cos and signed sin (BLOCK_N, BLOCK_D) of a tile of tokens. Special tokens are at position 0."""
     _, _, o_m, o_axis, sign = _channels(D, BLOCK_D)
     o_patch = o_n % per_frame - special
     o_y = tl.where(o_patch < 0, 0, o_patch // width + 1)
@@ -36,7 +36,7 @@ def _angles(p_cos, p_sin, o_n, m_x, per_frame, special, width, D: tl.constexpr, 
 
 @triton.jit
 def _normalise(p_rows, m_x, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Normalised rows, their partners' values, and 1 / standard deviation. p_rows points at channel 0 of each token, (BLOCK_N, 1)."""
+    """Normalised rows, normalised partners, and 1 / standard deviation. p_rows (BLOCK_N, 1) points to channel 0 of each token."""
     o_d, o_partner, _, _, _ = _channels(D, BLOCK_D)
     b_x = tl.load(p_rows + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
     b_partner = tl.load(p_rows + o_partner[None, :], mask=m_x, other=0.0).to(tl.float32)
@@ -82,7 +82,7 @@ def qk_norm_rope_fwd_kernel(
 def _backward_one(
     p_rows, p_d, p_d_rows, p_weight, p_dw, p_db, o_d, o_partner, m_x, b_cos, b_sin, s_d, eps, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """A rotation's gradient is the rotation back, LayerNorm's is rstd (g - mean(g) - n mean(g n)) with g = dy w."""
+    """The gradient of a rotation is the inverse rotation. That of LayerNorm is rstd (g - mean(g) - n mean(g n)) with g = dy w."""
     b_d = tl.load(p_d + o_d[None, :] * s_d, mask=m_x, other=0.0).to(tl.float32)
     b_d_partner = tl.load(p_d + o_partner[None, :] * s_d, mask=m_x, other=0.0).to(tl.float32)
     b_dy = b_d * b_cos - b_d_partner * b_sin
@@ -103,7 +103,7 @@ def qk_norm_rope_bwd_kernel(
 ):  # fmt: skip
     """The q and k parts of d_qkv (B, N, 3, H, D), contiguous, and per program the sums (4, programs, D) for the four parameters.
 
-    Grid (tiles of tokens * batch * heads,); the caller adds the programs' sums, in order.
+    Grid (tiles of tokens * batch * heads,). The caller adds the programs' sums in a fixed order.
     """
     tiles = tl.cdiv(tokens, BLOCK_N)
     i_n, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles

@@ -13,7 +13,7 @@ from . import autotune
 from . import qk_norm_rope as kernels
 
 T = TypeVar("T")
-# Tokens and warps; the first is the built-in choice. Not yet measured on a GPU.
+# Tokens and warps. The first is the built-in choice. Not yet measured on a GPU.
 TILES = [(32, 4), (64, 4), (16, 2), (64, 8), (128, 8)]
 
 
@@ -22,7 +22,7 @@ def _blocks(head_dim: int) -> dict[str, int]:
 
 
 def candidates(head_dim: int) -> list[autotune.Config]:
-    """A program keeps about eight blocks of values: q or k, partner, angles, results."""
+    """A program holds about eight blocks of values: q or k, partner, angles, results."""
     configs = [{"BLOCK_N": tokens, "num_warps": warps} for tokens, warps in TILES]
     return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 8 * config["BLOCK_N"] * triton.next_power_of_2(head_dim)))
 
@@ -94,7 +94,9 @@ def backward(
         return sums
 
     sums = _launch("bwd_kernel", qkv, run)
-    d_qw, d_qb, d_kw, d_kb = (part.sum(0).to(q_weight.dtype) for part in sums)  # tensors of their own: an operator returns no views
+    d_qw, d_qb, d_kw, d_kb = (
+        part.sum(0).to(q_weight.dtype) for part in sums
+    )  # copies: an operator must not return views
     return d_qkv, d_qw, d_qb, d_kw, d_kb
 
 

@@ -1,6 +1,6 @@
 """LayerScale, residual addition and LayerNorm in one pass, in Triton.
 
-A program owns whole rows, so a row's statistics are of values that it holds. Conventions as in `mask_attention.py`.
+A program owns whole rows, so it computes a row's statistics from values that it holds. Naming: `mask_attention.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _vector(p_x, o_c, C: tl.constexpr):
 
 @triton.jit
 def _normalise(b_x, o_c, eps, C: tl.constexpr):
-    """Rows with mean 0 and variance 1, and 1 / standard deviation; 0 in channels that do not exist."""
+    """Rows with mean 0 and variance 1 (0 in padded channels), and 1 / standard deviation."""
     b_x = tl.where((o_c < C)[None, :], b_x - (tl.sum(b_x, 1) / C)[:, None], 0.0)
     b_rstd = 1 / tl.sqrt(tl.sum(b_x * b_x, 1) / C + eps)
     return b_x * b_rstd[:, None], b_rstd
@@ -35,7 +35,7 @@ def residual_norm_fwd_kernel(
     b_branch = tl.load(p_branch + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_total = (b_x + _vector(p_scale, o_c, C) * b_branch).to(p_total.dtype.element_ty)
     tl.store(p_total + o_x, b_total, mask=m_x)
-    b_normal, _ = _normalise(b_total.to(tl.float32), o_c, eps, C)  # of what is stored, so that the backward pass sees the same
+    b_normal, _ = _normalise(b_total.to(tl.float32), o_c, eps, C)  # of the stored (rounded) sum, as in the backward
     b_normal = b_normal * _vector(p_weight, o_c, C) + _vector(p_bias, o_c, C)
     tl.store(p_normal + o_x, b_normal.to(p_normal.dtype.element_ty), mask=m_x)
 
@@ -47,7 +47,7 @@ def residual_norm_bwd_kernel(
 ):  # fmt: skip
     """dx, d_branch (rows, C), and per program the sums (3, programs, C) for scale, weight and bias. Grid (programs,), `tiles` tiles each.
 
-    The caller adds the programs' sums, in order.
+    The caller adds the programs' sums in a fixed order.
     """
     i = tl.program_id(0)
     o_c = tl.arange(0, BLOCK_C)

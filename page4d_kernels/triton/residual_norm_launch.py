@@ -13,9 +13,9 @@ from . import autotune
 from . import residual_norm as kernels
 
 T = TypeVar("T")
-# Rows and warps; the first is the built-in choice. Not yet measured on a GPU.
+# Rows and warps. The first is the built-in choice. Not yet measured on a GPU.
 TILES = [(4, 8), (4, 4), (1, 4), (8, 8), (1, 2)]
-PROGRAMS = 512  # of the backward pass at most: a few for every multiprocessor, each with one row of sums
+PROGRAMS = 512  # maximum in the backward: a few per multiprocessor, each with one row of sums
 
 
 def _blocks(channels: int) -> dict[str, int]:
@@ -23,7 +23,7 @@ def _blocks(channels: int) -> dict[str, int]:
 
 
 def candidates(channels: int) -> list[autotune.Config]:
-    """A program keeps about six blocks of values. The built-in choice has fewer rows where they are long."""
+    """A program holds about six blocks of values. Long rows reduce the number of rows per program."""
     long = triton.next_power_of_2(channels) // 1024
     configs = [{"BLOCK_N": max(1, rows // max(1, long)), "num_warps": warps} for rows, warps in TILES]
     return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 6 * config["BLOCK_N"] * triton.next_power_of_2(channels)))

@@ -1,4 +1,4 @@
-"""What the kernels run on: a GPU, or Triton's interpreter on CPU tensors (TRITON_INTERPRET=1)."""
+"""The target of the kernels: a GPU, or Triton's interpreter on CPU tensors (TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 
 
 def interpreted() -> bool:
-    """Whether kernels run in the interpreter; decided by the environment when they were defined."""
+    """Whether kernels run in the interpreter. Triton reads the variable when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -26,14 +26,14 @@ def capability() -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at a time, as far as splitting is concerned; 1 in the interpreter."""
+    """Number of multiprocessors, used to choose the number of key splits. 1 in the interpreter."""
     if interpreted():
         return 1
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["multiprocessor_count"]
 
 
 def limits() -> tuple[int, int]:
-    """Bytes of shared memory of a program and registers of a thread, at most."""
+    """Maximum bytes of shared memory per program and maximum registers per thread."""
     if interpreted():
         return 1 << 30, 255
     device = triton.runtime.driver.active.get_current_device()

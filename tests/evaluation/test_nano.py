@@ -1,4 +1,4 @@
-"""The bundled weights, on held-out scenes that neither training nor docs/nano.md saw."""
+"""The bundled weights, on held-out scenes that neither training nor the figures of docs/nano.md used."""
 
 from __future__ import annotations
 

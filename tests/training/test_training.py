@@ -7,22 +7,17 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
-from itertools import combinations
 
 import pytest
 import torch
 
 from page4d.cli.train import main
-from page4d.config import PRESETS, preset
-from page4d.data.synthetic import SyntheticScenes
+from page4d.config import preset
 from page4d.errors import ConfigError, InputError
 from page4d.model import Page4D
 from page4d.model.checkpoint import save_official, save_pretrained
 from page4d.training import Trainer, load_config
-from page4d.training.batches import Batches, jitter, loader
-from page4d.training.config import DataConfig, OptimizerConfig
-from page4d.training.muon import Muon, orthogonalise
+from page4d.training.batches import Batches
 from page4d.training.parameters import choose_trainable, learning_rate, make_optimizers
 from page4d.training.trainer import TrainingError, own_device
 
@@ -65,57 +60,6 @@ def test_official_size_dry_run():
     aggregator = model.aggregator
     assert aggregator.global_blocks[10].training and not aggregator.global_blocks[9].training and not model.camera_head.training
     assert choose_trainable(model, "all") == sum(p.numel() for p in model.parameters())
-
-
-def test_muon_takes_the_matrices_of_blocks():
-    """All of them, and nothing else; its steps are as large as AdamW's, whatever the shape and the size of the gradient."""
-    model = Page4D(preset("nano"))
-    adamw, muon = make_optimizers(model.named_parameters(), OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.0))
-    matrices = {id(p) for group in muon.param_groups for p in group["params"]}
-    blocks = (
-        *model.aggregator.frame_blocks,
-        *model.aggregator.global_blocks,
-        *model.aggregator.patch_embed.blocks,
-        *model.camera_head.trunk,
-    )
-    wanted = {id(p) for block in blocks for p in block.parameters() if p.dim() == 2}
-    rest = [p for group in adamw.param_groups for p in group["params"]]
-    assert matrices == wanted and not wanted & {id(p) for p in rest}
-    assert len(rest) + len(wanted) == sum(p.requires_grad for p in model.parameters())
-    weight = model.aggregator.frame_blocks[0].mlp.fc1.weight
-    before = weight.detach().clone()
-    weight.grad = 1e-6 * torch.randn_like(weight) * torch.logspace(0, -1, weight.shape[1])
-    muon.step()
-    moved = (weight.detach() - before) / 1e-2
-    assert float(moved.square().mean().sqrt()) == pytest.approx(0.2, rel=0.2)
-    values = torch.linalg.svdvals(moved)
-    assert float(values.max() / values.min()) < 4 and float(torch.linalg.cond(weight.grad)) > 10
-
-
-@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (16, 16)], ids=str)
-def test_orthogonalise(shape):
-    """Singular vectors stay, singular values of very different size become about 1; 0 stays 0."""
-    (u, _, vt), values = torch.linalg.svd(torch.randn(shape), full_matrices=False), torch.logspace(0, -1.5, 16)
-    found = u.mT @ orthogonalise(u @ values.diag() @ vt) @ vt.mT
-    assert torch.allclose(found, found.diagonal().diag(), atol=1e-4)
-    assert found.diagonal().min() > 0.68 and found.diagonal().max() < 1.21
-    assert not orthogonalise(torch.zeros(shape)).any()
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
-@pytest.mark.parametrize("shape", [(48, 16), (16, 48)], ids=str)
-def test_muon_is_that_of_torch(shape):
-    """Five steps with weight decay are torch's, but for its products in bf16."""
-    start = torch.randn(shape)
-    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    options = {"lr": 0.02, "weight_decay": 0.5, "momentum": 0.95}
-    optimizers = Muon([{"params": [ours]}], **options), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
-    for _ in range(5):
-        gradient = torch.randn(shape)
-        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
-            weight.grad = gradient.clone()
-            optimizer.step()
-    assert (ours - theirs).norm() < 0.01 * (theirs - start).norm()
 
 
 def test_middle_needs_masked_blocks():
@@ -336,85 +280,6 @@ def test_the_log_of_a_resumed_run(tmp_path):
     assert [row["step"] for row in logged(folder)] == ["1", "2", "3", "4"] and logged(folder)[:2] == before
 
 
-def test_batches_depend_on_the_step_alone():
-    config = DataConfig(size=(28, 42), frames=(2, 3), images=6)
-    alone, later = Batches(config, 0).batch(5), next(loader(Batches(config, 5), 0))
-    assert torch.equal(alone.images, later.images) and torch.equal(alone.extrinsics, later.extrinsics)
-    config = DataConfig(size=(28, 42), frames=(2, 2), images=4)
-    found = [Batches(config, 0, rank, 2).batch(index) for index in (5, 6) for rank in (0, 1)]
-    scenes = [depth for batch in found for depth in batch.depth]
-    assert not any(torch.equal(a, b) for a, b in combinations(scenes, 2))
-    counts = [[len(Batches(DataConfig(size=(14, 14), images=8), 0, rank, 2).batch(i).images[0]) for i in range(4)] for rank in (0, 1)]
-    assert counts[0] == counts[1] and len(set(counts[0])) > 1  # equal work
-
-
-def test_batches_depend_on_the_seed():
-    """Another data.seed, however large, gives other numbers of frames, other jitter and other noise; noise shifts no other draw."""
-    images = torch.full((2, 3, 16, 24), 0.5)
-
-    def fixed(monkeypatch, **options):
-        """A batch of grey images: what is left are the draws of the batch itself."""
-        monkeypatch.setattr(SyntheticScenes, "__getitem__", lambda self, i: replace(truth, images=images))
-        return Batches(DataConfig(size=(16, 24), frames=(2, 2), images=2, **options), 0).batch(3).images
-
-    truth = SyntheticScenes("static", frames=2, size=(16, 24), seed=0)[0]
-    with pytest.MonkeyPatch.context() as patch:
-        for option in ({"noise": 0.1, "jitter": 0.0}, {"noise": 0.0, "jitter": 1.0}):
-            found = [fixed(patch, seed=seed, **option) for seed in (1, 2, 1 << 32, (1 << 40) + 1)]
-            assert all(not torch.equal(a, b) for a, b in combinations(found, 2))
-        noise = fixed(patch, seed=1, noise=0.1, jitter=0.0) - 0.5
-        assert float(noise.std()) == pytest.approx(0.1, rel=0.1)
-        both = fixed(patch, seed=1, noise=0.01, jitter=1.0) - fixed(patch, seed=1, noise=0.0, jitter=1.0)
-        assert torch.allclose(both, 0.1 * noise, atol=1e-5)
-    counts = [
-        [len(Batches(DataConfig(size=(16, 24), frames=(1, 9), images=9, seed=seed), 0).batch(i).images[0]) for i in range(8)]
-        for seed in (1, 2)
-    ]
-    assert counts[0] != counts[1]
-
-
-@pytest.mark.slow
-def test_workers_keep_the_order():
-    config = DataConfig(size=(14, 28), frames=(1, 2), images=2)
-    stream = loader(Batches(config, 3), 2)
-    for index in range(3, 7):
-        assert torch.equal(next(stream).images, Batches(config, 0).batch(index).images)
-
-
-def test_jitter():
-    images = torch.rand(3, 3, 8, 8)
-    assert torch.equal(jitter(images, 0.0, torch.Generator().manual_seed(1)), images)
-    changed = jitter(images, 1.0, torch.Generator().manual_seed(1))
-    assert changed.shape == images.shape and changed.min() >= 0 and changed.max() <= 1 and not torch.equal(changed, images)
-
-
-def test_jitter_by_formula():
-    """Each frame by the same draws: brightness, contrast about the mean grey, saturation about the grey, hue about the grey axis."""
-    grey = torch.tensor([0.299, 0.587, 0.114])
-    across = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    kinds = set()
-    for seed in range(30):
-        images = 0.2 + 0.5 * torch.rand(3, 3, 4, 5)
-        found = jitter(images, 0.8, torch.Generator().manual_seed(seed))
-        g = torch.Generator().manual_seed(seed)
-        shared = float(torch.rand((), generator=g)) < 0.7
-        draws = torch.rand(6, 1 if shared else 3, generator=g)
-        for s in range(3):
-            brightness, contrast, saturation, hue, whether, colourless = draws[:, 0 if shared else s].tolist()
-            x = images[s].flatten(1)
-            if whether < 0.8:
-                x = x * (0.5 + brightness)
-                mean = (grey @ x).mean()
-                x = mean + (x - mean) * (0.5 + contrast)
-                x = grey @ x + (x - grey @ x) * (0.5 + saturation)
-                x = (torch.matrix_exp(2 * math.pi * 0.2 * (hue - 0.5) * across) @ x).clamp(0, 1)
-            if colourless < 0.05:
-                x = (grey @ x).expand(3, -1)
-            kinds.add((shared, whether < 0.8, colourless < 0.05))
-            assert torch.allclose(found[s].flatten(1), x, atol=1e-5)
-    assert {kind[0] for kind in kinds} == {kind[1] for kind in kinds} == {kind[2] for kind in kinds} == {True, False}
-
-
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Gradients are the mean over the processes' batches: one step by torchrun is one step here with both batches."""
@@ -452,45 +317,6 @@ def test_two_processes(tmp_path):
         agree = (found[name] - value).abs() < 1e-5
         assert agree.float().mean() > 0.98, name
     assert set(found) == set(start)
-
-
-def test_configuration(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("steps: 5\ndata: {kind: dynamic}\noptimizer: {lr: 1e-4}\n")
-    config = load_config(path, ["data.seed=7", "mask.hold_end=1"])
-    assert (config.steps, config.data.kind, config.optimizer.lr, config.data.seed, config.mask.hold_end) == (5, "dynamic", 1e-4, 7, 1.0)
-    for text, message in {
-        "stepz=5": "unknown key stepz", "data=3": "data is a group", "data.frames=[4, 2]": "data.frames",
-        "steps": "is no override", "steps=many": "steps has to be of type int", "optimizer.lr=-1": "optimizer.lr",
-        "precision=fp8": "precision", "data.images=1": "does not hold one sequence", "data.kind=moving": "data.kind: 'moving'",
-        "optimizer.kind=sgd": "optimizer.kind: 'sgd' is neither adamw nor muon",
-        "data.workers=-1": "data.workers", "data.noise=.nan": "data.noise", "data.noise=-0.1": "data.noise",
-        "data.jitter=1.5": "data.jitter",
-        "data.size=[28, 40]": "multiples of 14", "data.size=[0, 14]": "multiples of 14", "data.supersample=0": "data.supersample",
-        "data.seed=-1": "data.seed", "seed=4294967296": "seed", "optimizer.warmup=2": "optimizer.warmup",
-        "optimizer.lr=nan": "optimizer.lr", "average=1": "average", "trainable=some": "none of all, middle, dense",
-        "optimizer.floor=1": "optimizer.lr has to be at least", "optimizer.clip=0": "optimizer.clip", "mask.strength=.inf": "mask.strength",
-        "steps=2020-02-31": "not YAML",
-    }.items():  # fmt: skip
-        with pytest.raises(ConfigError, match=message):
-            load_config(None, [text])
-    path.write_text("steps: [")
-    with pytest.raises(ConfigError, match="is not YAML"):
-        load_config(path)
-    path.write_bytes(b"out: caf\xe9")
-    with pytest.raises(ConfigError, match="is not YAML"):
-        load_config(path)
-    with pytest.raises(ConfigError, match="cannot read"):
-        load_config(tmp_path / "missing.yaml")
-
-
-def test_shipped_configurations():
-    folder = os.path.join(ROOT, "configs")
-    names = sorted(os.listdir(folder))
-    assert names
-    for name in names:
-        config = load_config(os.path.join(folder, name))
-        assert config.model in PRESETS
 
 
 def test_a_run_is_not_overwritten(tmp_path, capsys):

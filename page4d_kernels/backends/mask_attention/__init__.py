@@ -1,6 +1,7 @@
 """The backends of `mask_attention` and the order in which "auto" tries them.
 
-triton, cuda, flash, xformers and flex are not in that order: nobody has run them on a GPU from this repository yet. Name them to use them.
+triton, cuda, flash, xformers and flex are not in that order, because they have not yet been run on a GPU from this repository. To use one,
+name it.
 """
 
 from ..registry import declare

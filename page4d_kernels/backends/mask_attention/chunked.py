@@ -1,7 +1,7 @@
 """Plain PyTorch in linear memory: an online softmax over tiles of queries and keys, in fp32 for every input dtype.
 
-These are the reference's formulas, tile by tile. Gate, bias and logits stay in fp32, so other backends use it for the few gated rows.
-k and v are read tile by tile and never copied as a whole.
+The formulas are the reference's, applied tile by tile. Gate, bias and logits stay in fp32, so other backends use `chunked` for the few
+gated rows. k and v are read tile by tile and never copied as a whole.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ...reference import accumulation_dtype
 from ..registry import Backend
 from .problem import AttentionArgs
 
-TILE_LOGITS = 2**23  # logits in flight, over batch and heads: 32 MiB in fp32
-TILE_ROWS, TILE_KEYS = 512, 2048  # at most: a tile of keys is copied to fp32, all of them together are not
+TILE_LOGITS = 2**23  # logits of a tile, over batch and heads: 32 MiB in fp32
+TILE_ROWS, TILE_KEYS = 512, 2048  # upper limits; only one tile of keys at a time is copied to fp32
 
 
 def _tiles(length: int, size: int) -> Iterator[slice]:
@@ -32,7 +32,7 @@ def _tile_sizes(q: Tensor, k: Tensor) -> tuple[int, int]:
 
 
 def _tile_logits(b_q: Tensor, b_k: Tensor, query_gate: Tensor | None, key_bias: Tensor | None, rows: slice, keys: slice) -> Tensor:
-    """Logits (B, H, rows, keys); b_q is scaled already."""
+    """Logits (B, H, rows, keys). b_q is already scaled."""
     logits = b_q @ b_k.transpose(-1, -2)
     if query_gate is not None and key_bias is not None:
         logits += query_gate[:, None, rows, None] * key_bias[:, None, None, keys]
@@ -54,7 +54,7 @@ def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         for keys in _tiles(k.shape[2], key_tile):
             logits = _tile_logits(b_q, k[:, :, keys].to(dtype), query_gate, key_bias, rows, keys)
             row_max_new = torch.maximum(row_max, logits.amax(-1, keepdim=True))
-            shift = row_max_new.masked_fill(row_max_new == -torch.inf, 0)  # an empty row stays at exp(-inf) = 0
+            shift = row_max_new.masked_fill(row_max_new == -torch.inf, 0)  # a row without a finite logit stays at exp(-inf) = 0
             p = logits.sub_(shift).exp_()
             rescale = torch.exp(row_max - shift)
             row_sum = row_sum * rescale + p.sum(-1, keepdim=True)
@@ -68,7 +68,7 @@ def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 def _backward(
     args: AttentionArgs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Key tiles outside, query tiles inside: dk, dv and dc of a tile are summed in fp32; dq and dr are kept in fp32 over all rows."""
+    """The outer loop runs over key tiles and sums their dk, dv and dc in fp32. dq and dr are kept in fp32 for all rows."""
     q, k, v, query_gate, key_bias, _, scale = args
     dtype = accumulation_dtype(q.dtype)
     d_q = torch.zeros(q.shape, dtype=dtype, device=q.device)

@@ -1,4 +1,4 @@
-"""What the compiled backends share: outputs, and the arguments that describe a call by addresses, sizes and strides."""
+"""Shared by the compiled backends: outputs, and the arguments that describe a call by addresses, sizes and strides."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .problem import AttentionArgs
 
 
 def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """The result, token-major, and the log-sum-exp."""
+    """Uninitialised output (token-major) and log-sum-exp."""
     return empty_token_major(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 def unit_stride(x: Tensor | None) -> Tensor | None:
-    """Gate and bias as kernels read them, with unit stride along the tokens. The caller keeps it as long as the kernel runs."""
+    """Gate or bias with unit stride along the tokens, as the kernels read it. The caller must keep it alive while the kernel runs."""
     return x if x is None or x.stride(1) == 1 else x.contiguous()
 
 

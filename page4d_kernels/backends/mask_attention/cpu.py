@@ -1,4 +1,4 @@
-"""Our compiled CPU kernels (csrc/cpu/attention.h): AVX2, AVX-512, AVX-512 BF16 or AMX, whatever the processor has. Backward: chunked."""
+"""Our compiled CPU kernels (csrc/cpu/attention.h): the best of AVX2, AVX-512, AVX-512 BF16 and AMX. Backward: chunked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 def _auto_skips(problem: AttentionProblem) -> list[str]:
-    """Where `sdpa` is as fast or faster; docs/cpu.md says what was measured and what only tried."""
+    """Where `sdpa` is as fast or faster. docs/cpu.md says which cases were measured and which were only tried."""
     reasons = []
     if problem.needs_grad:
         reasons.append("the backward of sdpa is faster")

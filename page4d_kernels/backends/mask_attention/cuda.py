@@ -1,4 +1,4 @@
-"""Our CUDA kernel for Hopper (csrc/cuda/mask_attention_sm90.cuh). Not yet run on a GPU, and not taken by "auto". Backward: Triton's."""
+"""Our CUDA kernel for Hopper (csrc/cuda/mask_attention_sm90.cuh). Not yet run on a GPU; "auto" does not take it. Backward: Triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import compiled
 from .problem import AttentionArgs, AttentionProblem, all_of, only_cuda_half
 
 HEAD_DIMS = (64, 128)
-MAX_SPECIAL_TOKENS = 128  # of a frame: whole frames of them fit into a tile of rows
+MAX_SPECIAL_TOKENS = 128  # per frame, so that a tile of rows holds the special tokens of whole frames
 
 
 def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     call = compiled.arguments(args._replace(query_gate=gate, key_bias=bias), out, lse)
     frames = (0, 0, 0) if layout is None else (layout.frames, layout.tokens_per_frame, layout.special_tokens)
     dtype, device, stream = native.cuda_launch_args(q)
-    with torch.cuda.device_of(q):  # so that the caller's own current device is in force again afterwards, whatever the library sets
+    with torch.cuda.device_of(q):  # restores the caller's current device afterwards
         splits = native.library().mask_attention_cuda_splits(*call, frames, dtype, device)
         parts = [torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (q, lse)] if splits > 1 else []
         addresses = [x.data_ptr() for x in parts] or [0, 0]

@@ -1,4 +1,4 @@
-"""The flash-attn packages (FlashAttention-3 if it is there, else 2) on all rows, the gated rows again with the bias."""
+"""The flash-attn packages (FlashAttention-3 if installed, else 2) on all rows, then the gated rows again with the bias."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     else:
         from flash_attn import flash_attn_func
     out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, deterministic=True)
-    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # early releases of version 3 return the log-sum-exp too
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # early releases of version 3 also return the log-sum-exp
 
 
 BACKEND = Backend(

@@ -1,4 +1,4 @@
-"""FlexAttention with the rank-1 score_mod s + r[b, i] c[b, j], compiled on first use (seconds to a minute)."""
+"""FlexAttention with the rank-1 score_mod s + r[b, i] c[b, j], compiled on first use, which takes seconds to a minute."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _unsupported(problem: AttentionProblem) -> list[str]:
 def _compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # dynamic shapes do not compile on cpu; fullgraph makes the recompilation limit an error instead of N x N in silence
+    # Dynamic shapes do not compile on cpu. With fullgraph, reaching the recompilation limit raises instead of silently using N x N memory.
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 

@@ -1,7 +1,7 @@
-"""Mask-modulated attention from any plain attention: all rows without the bias, then the gated rows again with it.
+"""Mask-modulated attention built on any plain attention: all rows without the bias, then the gated rows again with it.
 
-Only frames * special_tokens rows have a gate, about half a percent. Computing them twice costs little, and computing them in fp32
-(`chunked`) is more accurate than folding the bias into the head dimension.
+Only frames * special_tokens rows are gated, about half a percent. Computing them twice costs little. Computing them in fp32 (`chunked`)
+is more accurate than folding the bias into the head dimension.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def around(plain: Attention) -> Callable[..., Tensor]:
 
 
 def _attend(plain: Attention, args: AttentionArgs) -> Tensor:
-    """Without a layout every row may be gated, so all rows are computed with the bias."""
+    """Without a layout every row may be gated, so `chunked` computes all rows with the bias."""
     q, k, v, query_gate, key_bias, layout, scale = args
     if query_gate is None or key_bias is None:
         return plain(q, k, v, scale)
@@ -36,7 +36,7 @@ def _attend(plain: Attention, args: AttentionArgs) -> Tensor:
     rows, _ = biased(layout.special(q, 2), k, v, layout.special(query_gate, 1), key_bias, None, scale, "chunked")
     shape = (layout.frames, layout.tokens_per_frame)
     rows = rows.unflatten(2, (layout.frames, layout.special_tokens))
-    if out.requires_grad:  # autograd has saved `out`: it must not change
+    if out.requires_grad:  # autograd has saved `out`, so it must not change
         return torch.slice_scatter(out.unflatten(2, shape), rows, 3, 0, layout.special_tokens).flatten(2, 3)
     out.unflatten(2, shape).narrow(3, 0, layout.special_tokens).copy_(rows)
     return out

@@ -1,4 +1,4 @@
-"""What a backend of `mask_attention` is told about a call before it serves it."""
+"""Description of a `mask_attention` call, from which a backend decides whether it can serve it, and the call's arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AttentionProblem:
     layout: TokenLayout | None = None
     needs_grad: frozenset[str] = frozenset()  # of "q", "k", "v", "query_gate", "key_bias"
     need_lse: bool = False
-    aligned: bool = True  # q, k and v step by multiples of 16 bytes
+    aligned: bool = True  # the strides of q, k and v are multiples of 16 bytes
 
     @classmethod
     def typical(cls, device: str) -> AttentionProblem:
@@ -52,7 +52,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def all_of(*checks: Callable[[AttentionProblem], list[str]]) -> Callable[[AttentionProblem], list[str]]:
-    """One `unsupported` out of several."""
+    """Combine several `unsupported` functions into one."""
     return lambda problem: [reason for check in checks for reason in check(problem)]
 
 
@@ -73,7 +73,7 @@ def only_cuda_half(problem: AttentionProblem) -> list[str]:
 def _import_error(module: str) -> str:
     try:
         importlib.import_module(module)
-    except (ImportError, OSError) as error:  # an extension built for another torch fails with either, and says so
+    except (ImportError, OSError) as error:  # an extension built for another torch raises either one, with an explanation
         return f"{module}: {error}"
     return ""
 
@@ -83,5 +83,5 @@ def import_error(module: str) -> str:
     return _import_error(module)
 
 
-# what torch.compiler.assume_constant_result sets, without importing the compiler: importing is not to be traced
+# What torch.compiler.assume_constant_result sets, without importing the compiler. It keeps the import from being traced.
 import_error._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The specification itself. Memory grows with N^2: for tests and small inputs."""
+"""The specification as a backend. Memory grows with N^2, so it is for tests and small inputs."""
 
 from ...reference.mask_attention import mask_attention, mask_attention_backward
 from ..registry import Backend

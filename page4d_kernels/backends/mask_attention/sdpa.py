@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention on all rows, the gated rows again with the bias. The default where no kernel of ours serves."""
+"""torch's scaled_dot_product_attention on all rows, then the gated rows again with the bias. The default where no kernel of ours serves."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .problem import AttentionProblem, all_of, no_lse
 
 
 def _stays_linear(problem: AttentionProblem) -> list[str]:
-    """Only cases in which torch has a kernel that never holds the N x N logits."""
+    """Accept only cases in which torch has a kernel that never stores the N x N logits."""
     if problem.device == "cuda" and problem.dtype == torch.float64:
         return ["torch has only its N x N kernel for float64 on cuda"]
     if problem.device == "cuda" and problem.head_dim % 8:
-        return [f"torch's fused kernels want a head dim that is a multiple of 8, not {problem.head_dim}"]
+        return [f"torch's fused kernels need a head dim that is a multiple of 8, not {problem.head_dim}"]
     return []
 
 

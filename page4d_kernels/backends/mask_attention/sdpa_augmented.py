@@ -1,8 +1,8 @@
 """The official release's arithmetic, kept as a baseline: the bias folded into extra head dimensions of one SDPA call.
 
 D' = 8 floor((D + 8) / 8), q' = [q sqrt(D'/D), r sqrt(D'), 0 ...], k' = [k, c, 0 ...], v' = [v, 0 ...] with SDPA's default 1/sqrt(D').
-It copies q, k and v, does D'/D of the matrix work for every row, and rounds r sqrt(D') and c to the input dtype. The scale
-generalises: q is multiplied by scale * sqrt(D').
+It copies q, k and v, does D'/D times the matmul work for every row, and rounds r sqrt(D') and c to the input dtype. With a given
+`scale`, q is multiplied by scale * sqrt(D') instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""xformers' memory_efficient_attention on all rows, the gated rows again with the bias."""
+"""xformers' memory_efficient_attention on all rows, then the gated rows again with the bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the compiled backends share: the output, fp32 parameters and the call with addresses, sizes and strides."""
+"""Shared by the compiled backends: the output, fp32 parameters, and the call with addresses, sizes and strides."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def forward(
     *working_space: Any,
     launch_args: tuple[int, ...],
 ) -> Tensor:
-    """`function` of the library; `launch_args` are its last arguments (dtype, threads or device, ...)."""
+    """Call `function` of the library. `launch_args` are its last arguments (dtype, threads or device, ...)."""
     batch, frames, per_frame, channels = tokens.shape
     weights = [native.fp32(parameter) for parameter in parameters]
     out = torch.empty(batch, frames * per_frame, dtype=torch.float32, device=tokens.device)

@@ -1,4 +1,4 @@
-"""Our CUDA kernels (csrc/cuda/mask_head.cuh). Not yet run on a GPU, and not taken by "auto". Backward: the reference's formulas."""
+"""Our CUDA kernels (csrc/cuda/mask_head.cuh). Not yet run on a GPU; "auto" does not take them. Backward: the reference's formulas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], sp
     batch, frames, _, channels = tokens.shape
     statistics = torch.empty(2, batch * frames, channels, dtype=torch.float32, device=tokens.device)
     working_space = [statistics[0].data_ptr(), statistics[1].data_ptr()]
-    with torch.cuda.device_of(tokens):  # so that the caller's own current device is in force again afterwards, whatever the library sets
+    with torch.cuda.device_of(tokens):  # restores the caller's current device afterwards
         return compiled.forward(
             "mask_head_cuda", tokens, parameters, grid, special_tokens, working_space, launch_args=native.cuda_launch_args(tokens)
         )

@@ -1,4 +1,4 @@
-"""What a backend of `mask_head` is told about a call before it serves it."""
+"""Description of a `mask_head` call, from which a backend decides whether it can serve it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The specification itself, as torch convolutions over a (B*S, C, h, w) copy of the tokens in fp32."""
+"""The specification as a backend: torch convolutions over a (B*S, C, h, w) copy of the tokens in fp32."""
 
 from ...reference.mask_head import mask_head, mask_head_backward
 from ..registry import Backend

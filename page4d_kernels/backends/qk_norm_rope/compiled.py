@@ -1,4 +1,4 @@
-"""What the compiled backends share: outputs, fp32 parameters and the call with addresses, sizes and strides."""
+"""Shared by the compiled backends: outputs, fp32 parameters, and the call with addresses, sizes and strides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ... import native
 
 
 def forward(function: str, launch_args: Callable[[Tensor], tuple[int, ...]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The forward of a backend: `function` of the library; `launch_args(qkv)` are its last arguments (dtype, threads or device, ...)."""
+    """The forward of a backend. It calls `function` of the library; `launch_args(qkv)` gives the last arguments (dtype, threads, ...)."""
     return partial(_forward, function, launch_args)
 
 
@@ -30,6 +30,6 @@ def _forward(
     sizes = (batch, tokens, heads, head_dim, special + grid[0] * grid[1], special, grid[1])
     stride = (qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3))
     addresses = [x.data_ptr() for x in vectors]
-    with torch.cuda.device_of(qkv):  # so that the caller's own current device is in force again afterwards, whatever the library sets
+    with torch.cuda.device_of(qkv):  # restores the caller's current device afterwards
         getattr(native.library(), function)(qkv.data_ptr(), addresses, q.data_ptr(), k.data_ptr(), sizes, stride, eps, *launch_args(qkv))
     return q, k

@@ -1,4 +1,4 @@
-"""What a backend of `qk_norm_rope` is told about a call before it serves it."""
+"""Description of a `qk_norm_rope` call, from which a backend decides whether it can serve it."""
 
 from __future__ import annotations
 

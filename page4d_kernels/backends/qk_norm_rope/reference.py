@@ -1,4 +1,4 @@
-"""The specification itself."""
+"""The specification as a backend."""
 
 from ...reference.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
 from ..registry import Backend

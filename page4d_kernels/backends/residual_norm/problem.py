@@ -1,4 +1,4 @@
-"""What a backend of `residual_norm` is told about a call before it serves it."""
+"""Description of a `residual_norm` call, from which a backend decides whether it can serve it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 @dataclass(frozen=True)
 class ResidualNormProblem:
     device: str
-    dtype: torch.dtype  # the widest of what goes in and what comes out
+    dtype: torch.dtype  # the widest dtype among inputs and outputs
     rows: int
     channels: int
     needs_grad: bool = False

@@ -1,4 +1,4 @@
-"""The specification itself: three operators of PyTorch."""
+"""The specification as a backend: three PyTorch operators."""
 
 from ...reference.residual_norm import residual_norm, residual_norm_backward
 from ..registry import Backend

@@ -1,0 +1,45 @@
+"""A prediction and its frames for the exporters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from page4d.data.frames import Frames
+from page4d.prediction import Prediction
+
+S, H, W, N = 3, 56, 84, 5
+
+
+@pytest.fixture
+def prediction() -> Prediction:
+    g = torch.Generator().manual_seed(0)
+    pose = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 0.9, 1.1]]).repeat(S, 1)
+    pose[:, :7] += 0.1 * torch.randn(S, 7, generator=g) * (torch.arange(S) > 0)[:, None]
+    query = torch.rand(1, N, 2, generator=g) * torch.tensor([W, H])
+    return Prediction(
+        images=torch.rand(1, S, 3, H, W, generator=g),
+        mask=torch.rand(1, S, H // 14, W // 14, generator=g) - 0.5,
+        pose_enc=pose[None],
+        depth=1 + 4 * torch.rand(1, S, H, W, 1, generator=g),
+        depth_conf=1 + torch.rand(1, S, H, W, generator=g),
+        world_points=torch.randn(1, S, H, W, 3, generator=g),
+        world_points_conf=1 + torch.rand(1, S, H, W, generator=g),
+        query_points=query,
+        track=query[:, None] + 3 * torch.randn(1, S, N, 2, generator=g) * (torch.arange(S) > 0)[:, None, None],
+        vis=torch.rand(1, S, N, generator=g),
+        conf=torch.rand(1, S, N, generator=g),
+    )
+
+
+@pytest.fixture
+def frames(prediction: Prediction) -> Frames:
+    """Originals of 168 x 80 pixels, so scaled by a half; 8 rows of padding above and below."""
+    return Frames(
+        images=prediction.images[0],
+        names=[f"frame_{i:06d}" for i in (0, 4, 8)],
+        timestamps=[0.0, 0.4, 0.8],
+        original_sizes=[(80, 168)] * S,
+        scale=torch.full((S, 2), 0.5, dtype=torch.float64),
+        offset=torch.tensor([[0, 8]] * S, dtype=torch.float64),
+    )

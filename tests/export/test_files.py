@@ -1,0 +1,114 @@
+"""Output files appear whole, all together, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from page4d.data import InputError
+from page4d.data.frames import Frames
+from page4d.export import export
+from page4d.files import AtomicFiles, check_writable, on_disk
+from page4d.prediction import Prediction
+
+
+def files_under(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_results_on_disk(tmp_path: Path) -> None:
+    """Tensors as others, zeroed or not, that leave nothing behind; in a folder that does not exist, beside it."""
+    allocate = on_disk(tmp_path / "not" / "yet")
+    tensor = allocate("depth", (5, 7))
+    tensor[:] = torch.arange(35.0).view(5, 7)
+    assert tensor.dtype == torch.float32 and tensor.sum() == 595 and not list(tmp_path.iterdir())
+    copy = (tensor * 2).sum()
+    assert copy == 1190
+
+
+def test_a_disk_that_cannot_promise_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*args: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    assert on_disk(tmp_path)("depth", (5, 10)).shape == (5, 10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_room_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=r"has no room for depth, 0.2 GB \(No space left on device\): choose another --out"):
+        on_disk(tmp_path)("depth", (50, 10**6))
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_writable(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "new" / "deeper"):
+        check_writable(folder)
+    assert not list(tmp_path.iterdir()), "nothing is left"
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for folder in (
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        tmp_path / "loop",
+        tmp_path / ("n" * 300),
+        tmp_path / "new" / ("n" * 300),
+    ):
+        with pytest.raises(InputError, match=r"cannot write into the folder .*: choose another") as error:
+            check_writable(folder)
+        assert "\n" not in str(error.value) and repr(str(folder)) in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"} and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux")
+def test_check_writable_where_nobody_may_write(prediction: Prediction, frames: Frames) -> None:
+    for folder in ("/proc", "/proc/page4d", "/proc/page4d/out"):
+        with pytest.raises(InputError, match="cannot write into the folder"):
+            check_writable(Path(folder))
+        with pytest.raises(InputError, match="cannot write into the folder"):
+            export(prediction, frames, folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everything")
+def test_check_writable_needs_permission(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    for folder in (tmp_path / "locked", tmp_path / "locked" / "new"):
+        with pytest.raises(InputError, match="Permission denied"):
+            check_writable(folder)
+
+
+def test_atomic_files_replace_and_keep(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), AtomicFiles() as files:
+        files.add(path).write_text("half")
+        files.add(tmp_path / "new" / "b.txt").write_text("half")
+        raise RuntimeError
+    assert files_under(tmp_path) == {"a.txt"} and path.read_text() == "old" and not (tmp_path / "new").exists()
+    with AtomicFiles() as files:
+        files.add(path).write_text("new")
+        assert path.read_text() == "old"
+    assert files.paths == [path] and path.read_text() == "new"
+
+
+def test_atomic_files_refuse_the_same_path_twice(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="twice"), AtomicFiles() as files:
+        files.add(tmp_path / "a").write_text("one")
+        files.add(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_atomic_files_clean_up_when_renaming_fails(tmp_path: Path) -> None:
+    with pytest.raises(OSError), AtomicFiles() as files:
+        for name in ("a", "new/b", "new/c"):
+            files.add(tmp_path / name).write_text(name)
+        (tmp_path / "new" / "b").mkdir()  # somebody else is quicker
+    assert files_under(tmp_path) == {"a"} and (tmp_path / "new" / "b").is_dir()
