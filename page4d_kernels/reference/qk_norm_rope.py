@@ -44,8 +44,8 @@ def _token_tables(cos: Tensor, sin: Tensor, grid: tuple[int, int], special_token
 
 def _rotate(f: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate-half in each of the two halves (y and x) of the last dimension. f is (..., N, D), cos and sin are (N, 2, D/4)."""
-    a, b = rearrange(f, "... (axis half d) -> half ... axis d", axis=2, half=2)
-    return rearrange([a * cos - b * sin, b * cos + a * sin], "half ... axis d -> ... (axis half d)")
+    a, b = rearrange(f, "... (yx half d) -> half ... yx d", yx=2, half=2)
+    return rearrange([a * cos - b * sin, b * cos + a * sin], "half ... yx d -> ... (yx half d)")
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -94,9 +94,7 @@ def backward(
         return sums
 
     sums = _launch("bwd_kernel", qkv, run)
-    d_qw, d_qb, d_kw, d_kb = (
-        part.sum(0).to(q_weight.dtype) for part in sums
-    )  # copies: an operator must not return views
+    d_qw, d_qb, d_kw, d_kb = (part.sum(0).to(q_weight.dtype) for part in sums)  # copies: an operator must not return views
     return d_qkv, d_qw, d_qb, d_kw, d_kb
 
 
