@@ -1,4 +1,4 @@
-"""Backward of mask-modulated attention in Triton; see `mask_attention.py` for the conventions and the handling of gated rows.
+"""Backward of mask-modulated attention in Triton; see `mask_attention.py` for the naming and the handling of gated rows.
 
 With S2 the logits in base 2, P = exp2(S2 - lse2), delta = rowsum(dO * O) - dlse and dS = P * (dO V^T - delta):
 dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K, dr_i = sum_hj dS_ij c_j, dc_j = sum_hi dS_ij r_i.
