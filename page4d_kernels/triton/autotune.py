@@ -1,8 +1,8 @@
 """Tile sizes of the kernels: built in, from a table, or timed on first use.
 
 A configuration is a dictionary of launch constants, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}.
-Its key holds the kernel, the architecture, the head dim or channels, the dtype and, for attention, how rows see the bias (`Rows.mode`).
-It does not depend on sequence length or batch size: a new clip length triggers no timing and no compilation.
+Its key holds the kernel, the architecture, the head dim, channels or hidden size, the dtype and, for attention, how rows see the bias. It
+does not depend on sequence length or batch size: a new clip length triggers no timing and no compilation.
 
 PAGE4D_AUTOTUNE sets when candidates are timed:
 
