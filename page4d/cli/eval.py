@@ -12,11 +12,10 @@ import torch
 
 from .. import __version__
 from ..data.preprocess import DEFAULT_SIZE
-from ..errors import InputError
 from ..evaluation.depth import ALIGNMENTS
-from ..evaluation.evaluate import TASKS, evaluate
+from ..evaluation.evaluate import TASKS, check_tasks, evaluate
 from ..evaluation.protocol import Protocol
-from ..evaluation.readers import open_dataset
+from ..evaluation.readers import SPECS, open_dataset
 from ..evaluation.report import table, write_json
 from ..files import check_writable
 from ..model import default_dtype
@@ -28,23 +27,27 @@ def build_parser(prog: str | None) -> argparse.ArgumentParser:
         prog,
         description="Metrics of cameras, depth, points, tracks and the motion mask against ground truth.",
     )
-    parser.add_argument(
-        "data", nargs="+", help="synthetic:static, synthetic:dynamic, sintel:FOLDER, tum:FOLDER, bonn:FOLDER; several are averaged apart"
-    )
+    parser.add_argument("data", nargs="+", help=f"{', '.join(SPECS)}; each has its own means")
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=WEIGHTS_HELP)
-    parser.add_argument("--tasks", type=parse_names, help=f"comma-separated, of {','.join(TASKS)} (default: all that apply, but mono)")
-    parser.add_argument("--frames", type=int, help="at most so many per sequence (default: what the dataset's protocol says)")
-    parser.add_argument("--sequences", type=int, help="only so many of each dataset")
+    parser.add_argument("--tasks", type=parse_names, help=f"comma-separated, of {','.join(TASKS)} (default: all that apply except mono)")
+    parser.add_argument("--frames", type=int, help="maximum number per sequence (default: as in the dataset's protocol)")
+    parser.add_argument("--sequences", type=int, help="maximum number per dataset (default: all)")
     parser.add_argument(
-        "--size", type=parse_size, help="network input: the longer side, or HEIGHTxWIDTH to fit in (default: what suits the weights)"
+        "--size",
+        type=parse_size,
+        help="network input: the longer side, or a HEIGHTxWIDTH to fit into (default: the training size of the weights)",
     )
-    parser.add_argument("--align", type=parse_names, default=["scale"], help=f"of video depth, of {','.join(ALIGNMENTS)} (default: scale)")
-    parser.add_argument("--seed", type=int, default=0, help="of the synthetic scenes, the compared points and random weights")
-    parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: what the weights come with)")
-    parser.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the trunk's matrix products (default: half precision on cuda, else fp32)")
-    parser.add_argument("--official-protocol", action="store_true", help="with the defects of the official scripts, for published numbers")
-    parser.add_argument("--out", type=Path, help="a .json file for all metrics and how they came about")
+    parser.add_argument(
+        "--align", type=parse_names, default=["scale"], help=f"alignments of video depth, of {','.join(ALIGNMENTS)} (default: scale)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of synthetic scenes, the choice of compared points, and random weights")
+    parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: as stored in the weights)")
+    parser.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the trunk's matmuls (default: half precision on cuda, else fp32)")
+    parser.add_argument(
+        "--official-protocol", action="store_true", help="repeat the official scripts, defects included, to compare with published numbers"
+    )
+    parser.add_argument("--out", type=Path, help="a .json file for all metrics and the settings they were measured with")
     return parser
 
 
@@ -54,30 +57,28 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> str:
-    """The table. What can be checked before the work is checked before it."""
+    """The table of metrics. Everything that can be checked is checked before the work starts."""
     if args.out is not None:
         check_writable(args.out.parent)
     config = check_weights(args.weights)
     size = (config.image_size or DEFAULT_SIZE) if args.size is None else args.size
     protocol = Protocol(size, args.official_protocol, tuple(args.align), args.mask_strength, seed=args.seed)
-    unknown = sorted(set(args.tasks or ()) - set(TASKS))
-    if unknown:
-        raise InputError(f"unknown task {', '.join(unknown)}: choose from {', '.join(TASKS)}")
     tasks = set(args.tasks) if args.tasks else None
+    check_tasks(tasks)
     options = {"tasks": tasks, "frames": args.frames, "size": size, "seed": args.seed, "sequences": args.sequences}
-    sets = [open_dataset(spec, **options) for spec in args.data]
+    datasets = [open_dataset(spec, **options) for spec in args.data]
     device = open_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
     model = open_model(args.weights, device, dtype, args.seed)
     results = {
         spec: evaluate(model, data, tasks, protocol=protocol, rules=data.rules, progress=data.name)
-        for spec, data in zip(args.data, sets, strict=True)
+        for spec, data in zip(args.data, datasets, strict=True)
     }
     if args.out is not None:
         provenance = {
             "weights": args.weights,
             "protocol": dataclasses.asdict(protocol),
-            "data": {spec: {"sequences": len(data), "frames": args.frames} for spec, data in zip(args.data, sets, strict=True)},
+            "data": {spec: {"sequences": len(data), "frames": args.frames} for spec, data in zip(args.data, datasets, strict=True)},
             "tasks": sorted(tasks) if tasks else None,
             "seed": args.seed,
             "device": str(device),

@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog, description="Train or fine-tune a model on synthetic scenes.")
     parser.add_argument("config", help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as steps=2000 data.seed=3")
-    parser.add_argument("--resume", action="store_true", help="continue the run in its output folder")
-    parser.add_argument("--device", help="cuda or cpu (default: the best there is)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
+    parser.add_argument("--device", help="cuda or cpu (default: the best available)")
     args = parser.parse_intermixed_args(argv)  # overrides may follow options
     return run_command(lambda: run(args), save_memory="set a smaller data.images or data.size, or checkpoint_activations=true")
 
@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> str:
     trainer = Trainer(config, resume=args.resume, device=open_device(own_device(args.device)))
     if trainer.step >= config.steps:
         trainer.close()
-        return f"the run is finished: all of its {config.steps} steps are done, see {trainer.out / WEIGHTS}"
-    say(f"{trainer.trained:,} parameters are trained, on {trainer.device}; results go to {trainer.out}")
+        return f"the run is finished: all {config.steps} steps are done, see {trainer.out / WEIGHTS}"
+    say(f"training {trainer.trained:,} parameters on {trainer.device}; results go to {trainer.out}")
     if config.precision == "bf16" and trainer.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         say("this processor has no bf16 instructions: precision=fp32 is several times as fast")
     values = trainer.train()

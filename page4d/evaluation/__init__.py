@@ -1,4 +1,4 @@
-"""How good a model is on sequences with ground truth: `evaluate`, and `python -m page4d.evaluation` around it."""
+"""Metrics of a model on sequences with ground truth: `evaluate`, and `python -m page4d.evaluation` on the command line."""
 
 from .evaluate import TASKS, evaluate
 from .protocol import Protocol

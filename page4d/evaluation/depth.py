@@ -1,19 +1,20 @@
-"""Errors of depth maps, and the alignments that make up for the unknown scale. Everything on valid pixels alone, in float64."""
+"""Errors of depth maps, and alignments for the unknown scale. Everything is computed on valid pixels only, in float64."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-FLOOR = 1e-5  # of predictions where a logarithm or a ratio needs a positive one
+FLOOR = 1e-5  # predictions are clamped to this minimum before a logarithm or a ratio
 METRICS = ("abs_rel", "sq_rel", "rmse", "log_rmse", "delta1", "delta2", "delta3")
 
 
 def depth_metrics(predicted: Tensor, true: Tensor) -> dict[str, float]:
-    """Errors of predicted depths (N,) against true ones (N,), which are positive.
+    """Errors of predicted depths (N,) against true depths (N,), which must be positive.
 
     abs_rel = mean |p - g| / g, sq_rel = mean (p - g)^2 / g, rmse = sqrt(mean (p - g)^2), log_rmse = sqrt(mean (ln p - ln g)^2),
-    delta_k = share of max(p / g, g / p) < 1.25^k; in log_rmse and delta_k, p is at least 1e-5. NaN if N is 0.
+    delta_k = fraction of pixels with max(p / g, g / p) < 1.25^k. In log_rmse and delta_k, p is clamped to at least 1e-5. All are NaN if N
+    is 0 or a prediction is not finite.
     """
     p, g = predicted.double(), true.double()
     if not len(g) or not p.isfinite().all():
@@ -31,15 +32,15 @@ def depth_metrics(predicted: Tensor, true: Tensor) -> dict[str, float]:
 
 
 def align_median(predicted: Tensor, true: Tensor) -> tuple[float, float]:
-    """Scale median(g) / median(p), shift 0; of two middle values PyTorch's median is the lower."""
+    """Scale median(g) / median(p), shift 0. The median is the lower of two middle values, as in PyTorch."""
     return float(true.double().median() / predicted.double().median()), 0.0
 
 
 def align_scale(predicted: Tensor, true: Tensor, steps: int = 10) -> tuple[float, float]:
-    """Scale towards the least sum |s p - g|, shift 0.
+    """Scale that approximately minimises sum |s p - g|, shift 0.
 
-    From mean(g) / mean(p), `steps` of iteratively reweighted least squares, s = sum(w p g) / sum(w p^2) with
-    w = 1 / (|s p - g| + 1e-8); at least 1e-3 in the end.
+    Starts at mean(g) / mean(p) and takes `steps` of iteratively reweighted least squares: s = sum(w p g) / sum(w p^2) with
+    w = 1 / (|s p - g| + 1e-8). The result is clamped to at least 1e-3.
     """
     p, g = predicted.double(), true.double()
     scale = g.mean() / p.mean()
@@ -50,11 +51,11 @@ def align_scale(predicted: Tensor, true: Tensor, steps: int = 10) -> tuple[float
 
 
 def align_scale_shift(predicted: Tensor, true: Tensor, steps: int = 60) -> tuple[float, float]:
-    """Scale and shift of the least sum |s p + t - g|.
+    """Scale and shift that minimise sum |s p + t - g|.
 
-    Iteratively reweighted least squares, with weights 1 / sqrt(r^2 + e^2) whose e falls by a third per step, from the mean error of the
-    plain least squares by ten orders of magnitude: each step starts close to the minimum of a slightly smoother sum. The sum that is
-    reached is the least one to 0.1 %, mostly to far less.
+    Iteratively reweighted least squares with weights 1 / sqrt(r^2 + e^2). e starts at the mean error of plain least squares and falls by a
+    third per step, over ten orders of magnitude. So each step starts close to the minimum of a slightly smoother sum. The sum reached is
+    within 0.1 % of the minimum, and usually much closer.
     """
     p, g = predicted.double(), true.double()
     weight, smooth = torch.ones_like(p), None
@@ -63,7 +64,7 @@ def align_scale_shift(predicted: Tensor, true: Tensor, steps: int = 60) -> tuple
         total = weight.sum()
         mean_p, mean_g = (weight * p).sum() / total, (weight * g).sum() / total
         spread = (weight * (p - mean_p) ** 2).sum()
-        if spread > 0:  # otherwise all predictions are equal and any scale does
+        if spread > 0:  # otherwise all predictions are equal and any scale fits
             scale = (weight * (p - mean_p) * (g - mean_g)).sum() / spread
         shift = mean_g - scale * mean_p
         error = scale * p + shift - g
@@ -75,14 +76,14 @@ def align_scale_shift(predicted: Tensor, true: Tensor, steps: int = 60) -> tuple
 
 
 def align_scale_shift_adam(predicted: Tensor, true: Tensor, steps: int = 1000, tolerance: float = 1e-6) -> tuple[float, float]:
-    """Scale and shift as the official script fits them: Adam with learning rate 1e-4 on sum |s p + t - g|, from the ratio of medians.
+    """Scale and shift as in the official script: Adam with learning rate 1e-4 on sum |s p + t - g|, from the ratio of medians.
 
-    Adam moves by about its learning rate per step, so that this ends within 0.1 of where it starts, at a minimum or not. It stops
+    Adam moves by about its learning rate per step. So the result is within 0.1 of the start, whether or not the minimum is. It stops early
     when the sum changes by less than `tolerance`.
     """
     p, g = predicted.double(), true.double()
     with torch.inference_mode(False), torch.enable_grad():
-        p, g = p.clone(), g.clone()  # tensors made in inference mode take no part in a gradient
+        p, g = p.clone(), g.clone()  # inference-mode tensors cannot take part in autograd
         line = torch.tensor(align_median(p, g), dtype=torch.float64, requires_grad=True)
         optimiser = torch.optim.Adam([line], lr=1e-4)
         before = float("inf")
@@ -100,7 +101,7 @@ def align_scale_shift_adam(predicted: Tensor, true: Tensor, steps: int = 1000, t
 
 
 def align_metric(predicted: Tensor, true: Tensor) -> tuple[float, float]:
-    """No alignment: for predictions that claim to be in the unit of the truth."""
+    """No alignment, for predictions in the unit of the ground truth: scale 1, shift 0."""
     return 1.0, 0.0
 
 

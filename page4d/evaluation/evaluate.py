@@ -1,4 +1,4 @@
-"""A model on sequences with ground truth: which tasks are possible, their metrics per sequence, and the means."""
+"""Evaluate a model on sequences with ground truth: the possible tasks, their metrics per sequence, and the means."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TASKS: dict[str, tuple[set[str], tuple[set[str], ...]]] = {
     "tracks": ({"tracks", "track_visible"}, ({"track"},)),
     "mask": ({"dynamic"}, ({"mask"},)),
 }
-DEFAULT_TASKS = frozenset(TASKS) - {"mono"}  # a forward pass per frame, so only if asked for
+DEFAULT_TASKS = frozenset(TASKS) - {"mono"}  # mono takes a forward pass per frame, so it must be named
 
 
 def evaluate(
@@ -48,28 +48,27 @@ def evaluate(
     rules: Rules | None = None,
     progress: str | None = None,
 ) -> dict:
-    """Run `model` on every sample and compare with its ground truth.
+    """Run `model` on every sample and compare its predictions with the ground truth.
 
     Args:
-        model: put into eval mode for the time being.
-        tasks: of "pose", "depth", "mono", "points", "tracks", "mask". None = all but mono that model and sample have what it takes for.
-        protocol: how to run and compare; by default at the size that the model was trained for.
-        rules: what counts in this dataset.
-        progress: the title of a progress bar.
+        model: runs in eval mode. Its modes are restored afterwards.
+        samples: sequences with ground truth, one at a time.
+        tasks: some of "pose", "depth", "mono", "points", "tracks", "mask". None = all except mono that model and sample allow.
+        protocol: how to run and compare. None = at the size that the model was trained for.
+        rules: what is evaluated in this dataset. None = everything.
+        progress: the title of a progress bar. None = no bar.
 
     Returns:
         {"sequences": [{"name", "frames", "metrics": {group: {metric: value}}, "not_finite": [output]}],
-        "mean": {group: {metric: value}}, "failed": n}. A group is a task, with what it was aligned by or made from behind a colon. Means
-        are over sequences, of depth weighted by their valid pixels ("pixels"). A sequence with outputs that are not finite, or depth that
-        cannot be aligned, has failed: tasks that need them have no metrics there.
+        "mean": {group: {metric: value}}, "failed": n}. A group is a task, followed by a colon and its alignment ("depth:scale") or source
+        ("points:head") if it has one. Means are over sequences; those of depth are weighted by the number of valid pixels ("pixels"). A
+        sequence fails if an output is not finite or depth cannot be aligned. It then has no metrics for the tasks that need that output.
 
     Raises:
-        InputError: a task is unknown, or named although the model or the data has nothing for it.
+        InputError: a task is unknown, or the model or the data lacks what a named task needs.
     """
     protocol, rules = protocol or Protocol(model.config.image_size or DEFAULT_SIZE), rules or Rules()
-    unknown = sorted(set(tasks or ()) - set(TASKS))
-    if unknown or (tasks is not None and not tasks):
-        raise InputError(f"unknown task {', '.join(unknown) or 'of no name'}: choose from {', '.join(TASKS)}")
+    check_tasks(tasks)
     sequences = []
     with eval_mode(model):
         for sample in tqdm(samples, desc=progress, unit="sequence", disable=True if progress is None else None):
@@ -81,9 +80,18 @@ def evaluate(
     return {"sequences": sequences, "mean": mean, "failed": sum(bool(sequence["not_finite"]) for sequence in sequences)}
 
 
+def check_tasks(tasks: Collection[str] | None) -> None:
+    """Raise InputError if a task is unknown or `tasks` is empty. None is allowed."""
+    if tasks is not None and not tasks:
+        raise InputError(f"no task is named: choose from {', '.join(TASKS)}")
+    unknown = sorted(set(tasks or ()) - set(TASKS))
+    if unknown:
+        raise InputError(f"unknown task {', '.join(unknown)}: choose from {', '.join(TASKS)}")
+
+
 @contextmanager
 def eval_mode(model: Page4D) -> Iterator[None]:
-    """Every module in eval mode; afterwards as before, each by itself, as training may keep some parts in eval mode."""
+    """Every module in eval mode. On exit each module returns to its own mode, as training may keep some of them in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -94,13 +102,14 @@ def eval_mode(model: Page4D) -> Iterator[None]:
 
 
 def _needed(task: str, official: bool) -> tuple[set[str], ...]:
+    """Sets of model outputs of which any one suffices for the task."""
     if task == "depth" and official:
         return ({"depth", "camera"},)
     return TASKS[task][1]
 
 
 def _possible(model: Page4D, sample: Sample, tasks: Collection[str] | None, official: bool) -> list[str]:
-    """The tasks to do, in the order of `TASKS`."""
+    """The tasks that model and sample allow, in the order of `TASKS`. InputError if a named one is not among them."""
     chosen = []
     for task, (truth, _) in TASKS.items():
         if task not in (DEFAULT_TASKS if tasks is None else tasks):
@@ -108,7 +117,7 @@ def _possible(model: Page4D, sample: Sample, tasks: Collection[str] | None, offi
         missing = [name for name in sorted(truth) if not _has(sample, name)]
         able = any(need <= model.available for need in _needed(task, official))
         if tasks is not None and missing:
-            raise InputError(f"the task {task} needs {', '.join(missing)} as ground truth, which {sample.name!r} has not: leave it out")
+            raise InputError(f"the task {task} needs {', '.join(missing)} as ground truth, but {sample.name!r} has none: leave it out")
         if tasks is not None and not able:
             raise InputError(f"this model cannot do the task {task}: its weights have no head for it, so leave it out")
         if able and not missing:
@@ -117,52 +126,36 @@ def _possible(model: Page4D, sample: Sample, tasks: Collection[str] | None, offi
 
 
 def _has(sample: Sample, name: str) -> bool:
-    """A track is of use if its point is visible in the first frame, where it is asked for."""
+    """Whether the sample has the ground truth. Tracks need a point that is visible in the first frame, where the queries are."""
     value = getattr(sample, name)
     return value is not None and (name != "track_visible" or bool(value[0].any()))
 
 
-# output: what of a prediction is compared
+# model output -> the fields of a prediction that are compared
 COMPARED = {"camera": ("pose_enc",), "depth": ("depth",), "points": ("world_points",), "track": ("track", "vis"), "mask": ("mask",)}
 
 
 def _without_broken(prediction: Prediction) -> tuple[Prediction, list[str]]:
-    """The prediction without outputs that are not finite, and the names of those."""
+    """The prediction without the outputs that are not finite, and the names of those outputs."""
     values = {output: [getattr(prediction, field) for field in fields] for output, fields in COMPARED.items()}
     if prediction.pose_enc is not None:
-        values["camera"].append(prediction.cameras.extrinsics)  # a quaternion of 0 is no rotation
+        values["camera"].append(prediction.cameras.extrinsics)  # not finite for a zero quaternion, which is not a rotation
     broken = [output for output, found in values.items() if any(x is not None and not bool(x.isfinite().all()) for x in found)]
     nothing: dict[str, Any] = {field: None for output in broken for field in COMPARED[output]}
     return replace(prediction, **nothing), broken
 
 
 def sequence_metrics(model: Page4D, sample: Sample, tasks: Collection[str], protocol: Protocol, rules: Rules) -> tuple[Metrics, list[str]]:
-    """All metrics of one sequence: one forward pass, and for mono one per frame; and the outputs that are not finite."""
+    """The metrics of one sequence, and the names of the outputs and groups that failed (see `evaluate`).
+
+    One forward pass over all frames serves all tasks except mono, which takes one per frame.
+    """
     sample = sample.to("cpu")
-    available = model.available & {"camera", "depth", "points", "mask"}
-    joint = [task for task in tasks if task != "mono"]
-    outputs = {name for task in joint for need in _needed(task, protocol.official) if need <= model.available for name in need} & available
     found: Metrics = {}
     broken: list[str] = []
+    joint = [task for task in tasks if task != "mono"]
     if joint:
-        queries = None
-        if "tracks" in tasks and sample.tracks is not None and sample.track_visible is not None:
-            queried = sample.track_visible[0]
-            queries = sample.tracks[0, queried]
-            sample = replace(sample, tracks=sample.tracks[:, queried], track_visible=sample.track_visible[:, queried])
-        prediction, broken = _without_broken(predict(model, sample, outputs, protocol, queries))
-        sound = model.available - set(broken)
-        tasks = [task for task in tasks if task == "mono" or any(need <= sound for need in _needed(task, protocol.official))]
-        if "pose" in tasks:
-            found["pose"] = pose_metrics(prediction.cameras.extrinsics[0], sample.extrinsics)
-        if "depth" in tasks:
-            found |= _video_depth(prediction, sample, protocol, rules)
-        if "points" in tasks:
-            found |= _points(prediction, sample, protocol, rules)
-        if "tracks" in tasks:
-            found["tracks"] = _tracks(prediction, sample)
-        if "mask" in tasks:
-            found["mask"] = _mask(prediction, sample)
+        found, broken = _joint_metrics(model, sample, joint, protocol, rules)
     if "mono" in tasks:
         depth = predict_frames(model, sample, protocol)
         if depth.isfinite().all():
@@ -170,19 +163,54 @@ def sequence_metrics(model: Page4D, sample: Sample, tasks: Collection[str], prot
         else:
             broken.append("mono")
     undefined = [group for group, metrics in found.items() if metrics.get("pixels") and math.isnan(metrics["abs_rel"])]
-    for group in undefined:  # no alignment: depth of 0, say
+    for group in undefined:  # for example, no scale aligns a depth of 0
         del found[group]
     return found, broken + undefined
 
 
+def _joint_metrics(model: Page4D, sample: Sample, tasks: list[str], protocol: Protocol, rules: Rules) -> tuple[Metrics, list[str]]:
+    """The metrics of all tasks that share one forward pass, and the outputs that are not finite."""
+    queries = None
+    if "tracks" in tasks and sample.tracks is not None and sample.track_visible is not None:
+        queried = sample.track_visible[0]  # only points that are visible in the first frame
+        queries = sample.tracks[0, queried]
+        sample = replace(sample, tracks=sample.tracks[:, queried], track_visible=sample.track_visible[:, queried])
+    prediction, broken = _without_broken(predict(model, sample, _outputs(model, tasks, protocol.official), protocol, queries))
+    finite = model.available - set(broken)
+    possible = [task for task in tasks if any(need <= finite for need in _needed(task, protocol.official))]
+    found: Metrics = {}
+    if "pose" in possible:
+        found["pose"] = pose_metrics(prediction.cameras.extrinsics[0], sample.extrinsics)
+    if "depth" in possible:
+        found |= _video_depth(prediction, sample, protocol, rules)
+    if "points" in possible:
+        found |= _points(prediction, sample, protocol, rules)
+    if "tracks" in possible:
+        found["tracks"] = _tracks(prediction, sample)
+    if "mask" in possible:
+        found["mask"] = _mask(prediction, sample)
+    return found, broken
+
+
+def _outputs(model: Page4D, tasks: list[str], official: bool) -> set[str]:
+    """The outputs to compute: those of every alternative that the model has. Tracks follow from the query points."""
+    outputs: set[str] = set()
+    for task in tasks:
+        for need in _needed(task, official):
+            if need <= model.available:
+                outputs |= need
+    return outputs - {"track"}
+
+
 def _valid(sample: Sample, rules: Rules) -> tuple[Tensor, Tensor]:
-    """True depth (S, H, W), and where it counts."""
+    """The true depth (S, H, W), and whether a pixel is evaluated (S, H, W) bool."""
     assert sample.depth is not None
     counts = (sample.depth > 0) & (sample.depth < rules.max_depth)
     return sample.depth, counts if sample.valid is None else counts & sample.valid
 
 
 def _compare_depth(predicted: Tensor, true: Tensor, line: tuple[float, float], protocol: Protocol, rules: Rules) -> dict[str, float]:
+    """Metrics of predicted depths (N,), aligned by scale and shift `line`, against true ones (N,)."""
     aligned = predicted.double() * line[0] + line[1]
     if protocol.official:
         aligned = aligned.clamp_max(rules.official_clip)
@@ -203,7 +231,7 @@ def _video_depth(prediction: Prediction, sample: Sample, protocol: Protocol, rul
 
 
 def _mono(depth: Tensor, sample: Sample, protocol: Protocol, rules: Rules) -> dict[str, float]:
-    """Each frame aligned by its median; means weighted by the frames' valid pixels."""
+    """Metrics with each frame aligned by its median. Means over frames are weighted by their valid pixels."""
     true, valid = _valid(sample, rules)
     predicted = resize_depth(depth, (true.shape[1], true.shape[2]), "bicubic")
     frames = []
@@ -242,13 +270,13 @@ def _mask(prediction: Prediction, sample: Sample) -> dict[str, float]:
 
 
 def mean_metrics(sequences: list[Metrics]) -> Metrics:
-    """Over the sequences that have the group: depth weighted by pixels, the rest plain; without NaN, which stands for "not defined"."""
+    """Means over the sequences that have the group. Depth is weighted by pixels. NaN, which means "not defined", is left out."""
     groups = dict.fromkeys(group for sequence in sequences for group in sequence)
     return {group: _weighted_mean([sequence[group] for sequence in sequences if group in sequence]) for group in groups}
 
 
 def _weighted_mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Of each metric, weighted by "pixels" where there are some, which are summed; NaN if no row has a value."""
+    """The mean of each metric, weighted by "pixels" if the rows have it; "pixels" is summed. NaN if no row has a value."""
     found = {}
     for metric in rows[0]:
         pairs = [(row.get("pixels", 1.0), row[metric]) for row in rows if not math.isnan(row[metric])]

@@ -1,6 +1,6 @@
-"""How well a camera trajectory fits the true one: ATE and RPE after a Sim(3) alignment, in float64.
+"""Metrics of a camera trajectory: ATE and RPE after a Sim(3) alignment, in float64.
 
-Poses are camera-from-world extrinsics (S, 3, 4) as everywhere in this package; the trajectory is that of their inverses.
+Poses are camera-from-world extrinsics (S, 3, 4), as everywhere in this package. The trajectory consists of their inverses.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ class Similarity(NamedTuple):
     translation: Tensor  # (3,)
 
     def apply(self, points: Tensor) -> Tensor:
-        """Points (..., 3)."""
+        """The transformed points (..., 3)."""
         return self.scale * points @ self.rotation.mT + self.translation
 
 
 def umeyama(source: Tensor, target: Tensor) -> Similarity:
-    """The similarity that takes points (N, 3) onto points (N, 3) with the least sum of squares, in float64.
+    """The similarity that maps points (N, 3) to points (N, 3) with the least sum of squares, in float64.
 
-    Source: S. Umeyama, Least-squares estimation of transformation parameters between two point patterns, PAMI 1991. A reflection
-    that would fit better is not a motion: the axis of least variance is turned back. Where the source is a single point, only the
-    translation is fitted; where the target is one, the scale is 0.
+    Source: S. Umeyama, Least-squares estimation of transformation parameters between two point patterns, PAMI 1991. If a
+    reflection would fit better, the axis of least variance is flipped, so that the result is a rotation. If all source points coincide,
+    only the translation is fitted. If all target points coincide, the scale is 0.
     """
     source, target = source.double(), target.double()
     mean_source, mean_target = source.mean(0), target.mean(0)
     centred_source, centred_target = source - mean_source, target - mean_target
     variance = centred_source.square().sum(1).mean()
-    if variance <= (1e-12 * source.abs().max()) ** 2:  # one point, up to rounding
+    if variance <= (1e-12 * source.abs().max()) ** 2:  # all points coincide, up to rounding
         return Similarity(torch.ones_like(variance), torch.eye(3, dtype=source.dtype), mean_target - mean_source)
     u, singular, vt = torch.linalg.svd(centred_target.mT @ centred_source / len(source))
     signs = torch.ones_like(singular)
@@ -46,20 +46,19 @@ def umeyama(source: Tensor, target: Tensor) -> Similarity:
 
 
 def trajectory(extrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    """World-from-camera rotations (S, 3, 3) and camera centres (S, 3), in float64, of camera-from-world extrinsics (S, 3, 4)."""
+    """World-from-camera rotations (S, 3, 3) and camera centres (S, 3), in float64, from camera-from-world extrinsics (S, 3, 4)."""
     rotation = extrinsics[..., :3].double().mT
     return rotation, -(rotation @ extrinsics[..., 3:].double()).squeeze(-1)
 
 
 def pose_metrics(predicted: Tensor, true: Tensor) -> dict[str, float]:
-    """Errors of predicted against true extrinsics, (S, 3, 4) each, after the Sim(3) that fits the camera centres best.
+    """Errors of predicted against true extrinsics, (S, 3, 4) each, after the Sim(3) alignment of the camera centres.
 
-    ate: RMS distance of the centres, in the unit of the truth. With one or two frames, or a camera that stands still, it is 0.
-    rpe_trans, rpe_rot: RMS translation, and RMS angle in degrees, of (Q_i^-1 Q_i+1)^-1 (P_i^-1 P_i+1) over all neighbouring frames, P
-      and Q being the aligned and the true world-from-camera poses; NaN with a single frame.
-    ate_constant: the ate of a camera guessed to stand still, which is the RMS distance of the true centres to their mean: what an
-      ate is to be compared with.
-    All are NaN where a prediction is not finite.
+    ate: RMS distance of the centres, in the unit of the truth. It is 0 for one or two frames, or if the true camera is static.
+    rpe_trans, rpe_rot: RMS translation, and RMS angle in degrees, of (Q_i^-1 Q_i+1)^-1 (P_i^-1 P_i+1) over all pairs of neighbouring
+      frames. P and Q are the aligned and the true world-from-camera poses. NaN with a single frame.
+    ate_constant: the ate of a static camera, that is the RMS distance of the true centres to their mean. The baseline for ate.
+    All are NaN if a prediction is not finite.
     """
     if not predicted.isfinite().all():
         return dict.fromkeys(("ate", "rpe_trans", "rpe_rot", "ate_constant"), float("nan"))
@@ -71,14 +70,14 @@ def pose_metrics(predicted: Tensor, true: Tensor) -> dict[str, float]:
     true_step = _relative(true_rotation, true_centres)
     return {
         "ate": _rms((aligned - true_centres).norm(dim=1)),
-        "rpe_trans": _rms((step[1] - true_step[1]).norm(dim=1)),  # as long as the translation of the product
+        "rpe_trans": _rms((step[1] - true_step[1]).norm(dim=1)),  # the relative rotation does not change the length
         "rpe_rot": _rms(torch.rad2deg(rotation_angle(true_step[0].mT @ step[0]))),
         "ate_constant": _rms((true_centres - true_centres.mean(0)).norm(dim=1)),
     }
 
 
 def rotation_angle(rotation: Tensor) -> Tensor:
-    """Angles (...) in [0, pi] of rotation matrices (..., 3, 3), from sine and cosine: small ones keep their digits."""
+    """Angles (...) in [0, pi] of rotation matrices (..., 3, 3). From sine and cosine, so that small angles are precise."""
     axis = rotation - rotation.mT
     sine = torch.stack([axis[..., 2, 1], axis[..., 0, 2], axis[..., 1, 0]], -1).norm(dim=-1) / 2
     cosine = (rotation.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
@@ -86,7 +85,7 @@ def rotation_angle(rotation: Tensor) -> Tensor:
 
 
 def _relative(rotation: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Pose of each frame but the first in the frame before it: (S - 1, 3, 3), (S - 1, 3)."""
+    """Pose of each frame relative to the previous one: rotations (S - 1, 3, 3) and translations (S - 1, 3)."""
     back = rotation[:-1].mT
     return back @ rotation[1:], (back @ (centres[1:] - centres[:-1])[..., None]).squeeze(-1)
 

@@ -1,14 +1,19 @@
-"""From a sequence with ground truth to a prediction that can be held against it: picture sizes, forward passes, resizing back.
+"""From a sequence with ground truth to a comparable prediction: image sizes, forward passes, resizing back.
 
-The official evaluation scripts differ in ways that are reproduced with `official=True`, to compare with published numbers:
-  - pictures are stretched to 518 x 518, whatever their aspect ratio, without antialiasing (a bicubic resize to 518 wide comes first);
-  - video depth is the z of the unprojected points in the world frame, not the depth map, although the cameras turn;
-  - predictions of Sintel are cut at 70 after alignment, its market_5 is left out of video depth;
+The official evaluation scripts differ from the defaults here. `official=True` reproduces, to compare with published numbers:
+  - images are stretched to 518 x 518 without antialiasing, whatever their aspect ratio (after a bicubic resize to a width of 518);
+  - video depth is the z of the unprojected points in the world frame instead of the depth map, although the cameras rotate;
+  - on Sintel, predictions are clamped to 70 after alignment, and market_5 is left out of video depth;
   - scale & shift is fitted by a thousand small steps of Adam.
-Not reproduced, as no result is meant to depend on it: models left in training mode, whose step counter switches the mask off after
-some sequences (mask_strength=0 repeats what the later ones get); "delta < 1", which is always 0; points computed for poses and thrown
-away; images of all cameras against the poses of one.
-Averages are those of the official scripts either way.
+
+Four defects are not reproduced, because no result should depend on them:
+  - the model stays in training mode, and its step counter switches the mask off after some sequences (mask_strength=0 repeats the result
+    of the later sequences);
+  - "delta < 1" is always 0;
+  - points are computed for poses and discarded;
+  - images of all cameras are compared with the poses of one.
+
+Averages are those of the official scripts in both cases.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,13 +36,17 @@ from .depth import ALIGNMENTS
 
 @dataclass(frozen=True)
 class Protocol:
-    """How to run and compare.
+    """How to run the model and compare.
 
-    size: of the network's input: the longer side, or a (height, width) to fit in with the aspect ratio kept, rounded to multiples of 14.
-      With `official` the very size, square if it is one number.
-    alignments: of video depth, any of "scale", "scale&shift", "median", "metric", one per sequence.
-    mask_strength: None = what the weights come with.
-    seed, max_points: the choice of points that are compared.
+    size: size of the network's input: the longer side, or a (height, width) to fit into. The aspect ratio is kept, and sides are rounded
+      to multiples of 14. With `official` it is the exact size, square for a single number.
+    official: repeat the official scripts, see above.
+    alignments: alignments of video depth, any of "scale", "scale&shift", "median", "metric". Each is computed once per sequence.
+    mask_strength: strength of the dynamics mask. None = as stored in the weights.
+    max_points, seed: how many points are compared, and the seed of their choice.
+
+    Raises:
+        InputError: a size is not a multiple of 14, or an alignment is unknown or missing.
     """
 
     size: Size = DEFAULT_SIZE
@@ -48,13 +58,15 @@ class Protocol:
 
     def __post_init__(self) -> None:
         check_size(self.size, "crop")
+        if not self.alignments:
+            raise InputError(f"no alignment is named: choose from {', '.join(ALIGNMENTS)}")
         unknown = [name for name in self.alignments if name not in ALIGNMENTS]
-        if unknown or not self.alignments:
-            raise InputError(f"unknown alignment {', '.join(unknown) or 'of no name'}: choose from {', '.join(ALIGNMENTS)}")
+        if unknown:
+            raise InputError(f"unknown alignment {', '.join(unknown)}: choose from {', '.join(ALIGNMENTS)}")
 
 
 def network_size(original: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
-    """(H, W) of the network's input for pictures of the `original` (H, W)."""
+    """(H, W) of the network's input for images of size `original` (H, W)."""
     box = (protocol.size, protocol.size) if isinstance(protocol.size, int) else protocol.size
     if protocol.official:
         return box
@@ -64,15 +76,15 @@ def network_size(original: tuple[int, int], protocol: Protocol) -> tuple[int, in
 
 
 def network_images(images: Tensor, protocol: Protocol) -> Tensor:
-    """Pictures (S, 3, H, W) at the network's size; nothing is cut or padded, as the truth is not either.
+    """Images (S, 3, H, W) resized to the network's input. Nothing is cropped or padded, as the ground truth is not either.
 
-    The official loader cuts upright pictures to a square; all datasets here have wide ones.
+    The official loader crops portrait images to a square. All datasets here have landscape images.
     """
     original = (images.shape[-2], images.shape[-1])
     size = network_size(original, protocol)
     if not protocol.official:
         return images if size == original else _bicubic(images, size)
-    width = size[1]  # as the official loader makes them, 8 bits deep, before the stretch
+    width = size[1]  # the official loader resizes to 8-bit images first, then stretches
     height = max(1, round(original[0] * (width / original[1]) / PATCH)) * PATCH
     loaded = (_bicubic(images, (height, width)) * 255).round() / 255
     return F.interpolate(loaded, size=size, mode="bilinear", align_corners=False)
@@ -83,7 +95,7 @@ def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def predict(model: Page4D, sample: Sample, outputs: Collection[str], protocol: Protocol, queries: Tensor | None = None) -> Prediction:
-    """One forward pass over all frames of the sample; the result on the CPU. `queries` (N, 2) in pixels of the sample's first frame."""
+    """The prediction of one forward pass over all frames, on the CPU. `queries` (N, 2) are in pixels of the sample's first frame."""
     images = network_images(sample.images, protocol)
     if queries is not None:
         queries = rescale_pixels(queries, _size(sample.images), _size(images))
@@ -91,7 +103,7 @@ def predict(model: Page4D, sample: Sample, outputs: Collection[str], protocol: P
 
 
 def predict_frames(model: Page4D, sample: Sample, protocol: Protocol) -> Tensor:
-    """Depth maps (S, h, w), each from a forward pass over that frame alone."""
+    """Depth maps (S, h, w), each from a separate forward pass over that frame."""
     images = network_images(sample.images, protocol)
     found = [_forward(model, image[None], ("depth",), protocol).depth for image in images]
     return torch.cat([depth[0, ..., 0] for depth in found if depth is not None])
@@ -105,7 +117,7 @@ def _forward(model: Page4D, images: Tensor, outputs: Collection[str], protocol: 
 
 
 def video_depth(prediction: Prediction, protocol: Protocol) -> Tensor:
-    """Depth maps (S, h, w) of a whole sequence."""
+    """Depth maps (S, h, w) of a sequence."""
     if protocol.official:
         return prediction.points("depth")[0][0, ..., 2]
     assert prediction.depth is not None
@@ -113,21 +125,22 @@ def video_depth(prediction: Prediction, protocol: Protocol) -> Tensor:
 
 
 def resize_depth(depth: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Depth maps (S, h, w) at the size of the truth.
+    """Depth maps (S, h, w) resized to `size` (H, W), the size of the truth.
 
-    "bicubic" (a = -0.75, no antialiasing, as OpenCV does it) is the protocol's for single frames, and the official script's; "bilinear",
-    which stays within the range of its neighbours at edges, is used for video depth otherwise.
+    The protocol for single frames and the official scripts use "bicubic" (a = -0.75, no antialiasing, as in OpenCV). Video depth otherwise
+    uses "bilinear", which stays within the range of the neighbouring values at edges.
     """
     return F.interpolate(depth[:, None], size=size, mode=mode, align_corners=False)[:, 0]
 
 
 def resize_points(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Point maps (S, h, w, 3) at the size of the truth, each pixel the nearest one's: between two surfaces there is no point."""
-    return F.interpolate(points.permute(0, 3, 1, 2), size=size, mode="nearest-exact").permute(0, 2, 3, 1)
+    """Point maps (S, h, w, 3) resized to `size` (H, W), the size of the truth, by nearest neighbour: blends of surfaces are no surface."""
+    resized = F.interpolate(rearrange(points, "s h w c -> s c h w"), size=size, mode="nearest-exact")
+    return rearrange(resized, "s c h w -> s h w c")
 
 
 def rescale_pixels(xy: Tensor, from_size: tuple[int, int], to_size: tuple[int, int]) -> Tensor:
-    """Pixels (..., 2), x and y with centres at integers, of a picture of one (H, W) in the same picture at another."""
+    """Pixel coordinates (..., 2), x and y with centres at integers, converted from an image of one (H, W) to another size of that image."""
     ratio = torch.tensor([to_size[1] / from_size[1], to_size[0] / from_size[0]], dtype=torch.float64)
     return ((xy.double() + 0.5) * ratio - 0.5).to(xy.dtype)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..files import AtomicFiles
 
-HEADLINES = {  # what the table shows of each task; the JSON has all
+HEADLINES = {  # the metrics of each task in the table; the JSON has all
     "pose": {"ate": "ATE", "ate_constant": "ATE still", "rpe_trans": "RPE t", "rpe_rot": "RPE r °"},
     "depth": {"abs_rel": "AbsRel", "delta1": "δ<1.25"},
     "mono": {"abs_rel": "AbsRel", "delta1": "δ<1.25"},
@@ -20,7 +20,7 @@ HEADLINES = {  # what the table shows of each task; the JSON has all
 
 
 def table(results: dict[str, dict]) -> str:
-    """One row per sequence and one per dataset's mean, of results by the dataset's name; what failed is said below."""
+    """A Markdown table of the results of `evaluate` by dataset name: one row per sequence, one per mean, and a note on failures below."""
     groups = dict.fromkeys(group for result in results.values() for group in result["mean"])
     columns = [(group, metric, title) for group in groups for metric, title in HEADLINES[group.partition(":")[0]].items()]
     titles = ["sequence", *(f"{group} {title}" for group, _, title in columns)]
@@ -42,7 +42,7 @@ def _number(value: float) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The file appears whole or not at all. What is not defined is null."""
+    """Write JSON to `path` atomically. Numbers that are not finite become null."""
     with AtomicFiles() as files:
         files.add(path).write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 

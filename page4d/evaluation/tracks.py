@@ -8,22 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-THRESHOLDS = (1, 2, 4, 8, 16)  # pixels of a picture scaled to 256 x 256
+THRESHOLDS = (1, 2, 4, 8, 16)  # in pixels of an image scaled to 256 x 256
 METRICS = ("delta_avg", "occlusion_accuracy", "average_jaccard")
 
 
 def track_metrics(
     predicted: Tensor, predicted_visible: Tensor, true: Tensor, true_visible: Tensor, size: tuple[int, int]
 ) -> dict[str, float]:
-    """Of tracks (S, N, 2), x and y in pixels of pictures of `size` (H, W), and their visibilities (S, N) bool.
+    """Metrics of tracks (S, N, 2), x and y in pixels of images of `size` (H, W), and their visibilities (S, N) bool.
 
-    Points count that are visible in frame 0, where the query is, and frames 1 to S - 1: the query frame is given, not predicted.
-    delta_avg: share of the visible true positions with a prediction nearer than the threshold, averaged over 1, 2, 4, 8, 16 px of a
-      picture scaled to 256 x 256.
-    occlusion_accuracy: share of the positions whose visibility is right.
-    average_jaccard: TP / (P + FP), averaged over the thresholds. TP: visible, predicted visible and near enough; P: visible;
-      FP: predicted visible, but occluded or too far away.
-    NaN where there is nothing to count.
+    Only points that are visible in frame 0 count, as the queries are there. Only frames 1 to S - 1 count, as frame 0 is given.
+
+    delta_avg: fraction of visible true positions with a prediction within the threshold, averaged over 1, 2, 4, 8, 16 px of an image
+      scaled to 256 x 256.
+    occlusion_accuracy: fraction of positions whose visibility is predicted correctly.
+    average_jaccard: TP / (P + FP), averaged over the thresholds. TP: visible, predicted visible and within the threshold; P: visible;
+      FP: predicted visible, but occluded or beyond the threshold.
+    NaN if there is nothing to count or a prediction is not finite.
     """
     queried = true_visible[0]
     if not predicted[:, queried].isfinite().all():

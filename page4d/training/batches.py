@@ -1,4 +1,7 @@
-"""Batches by step: what step n of rank r trains on depends on the configuration, n and r only, so a resumed run sees what it would have."""
+"""Batches by step. The batch of step n on rank r depends only on the configuration, n, r and the number of ranks.
+
+So a resumed run trains on the batches that an uninterrupted run would have had.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,14 @@ from ..data.synthetic import SyntheticScenes, photographs_in, seeded
 from .config import DataConfig
 from .targets import collate, normalise
 
-MOST_SEQUENCES = 64  # of a batch: numbers of scenes are reserved
+MAX_SEQUENCES = 64  # of one batch: each batch reserves this many scene numbers
 
 
 class Batches(IterableDataset[Sample]):
-    """Normalised batches of micro-steps first, first + 1, ...; each worker makes every so-manieth."""
+    """Normalised batches of micro-steps `first`, `first` + 1, ... Each worker yields every num_workers-th batch.
+
+    A batch is a `Sample` whose tensors have shape (B, S, ...), see `targets.normalise`. `tracks` is the number of points per sequence.
+    """
 
     def __init__(self, config: DataConfig, first: int, rank: int = 0, ranks: int = 1, tracks: int = 0):
         self.config, self.first, self.rank, self.ranks, self.tracks = config, first, rank, ranks, tracks
@@ -34,16 +40,17 @@ class Batches(IterableDataset[Sample]):
             index += step
 
     def batch(self, index: int) -> Sample:
+        """The batch of micro-step `index` on this rank, with B * S <= `config.images`."""
         config = self.config
         least, most = config.frames
-        drawn = torch.randint(least, most + 1, (), generator=seeded("frames", config.seed, index))  # the same on every rank: equal work
+        drawn = torch.randint(least, most + 1, (), generator=seeded("frames", config.seed, index))  # all ranks draw the same: equal work
         frames = int(drawn)
-        count = min(config.images // frames, MOST_SEQUENCES)
+        count = min(config.images // frames, MAX_SEQUENCES)
         scenes = SyntheticScenes(
             config.kind, frames=frames, size=config.size, seed=config.seed, supersample=config.supersample, tracks=self.tracks,
             photographs=self.photographs,
         )  # fmt: skip
-        start = (index * self.ranks + self.rank) * MOST_SEQUENCES
+        start = (index * self.ranks + self.rank) * MAX_SEQUENCES
         samples = []
         for number in range(start, start + count):
             sample = scenes[number]
@@ -56,14 +63,15 @@ class Batches(IterableDataset[Sample]):
 
 
 def loader(batches: Batches, workers: int) -> Iterator[Sample]:
-    """In the order of steps, whatever the number of workers."""
+    """The batches in the order of steps, whatever the number of worker processes."""
     return iter(DataLoader(batches, batch_size=None, num_workers=workers, multiprocessing_context="spawn" if workers else None))
 
 
 def jitter(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast, saturation (factors 0.5 to 1.5), hue (up to a tenth of the circle), and now and then grey; images (S, 3, H, W).
+    """Colour jitter of images (S, 3, H, W) in [0, 1].
 
-    One draw for all frames with probability 0.7, else one per frame.
+    With `probability`: brightness, contrast and saturation by factors from 0.5 to 1.5, and hue by up to a tenth of the circle. With
+    probability 0.05 the result is grey. All frames share one draw with probability 0.7, otherwise each frame has its own.
     """
     frames = len(images)
     draws = 1 if float(torch.rand((), generator=generator)) < 0.7 else frames
@@ -84,7 +92,7 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Rotate colours about the grey axis by a share of the circle; turns (S, 1, 1, 1)."""
+    """Rotate the colours of images (S, 3, H, W) about the grey axis by `turns` (S, 1, 1, 1), in fractions of a full circle."""
     axis = F.normalize(images.new_ones(3), dim=0)
     cross = images.new_tensor([[0.0, -axis[2], axis[1]], [axis[2], 0.0, -axis[0]], [-axis[1], axis[0], 0.0]])
     angle = 2 * torch.pi * turns.view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""A run's configuration: one YAML file, overridden by KEY=VALUE on the command line."""
+"""The configuration of a run: one YAML file. KEY=VALUE on the command line overrides a key."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from ..data.preprocess import PATCH
 from ..data.synthetic import KINDS
 from ..errors import ConfigError
 
-HEADS = ("camera", "depth", "points", "track", "mask")  # whose losses there are
+HEADS = ("camera", "depth", "points", "track", "mask")  # the heads that have a loss
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Synthetic scenes. Every step draws a number of frames; the batch is as many sequences as `images` allows."""
+    """Synthetic scenes. Every step draws a number of frames. The batch then holds as many sequences as fit in `images`."""
 
     kind: str = "static"  # static, dynamic or mixed
     seed: int = 1
-    frames: tuple[int, int] = (2, 8)  # frames of a sequence: least and most
-    images: int = 16  # images of a step on one device
+    frames: tuple[int, int] = (2, 8)  # minimum and maximum number of frames of a sequence
+    images: int = 16  # maximum number of images of a micro-batch on one device
     size: tuple[int, int] = (112, 154)  # height, width
-    supersample: int = 1
-    noise: float = 0.01
+    supersample: int = 1  # rays along each side of a pixel
+    noise: float = 0.01  # standard deviation of the noise added to images in [0, 1]
     jitter: float = 0.9  # probability of colour jitter
-    photographs: str | None = None
-    workers: int = 0  # processes that render; 0 = the training process does
+    photographs: str | None = None  # a folder of images to use as textures
+    workers: int = 0  # processes that render; 0 = render in the training process
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms; 0 leaves a term and its head out."""
+    """Weights of the loss terms. A weight of 0 leaves out the term and its head."""
 
     camera: float = 5.0
     depth: float = 1.0
     points: float = 0.0
     track: float = 0.0
-    mask: float = 0.0  # supervision by true motion
-    match: float = 0.0  # of attention and tokens by true correspondences, for training from scratch
+    mask: float = 0.0  # supervise the mask with the true motion
+    match: float = 0.0  # supervise attention and tokens with true correspondences, for training from scratch
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Each learning rate rises linearly over its warm-up (a share of all steps) and falls to `floor` along a half cosine."""
+    """Each learning rate rises linearly over its warm-up (a fraction of all steps), then falls to `floor` along a half cosine."""
 
-    kind: str = "adamw"  # or muon: for the matrices of the blocks, and AdamW for the rest
+    kind: str = "adamw"  # or muon: Muon for the weight matrices of transformer blocks, AdamW for the rest
     lr: float = 1e-5
     warmup: float = 0.05
     weight_decay: float = 0.01
@@ -58,12 +58,12 @@ class OptimizerConfig:
     mask_warmup: float = 0.15
     mask_weight_decay: float = 0.02
     floor: float = 1e-8
-    clip: float = 1.0  # largest norm of the gradient of all trained parameters
+    clip: float = 1.0  # maximum norm of the gradient of all trained parameters together
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Strength of the mask by step: full before `hold_start`, 0 from `hold_end` on, a half cosine in between. Shares of all steps."""
+    """Mask strength by step: `strength` before `hold_start`, 0 from `hold_end` on, a half cosine in between (fractions of all steps)."""
 
     strength: float = 64.0
     hold_start: float = 1.0
@@ -73,13 +73,13 @@ class MaskConfig:
 @dataclass(frozen=True)
 class RunConfig:
     model: str = "nano"  # a preset
-    weights: str | None = None  # to start from: nano, a hub name or a file that fits the preset; random without
-    trainable: str = "middle"  # the masked blocks and the mask head, as the paper fine-tunes; dense = the depth and point heads; or all
+    weights: str | None = None  # initial weights: nano, a hub name or a file that fits the preset; None = random
+    trainable: str = "middle"  # middle = masked blocks and mask head, as in the paper; dense = depth and point heads; or all
     steps: int = 1000
-    accumulation: int = 1  # micro-batches of a step
-    seed: int = 0  # of the random weights
+    accumulation: int = 1  # micro-batches per step
+    seed: int = 0  # of the random initial weights
     precision: str = "fp32"  # or bf16, by autocast
-    average: float = 0.0  # decay per step of the mean of all weights so far, which is what model.safetensors then holds; 0 = the last ones
+    average: float = 0.0  # save a running mean of the weights with this decay per step; 0 = save the last weights
     checkpoint_activations: bool = False
     log_every: int = 10
     save_every: int = 500
@@ -94,42 +94,42 @@ class RunConfig:
             if not condition:
                 raise ConfigError(message)
 
-        expect(self.trainable in ("all", "middle", "dense"), f"trainable: {self.trainable!r} is none of all, middle, dense")
-        expect(self.precision in ("fp32", "bf16"), f"precision: {self.precision!r} is neither fp32 nor bf16")
+        expect(self.trainable in ("all", "middle", "dense"), f"trainable: {self.trainable!r} must be all, middle or dense")
+        expect(self.precision in ("fp32", "bf16"), f"precision: {self.precision!r} must be fp32 or bf16")
         kind = self.optimizer.kind
-        expect(kind in ("adamw", "muon"), f"optimizer.kind: {kind!r} is neither adamw nor muon")
-        expect(0 <= self.average < 1, f"average: {self.average} has to be at least 0 and less than 1")
+        expect(kind in ("adamw", "muon"), f"optimizer.kind: {kind!r} must be adamw or muon")
+        expect(0 <= self.average < 1, f"average: {self.average} must be at least 0 and less than 1")
         values = flatten(self.to_dict())
         for name in ("steps", "accumulation", "log_every", "save_every", "data.supersample"):
-            expect(values[name] >= 1, f"{name}: {values[name]} has to be at least 1")
+            expect(values[name] >= 1, f"{name}: {values[name]} must be at least 1")
         for name in ("seed", "data.seed"):
-            expect(0 <= values[name] < 1 << 32, f"{name}: {values[name]} has to be at least 0 and less than 2^32")
+            expect(0 <= values[name] < 1 << 32, f"{name}: {values[name]} must be at least 0 and less than 2^32")
         for name in ("data.noise", "data.jitter", "optimizer.warmup", "optimizer.mask_warmup"):
-            expect(0 <= values[name] <= 1, f"{name}: {values[name]} has to lie between 0 and 1")
-        expect(self.data.kind in KINDS, f"data.kind: {self.data.kind!r} is none of {', '.join(KINDS)}")
-        expect(self.data.workers >= 0, f"data.workers: {self.data.workers} has to be at least 0")
+            expect(0 <= values[name] <= 1, f"{name}: {values[name]} must be between 0 and 1")
+        expect(self.data.kind in KINDS, f"data.kind: {self.data.kind!r} must be one of {', '.join(KINDS)}")
+        expect(self.data.workers >= 0, f"data.workers: {self.data.workers} must be at least 0")
         fits = all(side >= PATCH and side % PATCH == 0 for side in self.data.size)
-        expect(fits, f"data.size: {self.data.size} has to be [height, width] in multiples of {PATCH}")
+        expect(fits, f"data.size: {self.data.size} must be [height, width] in multiples of {PATCH}")
         least, most = self.data.frames
-        expect(1 <= least <= most, f"data.frames: {self.data.frames} has to be [least, most] with 1 <= least <= most")
-        expect(self.data.images >= most, f"data.images: {self.data.images} does not hold one sequence of {most} frames")
+        expect(1 <= least <= most, f"data.frames: {self.data.frames} must be [minimum, maximum] with 1 <= minimum <= maximum")
+        expect(self.data.images >= most, f"data.images: {self.data.images} is too small for a sequence of {most} frames")
         for name, value in values.items():
             if name.startswith(("loss.", "optimizer.", "mask.")) and name != "optimizer.kind":
-                expect(0 <= value < math.inf, f"{name}: {value} has to be at least 0, and finite")
-        expect(self.optimizer.clip > 0, "optimizer.clip: 0 would stop all learning")
+                expect(0 <= value < math.inf, f"{name}: {value} must be at least 0 and finite")
+        expect(self.optimizer.clip > 0, "optimizer.clip must be greater than 0: 0 would stop all learning")
         for name in ("lr", "mask_lr"):
-            expect(values[f"optimizer.{name}"] >= self.optimizer.floor, f"optimizer.{name} has to be at least optimizer.floor")
+            expect(values[f"optimizer.{name}"] >= self.optimizer.floor, f"optimizer.{name} must be at least optimizer.floor")
         dense = self.loss.depth or self.loss.points
-        expect(self.trainable != "dense" or bool(dense), "trainable: dense learns from loss.depth and loss.points, and both are 0")
-        expect(self.mask.hold_start <= self.mask.hold_end, "mask.hold_start has to be at most mask.hold_end")
-        expect(any(values[f"loss.{name}"] for name in HEADS), f"loss: the weights of {', '.join(HEADS)} are all 0: no head would learn")
+        expect(self.trainable != "dense" or bool(dense), "trainable: dense needs loss.depth or loss.points, and both are 0")
+        expect(self.mask.hold_start <= self.mask.hold_end, "mask.hold_start must be at most mask.hold_end")
+        expect(any(values[f"loss.{name}"] for name in HEADS), f"loss: the weights of {', '.join(HEADS)} are all 0: set one of them")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Groups as dotted keys, such as "optimizer.lr"."""
+    """Nested groups as dotted keys, such as "optimizer.lr"."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -137,10 +137,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a YAML file (or the defaults) with "data.seed=3"-like overrides.
+    """The configuration in a YAML file (None = the defaults), with overrides such as "data.seed=3".
 
     Raises:
-        ConfigError: the file is missing or no YAML, a key does not exist, a value has the wrong type or contradicts another.
+        ConfigError: the file is missing or not YAML, a key does not exist, or a value has the wrong type or contradicts another.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -148,14 +148,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             values = yaml.safe_load(Path(path).read_bytes()) or {}
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-        except (yaml.YAMLError, ValueError) as error:  # the latter: a day such as 2020-02-31
-            raise ConfigError(f"{path} is not YAML: {error}") from None
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date such as 2020-02-31
+            raise ConfigError(f"{path} is not YAML, see configs/ for examples: {error}") from None
         if not isinstance(values, dict):
-            raise ConfigError(f"{path} has to hold keys and values, see configs/ for examples")
+            raise ConfigError(f"{path} must contain keys and values, see configs/ for examples")
     for override in overrides:
         key, found, text = override.partition("=")
         if not found:
-            raise ConfigError(f"{override!r} is no override: write KEY=VALUE, such as data.seed=3")
+            raise ConfigError(f"{override!r} is not an override: write KEY=VALUE, such as data.seed=3")
         *groups, name = key.split(".")
         place = values
         for group in groups:
@@ -188,16 +188,16 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     if kind == tuple[int, int]:
         if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(x) is int for x in value):
             return value[0], value[1]
-        raise ConfigError(f"{name} has to be two whole numbers, like [2, 8], not {value!r}")
-    if kind is float and isinstance(value, str):  # YAML takes 1e-4 for a word
+        raise ConfigError(f"{name} must be two whole numbers, like [2, 8], not {value!r}")
+    if kind is float and isinstance(value, str):  # YAML reads 1e-4 as a string
         try:
             return float(value)
         except ValueError:
-            raise ConfigError(f"{name} has to be a number, not {value!r}") from None
+            raise ConfigError(f"{name} must be a number, not {value!r}") from None
     if kind is float and type(value) is int:
         return float(value)
     if kind == str | None and (value is None or isinstance(value, str)):
         return value
     if isinstance(kind, type) and type(value) is kind:
         return value
-    raise ConfigError(f"{name} has to be of type {getattr(kind, '__name__', kind)}, not {value!r}")
+    raise ConfigError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")

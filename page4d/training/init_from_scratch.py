@@ -1,7 +1,7 @@
 """Initial weights for training from scratch.
 
-The official initialisation is made for starting from a trained encoder: positions hardly differ at first, and the first frame's tokens
-are those of the others. A model without that start needs hundreds of steps to learn them, before it can learn anything else.
+The official initialisation assumes a trained encoder. Its position embeddings hardly differ, and the special tokens of the first frame
+equal those of the other frames. Without a trained encoder, a model spends hundreds of steps on learning both before anything else.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..layers import Block
 from ..model import Page4D
 
-AMPLITUDE = 0.5  # of position embeddings and special tokens, near that of embedded patches
+AMPLITUDE = 0.5  # of position embeddings and special tokens; close to that of embedded patches
 
 
 @torch.no_grad()
 def start_from_scratch(model: Page4D) -> None:
-    """Position embeddings are sines, special tokens differ, and global attention starts by looking for alike tokens (k as q)."""
+    """Initialise `model` in place: sine position embeddings, different special tokens, and equal q and k weights in global attention.
+
+    With equal q and k weights a token first attends to the tokens that are most similar to it.
+    """
     aggregator, dim = model.aggregator, model.config.embed_dim
     encoder = aggregator.patch_embed
     encoder.pos_embed[0, 1:] = AMPLITUDE * _sines(encoder.position_grid, dim)
@@ -32,8 +36,9 @@ def start_from_scratch(model: Page4D) -> None:
 
 
 def _sines(side: int, dim: int) -> Tensor:
-    """(side^2, dim): sine and cosine of x and y, from a quarter turn across the grid up to a turn in six patches."""
+    """Sines and cosines of x and y (side^2, dim). The wavelengths go from four grid sides down to six patches."""
     rate = math.pi / 2 / side * torch.logspace(0, math.log2(side / 1.5), dim // 4, base=2)
     angle = torch.arange(side)[:, None] * rate
     line = torch.cat([angle.sin(), angle.cos()], -1)
-    return torch.cat([line.expand(side, side, -1), line[:, None].expand(side, side, -1)], -1).flatten(0, 1)
+    grid = torch.cat([line.expand(side, side, -1), line[:, None].expand(side, side, -1)], -1)
+    return rearrange(grid, "y x c -> (y x) c")

@@ -1,12 +1,14 @@
-"""The training losses of VGGT / PAGE-4D: camera, depth, points; and supervision of tracks and of the mask.
+"""The training losses of VGGT / PAGE-4D: camera, depth and points, and supervision of tracks and of the mask.
 
-sanitise(x) replaces what is not finite by 0 and clamps to [-100, 100]. All terms are fp32.
+Targets are normalised samples, see `targets.normalise`. All terms are fp32 scalars. In all shapes B is the batch, S the frames of a
+sequence, and H x W the image size in pixels.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..data.sample import Sample
@@ -15,33 +17,34 @@ from ..prediction import Prediction
 from .config import LossConfig
 
 LARGEST = 100.0
-KEPT_SHARE = 0.98  # of the errors of a batch; the largest are left out
-MIN_SAMPLES = 1000  # fewer are not filtered
-DEGENERATE_NORM = 1e-8  # a shorter cross product has no direction
-SUBSAMPLE_ABOVE = 100_000_000  # of more, the threshold comes from a subset
+KEPT_FRACTION = 0.98  # of the errors of a batch; the largest are left out
+MIN_SAMPLES = 1000  # up to this many errors are not filtered
+DEGENERATE_NORM = 1e-8  # a cross product shorter than this has no defined direction
+SUBSAMPLE_ABOVE = 100_000_000  # for more errors than this, the quantile comes from a random subset
 
 
 def sanitise(x: Tensor) -> Tensor:
+    """x with NaN and infinities replaced by 0, clamped to [-100, 100]."""
     return x.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST, LARGEST)
 
 
 def without_largest(x: Tensor) -> Tensor:
-    """x (n,) without values from its nearest-rank 0.98 quantile on, if there are more than 1000 and more than 1000 remain."""
+    """x (n,) without the values at or above its nearest-rank 0.98 quantile; unchanged if 1000 or fewer would remain."""
     if len(x) <= MIN_SAMPLES:
         return x
     x = x.clamp_max(LARGEST)
     drawn = x.detach()
     if len(x) > SUBSAMPLE_ABOVE:
         drawn = drawn[torch.randint(len(x), (1_000_000,), device=x.device)]
-    rank = round(KEPT_SHARE * (len(drawn) - 1)) + 1
+    rank = round(KEPT_FRACTION * (len(drawn) - 1)) + 1
     kept = x[x < drawn.kthvalue(rank).values]
     return kept if len(kept) > MIN_SAMPLES else x
 
 
 def camera_loss(pose_enc_list: Tensor, target: Sample) -> Tensor:
-    """Sum over refinements i of n, weighted 0.6^(n-1-i) / n, of the mean L1 errors: translation + quaternion + fov / 2.
+    """Mean L1 errors of pose encodings (n, B, S, 9): translation + quaternion + fov / 2.
 
-    pose_enc_list (n, B, S, 9). Sequences with at most 100 valid pixels in their first frame are left out.
+    The n refinements i are summed with weights 0.6^(n-1-i) / n. Sequences with at most 100 valid pixels in their first frame are left out.
     """
     assert target.valid is not None
     size = (target.images.shape[-2], target.images.shape[-1])
@@ -60,13 +63,16 @@ def camera_loss(pose_enc_list: Tensor, target: Sample) -> Tensor:
 
 
 def _regression(error: Tensor, confidence: Tensor, gamma: float, alpha: float) -> Tensor:
-    """mean(gamma e k - alpha log k) + mean(e) of errors e and confidences k at valid pixels (n,), the largest left out of each."""
+    """mean(gamma e k - alpha log k) + mean(e) of errors e and confidences k at valid pixels (n,). Each mean omits its largest values."""
     e, k = sanitise(error), confidence.clamp_min(1e-6)
     return without_largest(sanitise(gamma * e * k - alpha * k.log())).mean() + without_largest(e).mean()
 
 
 def depth_loss(depth: Tensor, confidence: Tensor, target: Sample) -> Tensor:
-    """depth (B, S, H, W, 1), confidence (B, S, H, W): regression (gamma 0.3, alpha 0.06) and gradients of the error."""
+    """Loss of depth (B, S, H, W, 1) with confidence (B, S, H, W): regression (gamma 0.3, alpha 0.06) and gradients of the error.
+
+    0 if fewer than 100 pixels are valid.
+    """
     assert target.depth is not None and target.valid is not None
     valid = target.valid
     if valid.sum() < 100:
@@ -76,7 +82,7 @@ def depth_loss(depth: Tensor, confidence: Tensor, target: Sample) -> Tensor:
 
 
 def _gradients(error: Tensor, valid: Tensor) -> Tensor:
-    """Mean over strides 1, 2, 4, 8 of sum(|d_x e| + |d_y e|) / n, where both pixels are valid; e and valid (B, S, H, W)."""
+    """Mean over strides 1, 2, 4, 8 of sum(|d_x e| + |d_y e|) / n over pairs of valid pixels; error e and valid (B, S, H, W)."""
     error = torch.where(valid, error, 0.0)
     total = error.sum() * 0
     for stride in (1, 2, 4, 8):
@@ -88,7 +94,10 @@ def _gradients(error: Tensor, valid: Tensor) -> Tensor:
 
 
 def point_loss(points: Tensor, confidence: Tensor, target: Sample) -> Tensor:
-    """points (B, S, H, W, 3), confidence (B, S, H, W): regression (gamma 1, alpha 0.2) and surface normals."""
+    """Loss of points (B, S, H, W, 3) with confidence (B, S, H, W): regression (gamma 1, alpha 0.2) and surface normals.
+
+    0 if fewer than 100 pixels are valid.
+    """
     assert target.world_points is not None and target.valid is not None
     valid = target.valid
     if valid.sum() < 100:
@@ -101,7 +110,7 @@ def point_loss(points: Tensor, confidence: Tensor, target: Sample) -> Tensor:
 
 
 def _normal_error(predicted: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
-    """mean(1 - cos) between normals from neighbours: up x left, left x down, down x right, right x up."""
+    """mean(1 - cos) between predicted and true normals. A pixel has four: up x left, left x down, down x right, right x up."""
     a, ok = _normals(predicted, valid)
     b, _ = _normals(wanted, valid)
     if ok.sum() < 10:
@@ -110,9 +119,9 @@ def _normal_error(predicted: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
 
 
 def _normals(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit normals (4, B, S, H, W, 3) and where all three pixels are valid (4, B, S, H, W); outside the image is not valid.
+    """Unit normals (4, B, S, H, W, 3), and whether all three pixels are valid (4, B, S, H, W). Pixels outside the image are not.
 
-    Where points (nearly) coincide the normal is 0, and so is its gradient, which would be as large as one likes.
+    Where points (nearly) coincide, the normal and its gradient are 0. Otherwise the gradient would be unbounded.
     """
     around = F.pad(points, (0, 0, 1, 1, 1, 1))
     inside = F.pad(valid, (1, 1, 1, 1))
@@ -128,8 +137,10 @@ def _normals(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def track_loss(track_list: Tensor, visibility: Tensor, target: Sample) -> Tensor:
-    """Sum over refinements, weighted 0.8^(n-1-i) / n, of the mean L1 error of visible points (0 if none is) in units of the image's longer
-    side, plus the binary cross-entropy of visibility. track_list (n, B, S, N, 2); visibility (B, S, N) is a probability, not a logit.
+    """Loss of tracks (n, B, S, N, 2) in pixels and of visibility (B, S, N), which is a probability and not a logit.
+
+    The mean L1 error of visible points (0 without any), in units of the image's longer side, summed over the n refinements i with weights
+    0.8^(n-1-i) / n, plus the binary cross-entropy of visibility.
     """
     assert target.tracks is not None and target.track_visible is not None
     seen, count = target.track_visible, len(track_list)
@@ -141,23 +152,24 @@ def track_loss(track_list: Tensor, visibility: Tensor, target: Sample) -> Tensor
 
 
 def mask_loss(mask: Tensor, target: Sample) -> Tensor:
-    """Binary cross-entropy of 1/2 + mask, read as the probability that a patch stands still; mask (B, S, h, w) in (-1/2, 1/2).
+    """Binary cross-entropy of 1/2 + mask, the predicted probability that a patch is static; mask (B, S, h, w) in (-1/2, 1/2).
 
-    The truth is the share of a patch's pixels that do not move.
+    The target is the fraction of a patch's pixels that are static.
     """
     assert target.dynamic is not None
-    moving = F.adaptive_avg_pool2d(target.dynamic.flatten(0, 1)[:, None].float(), (mask.shape[-2], mask.shape[-1])).view_as(mask)
+    dynamic = rearrange(target.dynamic, "b s h w -> (b s) 1 h w").float()
+    moving = F.adaptive_avg_pool2d(dynamic, (mask.shape[-2], mask.shape[-1])).view_as(mask)
     return _cross_entropy(mask + 0.5, 1 - moving)
 
 
 def _cross_entropy(probability: Tensor, truth: Tensor) -> Tensor:
-    """Mean binary cross-entropy. By hand, as torch's asserts on NaN, where the trainer has something to say."""
+    """Mean binary cross-entropy. Not torch's: that one asserts on NaN, and the trainer reports NaN with step and terms."""
     p = probability.float().clamp(1e-6, 1 - 1e-6)
     return -(truth * p.log() + (1 - truth) * (-p).log1p()).mean()
 
 
 def total_loss(prediction: Prediction, target: Sample, weights: LossConfig) -> dict[str, Tensor]:
-    """The weighted sum under "loss", and each term that has a weight under its name. `target` is normalised ground truth."""
+    """The weighted sum as "loss", and each term with a non-zero weight under its name. `target` is normalised ground truth."""
     found: dict[str, Tensor] = {}
     if weights.camera:
         assert prediction.pose_enc_list is not None

@@ -1,8 +1,8 @@
-"""Auxiliary supervision of correspondence: what lets a model that starts from scratch learn how frames relate.
+"""Auxiliary supervision of correspondence, with which a model learns from scratch how frames relate.
 
-Losses of camera and depth alone leave global attention at a plateau: no token has a reason to look for its counterpart until others make
-use of it. Points that are followed through the sequence tell the attention where to look, and the tokens what to keep of what it found.
-Nothing of this is part of the model.
+With camera and depth losses alone, training from scratch stays at a plateau: a token gains nothing from finding its match in another frame
+until later layers use it. Ground-truth tracks supervise where attention looks, and which displacement the tokens encode. None of this is
+part of the saved model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from page4d_kernels import qk_norm_rope
@@ -22,11 +23,11 @@ from ..model import Page4D
 
 
 class Matching(nn.Module):
-    """Reads along in a model's forward pass; afterwards `forward` gives the loss.
+    """Records activations during the forward pass of `model`; `forward` then returns the loss of that pass.
 
-    For a point that frame 0 and frame s both see, with the patches p0 and ps that it falls into, the sum of
+    For a point that is visible in frame 0 (in patch p0) and in frame s (in patch ps), the loss is the sum of
 
-    - the cross-entropy of the attention of ps, over all tokens of the sequence, with p0 as the answer: head 0 of the last two global
+    - the cross-entropy between the attention of ps over all tokens of the sequence and the target p0, in head 0 of the last two global
       blocks of the first half, averaged;
     - the L1 error, in patches, between the true displacement from frame s to frame 0 and a linear prediction from the last-layer token
       at ps.
@@ -45,27 +46,28 @@ class Matching(nn.Module):
         model.aggregator.register_forward_hook(lambda module, inputs, output: self._seen.__setitem__("last", output.layers[-1]))
 
     def forward(self, target: Sample) -> Tensor:
+        """The loss (fp32 scalar) of the model's last forward pass, whose ground truth is `target`; 0 without a visible point."""
         assert target.tracks is not None and target.track_visible is not None
         frames, (height, width) = target.images.shape[1], target.images.shape[-2:]
         patch, special = self.config.patch_size, self.config.special_tokens
         grid = (height // patch, width // patch)
         cell = ((target.tracks + 0.5) / patch).floor().long()
-        token = special + cell[..., 1].clamp(0, grid[0] - 1) * grid[1] + cell[..., 0].clamp(0, grid[1] - 1)  # (B, S, N), within its frame
+        token = special + cell[..., 1].clamp(0, grid[0] - 1) * grid[1] + cell[..., 0].clamp(0, grid[1] - 1)  # (B, S, N), in a frame
         seen = target.track_visible[:, :1] & target.track_visible[:, 1:]
         if not seen.any():
             return self.displacement.bias.sum() * 0
         answer = token[:, :1].expand(-1, frames - 1, -1)[seen]
         losses = [F.cross_entropy(self._scores(i, grid, frames, token)[seen], answer) for i in range(len(self.attention))]
-        way = self.displacement(self.norm(_at(self._seen["last"][:, 1:].flatten(-2).float(), token[:, 1:])))
+        predicted = self.displacement(self.norm(_at(self._seen["last"][:, 1:].flatten(-2).float(), token[:, 1:])))
         wanted = (target.tracks[:, :1] - target.tracks[:, 1:]) / patch
-        return torch.stack(losses).mean() + (way - wanted)[seen].abs().mean()
+        return torch.stack(losses).mean() + (predicted - wanted)[seen].abs().mean()
 
     def _scores(self, i: int, grid: tuple[int, int], frames: int, token: Tensor) -> Tensor:
-        """Head 0's scores (B, S - 1, N, tokens of the sequence) of the queries at `token` in frames 1, 2, ..."""
+        """Head 0's scores (B, S - 1, N, number of tokens) of the queries at `token` (B, S, N) in frames 1, 2, ..."""
         attention, config = self.attention[i], self.config
         assert attention.q_norm is not None and attention.k_norm is not None
         head_dim = config.embed_dim // config.num_heads
-        qkv = self._seen[i].float().unflatten(-1, (3, attention.num_heads, head_dim))[:, :, :, :1]
+        qkv = rearrange(self._seen[i].float(), "b n (three h c) -> b n three h c", three=3, c=head_dim)[:, :, :, :1]
         table = rope(grid, config.special_tokens, head_dim, config.rope_base, qkv.device, torch.float32)
         q, k, _ = qk_norm_rope(
             qkv,
@@ -79,10 +81,10 @@ class Matching(nn.Module):
             special_tokens=config.special_tokens,
             eps=attention.q_norm.eps,
         )
-        queries = _at(q[:, 0].unflatten(1, (frames, -1))[:, 1:], token[:, 1:])
+        queries = _at(rearrange(q[:, 0], "b (s p) c -> b s p c", s=frames)[:, 1:], token[:, 1:])
         return torch.einsum("bsnc,bmc->bsnm", queries, k[:, 0]) * head_dim**-0.5
 
 
 def _at(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens (B, S, P, C) at index (B, S, N): (B, S, N, C)."""
+    """The tokens (B, S, N, C) at `index` (B, S, N) of `tokens` (B, S, P, C)."""
     return tokens.gather(2, index[..., None].expand(-1, -1, -1, tokens.shape[-1]))

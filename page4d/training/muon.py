@@ -1,7 +1,6 @@
-"""Muon: momentum for matrices, made orthogonal before the step.
+"""Muon: momentum for matrices, orthogonalised before the step.
 
-torch has one from 2.9 on, in bf16 wherever it runs: a processor without bf16 products then spends four fifths of a training step of nano
-on it.
+torch has Muon since 2.9, but always computes in bf16. On a processor without bf16 matmuls it takes four fifths of a training step of nano.
 """
 
 from __future__ import annotations
@@ -12,21 +11,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0; singular values end near 1, not at it
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # chosen to be steepest at 0; singular values end near 1, not exactly at 1
 ITERATIONS = 5
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T (m, n): singular values of at least 0.0015 |matrix| become 0.68 to 1.21; 0 gives 0.
+    """Approximately U V^T of a matrix U S V^T (m, n), in its dtype. Singular values of at least 0.0015 |matrix| become 0.68 to 1.21.
 
-    X <- a X + (b A + c A^2) X with A = X X^T, five times, from X = matrix / |matrix| (Frobenius). In bf16 on a GPU, which is all it
-    takes, in fp32 elsewhere.
+    X <- a X + (b A + c A^2) X with A = X X^T, five times, from X = matrix / |matrix| (Frobenius). A zero matrix stays zero. Computed in
+    bf16 on a GPU, where that is accurate enough, and in fp32 elsewhere.
 
     Source: K. Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
-    wide = x if x.shape[0] <= x.shape[1] else x.mT  # the smaller of the two products X X^T
+    wide = x if x.shape[0] <= x.shape[1] else x.mT  # so that X X^T is the smaller Gram matrix
     wide = wide / wide.norm().clamp_min(1e-7)
     for _ in range(ITERATIONS):
         gram = wide @ wide.mT
@@ -37,8 +36,8 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """W <- (1 - lr wd) W - 0.2 sqrt(max(m, n)) lr orthogonalise(G + 0.95 (M - G)) for matrices W (m, n) with gradients G.
 
-    M is their running mean, M <- 0.95 M + 0.05 G. The factor gives steps the root mean square of AdamW's (J. Liu et al., Muon is
-    scalable for LLM training, 2025), so that both take the same learning rate and weight decay.
+    M is the running mean of the gradients, M <- 0.95 M + 0.05 G. The factor gives updates the root mean square of AdamW's (J. Liu et al.,
+    Muon is scalable for LLM training, 2025). So both use the same learning rate and weight decay.
     """
 
     def __init__(self, params: Iterable[dict], lr: float = 1e-3, weight_decay: float = 0.01, momentum: float = 0.95):

@@ -1,4 +1,4 @@
-"""Which parameters are trained, in which optimizer group, and the schedules of learning rate and mask strength."""
+"""The trained parameters, their optimizer groups, and the schedules of learning rate and mask strength."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from .muon import Muon
 
 
 def choose_trainable(model: Page4D, which: str) -> int:
-    """Freeze all but what `which` names; the number of trained parameters.
+    """Freeze all parameters except those that `which` names, and return the number of trained parameters.
 
-    "all", "middle" (the masked blocks and the mask head) or "dense" (the depth and point heads: cameras and mask stay as they are).
+    `which` is "all", "middle" (the masked blocks and the mask head) or "dense" (the depth and point heads, which leaves cameras and mask
+    unchanged). Frozen modules go to eval mode, the others to training mode.
 
-    Frozen modules go to eval mode, the others to training mode.
+    Raises:
+        ConfigError: "middle" for a model without masked blocks.
     """
     aggregator = model.aggregator
     first, end = model.config.masked_blocks
@@ -38,9 +40,9 @@ def choose_trainable(model: Page4D, which: str) -> int:
 
 
 def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Of the parameters that take gradients: AdamW, or Muon for the matrices of transformer blocks and AdamW for the rest.
+    """AdamW for the parameters that require gradients; with kind "muon", Muon for the weight matrices of transformer blocks.
 
-    AdamW's groups: mask head, and the rest; vectors (biases, norms, layer scales) are not decayed.
+    AdamW has separate groups for the mask head and for vectors (biases, norms, layer scales). Vectors have no weight decay.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     matrices: list[nn.Parameter] = []
@@ -68,13 +70,14 @@ def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], config: Optimizer
 
 
 def learning_rate(progress: float, peak: float, warmup: float, floor: float) -> float:
-    """Linear from `floor` to `peak` over the share `warmup` of the run, then a half cosine back; progress in [0, 1)."""
+    """Linear from `floor` to `peak` over the fraction `warmup` of the run, then a half cosine back to `floor`; progress in [0, 1]."""
     if progress < warmup:
         return floor + (peak - floor) * progress / warmup
     return floor + (peak - floor) * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9))) / 2
 
 
 def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], progress: float, floor: float) -> None:
+    """Set every group's learning rate at the fraction `progress` of the run."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = learning_rate(progress, group["peak"], group["warmup"], floor)
 

@@ -1,4 +1,4 @@
-"""Ground truth in the frame and scale that the model answers in."""
+"""Ground truth in the coordinate frame and unit of the model's predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..data.sample import Sample
 
 
 def collate(samples: list[Sample]) -> Sample:
-    """Samples of equal shapes as one, with a batch dimension in front; what one of them lacks, the batch lacks."""
+    """Stack samples of equal shapes along a new first dimension. A field that is None in one sample is None in the batch."""
     stacked: dict[str, Any] = {}
     for key, value in vars(samples[0]).items():
         values = [getattr(sample, key) for sample in samples]
@@ -22,11 +22,11 @@ def collate(samples: list[Sample]) -> Sample:
 
 
 def normalise(batch: Sample) -> Sample:
-    """Cameras and points relative to the first camera, lengths in units of the mean distance of the scene's points.
+    """Cameras and points (B, S, ...) relative to the first camera, in units of the mean distance of the scene's points, in fp32.
 
     With E_i the extrinsics and X the valid world points of a sequence: E_i <- E_i E_0^-1, X <- E_0 X, and t, X and depth are divided by
-    sum |X| / (n + 1e-3), kept within [1e-6, 1e6]. Lengths that are not finite become 0; a sequence whose first frame has no valid pixel,
-    or with a rotation that is not finite, loses all of its pixels. Batched, (B, S, ...). Source: training of VGGT / PAGE-4D.
+    sum |X| / (n + 1e-3), clamped to [1e-6, 1e6]. Lengths that are not finite become 0. A sequence has no valid pixels if its first frame
+    has none, or if a rotation is not finite. Source: training of VGGT / PAGE-4D.
     """
     batch = batch.to(torch.float32)
     depth, points, valid = batch.depth, batch.world_points, batch.valid

@@ -1,4 +1,4 @@
-"""The training loop: one optimiser step per iteration, clipped gradients, exact resumption, loud failures."""
+"""The training loop: one optimiser step per iteration, clipped gradients, exact resumption, an error for every failure."""
 
 from __future__ import annotations
 
@@ -31,40 +31,46 @@ from .losses import total_loss
 from .matching import Matching
 from .parameters import choose_trainable, make_optimizers, mask_schedule, set_learning_rates
 
-TRACKS = 64  # points followed, if tracks or matches are trained
+TRACKS = 64  # tracked points per sequence, if tracks or matches are trained
 STATE, WEIGHTS, LOG = "state.pt", "model.safetensors", "log.csv"
-MAY_CHANGE_ON_RESUME = ("out", "log_every", "save_every", "checkpoint_activations", "data.workers")  # a resumed run may change them
+MAY_CHANGE_ON_RESUME = ("out", "log_every", "save_every", "checkpoint_activations", "data.workers")  # no effect on results
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class TrainingError(UserError):
-    """A run that cannot go on."""
+    """The run cannot continue: a loss or gradient is not finite, or the model has no head for a loss."""
 
 
 def own_device(name: str | None) -> str | None:
-    """The device to ask for: under `torchrun` this process' own GPU where any would do, so that nothing is allocated on the first."""
+    """The device to use. Under `torchrun` "cuda" becomes this process' own GPU, so that not all processes allocate on the first one.
+
+    None is treated as "cuda" if a GPU is available, and is returned unchanged otherwise.
+    """
     local = os.environ.get("LOCAL_RANK")
     any_gpu = name == "cuda" or (name is None and torch.cuda.is_available())
     return f"cuda:{local}" if local is not None and any_gpu else name
 
 
 def check_fits(weights: str, name: str) -> None:
-    """ConfigError if a weights file says that it is of another model than the preset `name`; its keys alone would not always tell."""
+    """Raise ConfigError if the configuration in a weights file differs from the preset `name`.
+
+    Keys and shapes alone would not reveal every difference.
+    """
     stored = stored_config(weights)
     if stored is None:
         return
-    # a run sets the first two, weights replace the third, files may lack the heads
+    # not compared: a run sets the first two, weights replace the third, and the file may lack the two heads
     free = ("mask_strength", "image_size", "layer_scale", "mask_hidden", "track")
     before, now = ({**vars(config), **dict.fromkeys(free)} for config in (stored, preset(name)))
     changed = [key for key in now if before[key] != now[key]]
     if changed:
         raise ConfigError(
-            f"weights: {weights} is not of the preset {name!r}, see {', '.join(changed)}: set model to the preset that it is of"
+            f"weights: {weights} does not match the preset {name!r} ({', '.join(changed)} differ): set model to the preset of these weights"
         )
 
 
 def averaged(model: Page4D, decay: float) -> AveragedModel:
-    """The running mean of a model's weights: of all steps at first, then an exponential one with this decay per step."""
+    """The running mean of a model's weights: a plain mean at first, then an exponential mean with this decay per step."""
 
     def update(mean: Tensors, current: Tensors, count: Tensor | int) -> None:
         torch._foreach_lerp_(mean, current, max(1 - decay, 1 / (int(count) + 1)))
@@ -73,7 +79,7 @@ def averaged(model: Page4D, decay: float) -> AveragedModel:
 
 
 class Objective(nn.Module):
-    """Images and ground truth in, losses out: what is wrapped for several GPUs."""
+    """Maps images and ground truth to losses. This is the module that `DistributedDataParallel` wraps."""
 
     def __init__(self, model: Page4D, weights: LossConfig):
         super().__init__()
@@ -82,10 +88,11 @@ class Objective(nn.Module):
                  "mask": model.aggregator.spatial_mask_head}  # fmt: skip
         for name, head in heads.items():
             if getattr(weights, name) and head is None:
-                raise TrainingError(f"loss.{name} is {getattr(weights, name)}, but the model has no {name} head: set it to 0")
+                raise TrainingError(f"loss.{name} is {getattr(weights, name)}, but the model has no {name} head: set loss.{name} to 0")
         self.matching = Matching(model) if weights.match else None
 
     def forward(self, batch: Sample, mask_strength: float) -> dict[str, Tensor]:
+        """The losses of a normalised batch (B, S, ...), as fp32 scalars by name; "loss" is the weighted sum."""
         outputs = [name for name in ("camera", "depth", "points", "mask") if getattr(self.weights, name)]
         queries = batch.tracks[:, 0] if self.weights.track and batch.tracks is not None else None
         prediction = self.model(batch.images, queries, outputs=outputs, mask_strength=mask_strength)
@@ -98,9 +105,14 @@ class Objective(nn.Module):
 
 
 class Trainer:
-    """A run in `config.out`: log.csv, state.pt (to resume), model.safetensors (to use).
+    """A run in the folder `config.out`, which gets log.csv, state.pt (to resume) and model.safetensors (to use).
 
     Under `torchrun` every process trains on its own batches, and gradients are averaged.
+
+    Raises:
+        InputError: the folder cannot be written, already holds a run without `resume`, or holds none that `resume` could continue.
+        ConfigError: the initial weights do not match the model.
+        TrainingError: a loss has a weight, but the model has no head for it.
     """
 
     def __init__(self, config: RunConfig, *, resume: bool = False, device: torch.device | str | None = None):
@@ -115,7 +127,7 @@ class Trainer:
         self._check_writable()
         state_file = self.out / STATE
         if state_file.exists() and not resume:
-            raise InputError(f"{self.out} holds a run already: continue it with --resume, or choose another folder with out=FOLDER")
+            raise InputError(f"{self.out} already holds a run: continue it with --resume, or choose another folder with out=FOLDER")
         if resume and not state_file.exists():
             raise InputError(f"there is nothing to resume in {self.out}: {STATE} is missing")
         state = self._load_state(state_file) if resume else None
@@ -150,7 +162,7 @@ class Trainer:
         self.objective: nn.Module = wrapped
 
     def _check_writable(self) -> None:
-        """One process tries, all learn what came of it: they would remove each other's folders."""
+        """Only rank 0 tests the folder and tells the others. Concurrent tests would remove each other's folders."""
         problem: list[str | None] = [None]
         if self.rank == 0:
             try:
@@ -165,7 +177,7 @@ class Trainer:
     def _load_state(self, path: Path) -> dict[str, Any]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged file makes of it
+        except Exception as error:  # a damaged file can raise anything
             raise InputError(f"{path} cannot be read ({type(error).__name__}): restore it, or start again in another folder") from None
         keys = {"model", "average", "matching", "optimizers", "step", "config", "model_config", "ranks"}
         if not isinstance(state, dict) or not keys <= set(state):
@@ -176,15 +188,20 @@ class Trainer:
             raise InputError(f"{path} belongs to another configuration ({', '.join(changed)} differ): resume with the same one")
         ranks = state["ranks"]
         if ranks != self.ranks:
-            raise InputError(f"{path} belongs to a run of {ranks} processes, and this one has {self.ranks}: resume with as many")
+            raise InputError(f"{path} belongs to a run of {ranks} processes, and this one has {self.ranks}: resume with {ranks} processes")
         return state
 
     def mask_strength(self, step: int) -> float:
+        """The strength of the dynamics mask in this step."""
         mask, steps = self.config.mask, self.config.steps
         return mask_schedule(step, mask.hold_start * steps, mask.hold_end * steps, mask.strength)
 
     def train(self, max_step: int | None = None) -> dict[str, float]:
-        """Train to the end (or step `max_step`), with a progress bar; the last step's losses."""
+        """Train to the end, or to step `max_step`, with a progress bar. Returns what the last step logged; {} without a step.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite.
+        """
         config = self.config
         end = config.steps if max_step is None else min(max_step, config.steps)
         if self.rank == 0:
@@ -211,7 +228,7 @@ class Trainer:
         return values
 
     def _optimizer_step(self, stream) -> tuple[dict[str, float], int]:
-        """One optimiser step over the micro-batches: losses averaged over them, and the number of images."""
+        """One optimiser step over the micro-batches. Returns the losses averaged over them, and the number of images of all ranks."""
         config, images = self.config, 0
         totals: dict[str, float] = {}
         strength = self.mask_strength(self.step)
@@ -220,19 +237,19 @@ class Trainer:
             batch = next(stream).to(self.device)
             images += batch.images.shape[0] * batch.images.shape[1] * self.ranks
             last = micro == config.accumulation - 1
-            together = nullcontext() if last or self.ranks == 1 else self.objective.no_sync()  # type: ignore[operator]
-            with together:
+            sync = nullcontext() if last or self.ranks == 1 else self.objective.no_sync()  # type: ignore[operator]
+            with sync:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     losses = self.objective(batch, strength)
                 (losses["loss"] / config.accumulation).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / config.accumulation
         if not math.isfinite(totals["loss"]):
-            raise TrainingError(f"the loss at step {self.step} is not finite ({totals}): lower the learning rate, or look at the data")
+            raise TrainingError(f"the loss at step {self.step} is not finite ({totals}): lower the learning rate or check the data")
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         norm = float(nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], config.optimizer.clip))
         if not math.isfinite(norm):
-            raise TrainingError(f"the gradient's norm is {norm} at step {self.step}: lower the learning rate, or look at the data")
+            raise TrainingError(f"the gradient's norm is {norm} at step {self.step}: lower the learning rate or check the data")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -241,12 +258,12 @@ class Trainer:
         return totals | {"gradient_norm": norm, "lr": max(group["lr"] for group in groups), "mask_strength": strength}, images
 
     def close(self) -> None:
-        """Leave the group of processes. Not after an error: that would wait for the others."""
+        """Leave the process group. Do not call it after an error: it would wait for the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def _trim_log(self) -> None:
-        """Leave the rows up to this step: others belong to a run that got further before it stopped, or to another one."""
+        """Drop log rows beyond this step. They belong to a run that got further before it stopped, or to another run."""
         path = self.out / LOG
         if not path.exists():
             return
@@ -267,7 +284,7 @@ class Trainer:
         path = self.out / LOG
         path.parent.mkdir(parents=True, exist_ok=True)
         row = {"step": self.step, **{name: f"{value:.6g}" for name, value in values.items()}}
-        if not sys.stderr.isatty():  # no bar there
+        if not sys.stderr.isatty():  # there is no progress bar
             print(", ".join(f"{name} {value}" for name, value in row.items()), file=sys.stderr)
         new = not path.exists()
         with open(path, "a", newline="") as file:
@@ -277,7 +294,7 @@ class Trainer:
             writer.writerow(row)
 
     def save(self) -> None:
-        """Write state.pt, to resume from, and model.safetensors, to use.
+        """Write state.pt (to resume from) and model.safetensors (to use). Only rank 0 writes.
 
         The saved model has the averaged weights (if enabled), the last step's mask strength, and this run's image size (unless the initial
         weights had no fixed size).

@@ -16,7 +16,7 @@ from page4d.prediction import Prediction
 
 
 def random_poses(frames: int, seed: int, angle: float = 0.3, step: float = 0.4) -> Tensor:
-    """Camera-from-world (S, 3, 4) float64 of a camera that wanders."""
+    """Camera-from-world extrinsics (S, 3, 4) float64 of a random walk."""
     generator = torch.Generator().manual_seed(seed)
     turns = (torch.randn(frames, 3, generator=generator, dtype=torch.float64) * angle).cumsum(0)
     centres = (torch.randn(frames, 3, generator=generator, dtype=torch.float64) * step).cumsum(0)
@@ -52,7 +52,7 @@ def random_sample(frames: int = 3, size: tuple[int, int] = (42, 56), seed: int =
 
 
 class Oracle(nn.Module):
-    """Answers with the truth of the sample that it is shown, in a unit of its own, at the size of the images; notes what it was asked."""
+    """A stand-in for the model that returns the ground truth, in another unit and at the size of the images, and records its calls."""
 
     def __init__(self, samples: list[Sample], unit: float = 0.4, available: frozenset[str] | None = None):
         super().__init__()
@@ -100,7 +100,7 @@ class Oracle(nn.Module):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The work is tiny: threads would only wait for each other."""
+    """The tensors are tiny, and threads would only add overhead."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -26,7 +26,7 @@ def scenes(monkeypatch, scene):
 SMALL = ["--weights", "random:tiny", "--device", "cpu", "--size", "28x42", "--frames", "2", "--sequences", "2"]
 
 
-def test_end_to_end(scenes, tmp_path, capsys):
+def test_the_command_prints_a_table_and_writes_json(scenes, tmp_path, capsys):
     out = tmp_path / "new" / "results.json"
     arguments = ["synthetic:static", "synthetic:dynamic", *SMALL, "--tasks", "pose,depth,points,mask", "--align", "scale,median"]
     assert main([*arguments, "--seed", "3", "--mask-strength", "2", "--out", str(out)]) == 0
@@ -48,7 +48,7 @@ def test_end_to_end(scenes, tmp_path, capsys):
     assert results["synthetic:dynamic"]["mean"]["pose"]["ate"] == pytest.approx(mean)
 
 
-def test_the_official_protocol_and_what_is_not_defined(scenes, tmp_path):
+def test_the_official_protocol_is_recorded_and_undefined_metrics_are_null(scenes, tmp_path):
     out = tmp_path / "results.json"
     single = ["synthetic:static", "--weights", "random:tiny", "--device", "cpu", "--size", "28", "--frames", "1", "--sequences", "1"]
     assert main([*single, "--tasks", "pose,depth", "--official-protocol", "--out", str(out)]) == 0
@@ -70,7 +70,7 @@ def test_the_official_protocol_and_what_is_not_defined(scenes, tmp_path):
         (["synthetic:static", "--tasks", "tracks", *SMALL], "at least 140 x 140"),
     ],
 )
-def test_mistakes_are_one_line(scenes, arguments, message, capsys, tmp_path):
+def test_mistakes_are_errors_of_one_line(scenes, arguments, message, capsys, tmp_path):
     out = tmp_path / "results.json"
     assert main([*arguments, "--out", str(out)]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
@@ -78,7 +78,7 @@ def test_mistakes_are_one_line(scenes, arguments, message, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_for_the_results_that_cannot_be(scenes, tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_made_is_an_error(scenes, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["synthetic:static", *SMALL, "--out", str(tmp_path / "file" / "results.json")]) == 2
     assert "cannot write into the folder" in capsys.readouterr().err

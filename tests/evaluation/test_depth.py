@@ -19,7 +19,7 @@ from page4d.evaluation.depth import (
 
 
 def depths(n: int = 301, seed: int = 0, outliers: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predictions and truths (n,) fp32: a line, noise, and some that have nothing to do with it."""
+    """Predicted and true depths (n,) fp32: a linear relation, noise, and a fraction of outliers."""
     generator = torch.Generator().manual_seed(seed)
     predicted = 0.5 + 2 * torch.rand(n, generator=generator)
     true = 3 * predicted + 0.7 + 0.1 * torch.randn(n, generator=generator)
@@ -27,7 +27,7 @@ def depths(n: int = 301, seed: int = 0, outliers: float = 0.2) -> tuple[torch.Te
     return predicted, torch.where(far, 60 * torch.rand(n, generator=generator) + 0.1, true).clamp_min(0.05)
 
 
-def test_metrics_by_hand():
+def test_metrics_are_those_of_plain_python():
     predicted, true = [1.0, 2.0, -1.0, 5.0, 3.0], [1.2, 1.0, 2.0, 5.0, 4.0]
     found = depth_metrics(torch.tensor(predicted), torch.tensor(true))
     n = len(true)
@@ -44,7 +44,7 @@ def test_metrics_by_hand():
     assert expected["delta1"] == 0.4 and expected["delta2"] == 0.6
 
 
-def test_a_perfect_prediction_and_none():
+def test_a_perfect_prediction_has_no_error_and_an_empty_one_no_metrics():
     true = torch.rand(50) + 0.1
     perfect = depth_metrics(true, true)
     assert [perfect[name] for name in ("abs_rel", "sq_rel", "rmse", "log_rmse")] == [0] * 4
@@ -84,7 +84,7 @@ def test_scale_is_never_negative():
 
 
 def least_absolute(p: np.ndarray, g: np.ndarray) -> float:
-    """The least sum |s p + t - g| as a linear programme: minimise sum e subject to -e <= s p + t - g <= e."""
+    """The minimum of sum |s p + t - g| as a linear programme: minimise sum e subject to -e <= s p + t - g <= e."""
     n = len(p)
     line = np.stack([p, np.ones(n)], 1)
     above, below = np.hstack([line, -np.eye(n)]), np.hstack([-line, -np.eye(n)])

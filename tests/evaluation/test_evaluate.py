@@ -14,7 +14,7 @@ from page4d.evaluation.report import table
 
 
 @pytest.mark.parametrize("size", [56, 112, (42, 84)])
-def test_the_truth_is_perfect(scene, oracle, size):
+def test_a_model_that_knows_the_truth_scores_perfectly(scene, oracle, size):
     sample = scene()
     model = oracle([sample])
     result = evaluate(model, [sample], TASKS, protocol=Protocol(size, False, ("scale", "scale&shift", "median", "metric"), max_points=5000))
@@ -34,10 +34,10 @@ def test_the_truth_is_perfect(scene, oracle, size):
     assert metrics["mask"]["auc"] == metrics["mask"]["best_iou"] == 1
 
 
-def test_what_is_run(scene, oracle):
+def test_one_pass_serves_all_tasks_except_mono(scene, oracle):
     sample = scene(frames=3)
     model = oracle([sample]).train()
-    model.dropout.eval()  # a part that training keeps in eval mode
+    model.dropout.eval()  # training keeps some parts in eval mode
     evaluate(model, [sample], ["mono", "pose"], protocol=Protocol(size=56, mask_strength=3.0))
     assert [call["frames"] for call in model.calls] == [3, 1, 1, 1]
     assert [call["outputs"] for call in model.calls] == [{"camera"}] + [{"depth"}] * 3
@@ -45,10 +45,10 @@ def test_what_is_run(scene, oracle):
     assert model.training and not model.dropout.training
     model.calls.clear()
     result = evaluate(model, [sample])
-    assert "mono:median" not in result["mean"] and len(model.calls) == 1  # one pass for the rest
+    assert "mono:median" not in result["mean"] and len(model.calls) == 1
 
 
-def test_tasks_that_do_not_apply(scene, oracle):
+def test_impossible_tasks_are_left_out_or_refused(scene, oracle):
     sample = scene()
     bare = replace(sample, depth=None, dynamic=None, tracks=None)
     assert set(evaluate(oracle([bare]), [bare])["mean"]) == {"pose"}
@@ -57,17 +57,17 @@ def test_tasks_that_do_not_apply(scene, oracle):
     poor = oracle([sample], available={"depth"})
     assert set(evaluate(poor, [sample])["mean"]) == {"depth:scale"}
     assert evaluate(poor, [sample], protocol=Protocol(official=True))["mean"] == {}  # its depth needs cameras
-    with pytest.raises(InputError, match="the task mask needs dynamic as ground truth, which 'scene-0' has not"):
+    with pytest.raises(InputError, match="the task mask needs dynamic as ground truth, but 'scene-0' has none"):
         evaluate(oracle([bare]), [bare], ["mask"])
     with pytest.raises(InputError, match="this model cannot do the task pose"):
         evaluate(poor, [sample], ["pose"])
     with pytest.raises(InputError, match="unknown task colour: choose from pose"):
         evaluate(poor, [sample], ["colour"])
-    with pytest.raises(InputError, match="choose from pose"):
+    with pytest.raises(InputError, match="no task is named: choose from pose"):
         evaluate(poor, [sample], [])
 
 
-def test_a_truth_without_points_is_unprojected(scene, oracle):
+def test_true_points_come_from_true_depth_if_missing(scene, oracle):
     sample = scene()
     bare = replace(sample, world_points=None)
     model = oracle([sample], available={"camera", "depth"})
@@ -75,7 +75,7 @@ def test_a_truth_without_points_is_unprojected(scene, oracle):
     assert max(found["points:depth"].values()) < 1e-3
 
 
-def test_rules(scene, oracle):
+def test_rules_limit_tasks_and_depth(scene, oracle):
     sample = scene()
     rules = Rules(pose_sequences=frozenset({"another"}), max_depth=4.0)
     found = evaluate(oracle([sample]), [sample], ["pose", "depth"], protocol=Protocol(size=56), rules=rules)["mean"]
@@ -100,7 +100,7 @@ def test_means_of_depth_are_weighted_by_pixels(scene, oracle):
     assert result["mean"]["pose"]["ate"] == pytest.approx((rows[0]["pose"]["ate"] + rows[1]["pose"]["ate"]) / 2)
 
 
-def test_frames_without_valid_pixels(scene, oracle):
+def test_frames_without_valid_pixels_do_not_count(scene, oracle):
     sample = scene()
     valid = sample.valid.clone()
     valid[1] = False
@@ -125,7 +125,7 @@ def test_the_aspect_ratio_is_kept_unless_official(size, original, expected):
 
 
 def test_images_are_antialiased_unless_official():
-    stripes = (torch.arange(560) % 2).float().expand(1, 3, 280, 560)  # as fine as can be: grey from afar
+    stripes = (torch.arange(560) % 2).float().expand(1, 3, 280, 560)  # the finest stripes average to grey
     ours = network_images(stripes, Protocol(size=56))
     assert ours.shape[-2:] == (28, 56) and (ours - 0.5).abs().max() < 0.1
     noise = torch.rand(1, 3, 280, 560, generator=torch.Generator().manual_seed(0))
@@ -178,10 +178,10 @@ def test_official_clip_skip_and_alignment(scene, oracle):
     for official in (False, True):
         protocol = Protocol(size=56, official=official, alignments=("scale&shift",))
         errors.append(evaluate(shifted, [sample], ["depth"], protocol=protocol)["mean"]["depth:scale&shift"]["abs_rel"])
-    assert errors[0] < 1e-4 < 0.02 < errors[1]  # a thousand steps of 1e-4 do not get there
+    assert errors[0] < 1e-4 < 0.02 < errors[1]  # a thousand steps of 1e-4 do not reach it
 
 
-def test_resizing_depth():
+def test_bilinear_depth_stays_in_range_and_bicubic_overshoots():
     ramp = torch.arange(8.0).expand(1, 4, 8).clone()
     assert torch.equal(resize_depth(ramp, (4, 8), "bicubic"), ramp)
     ramp[..., 4:] += 100  # an edge
@@ -189,15 +189,15 @@ def test_resizing_depth():
     assert smooth.min() >= 0 and smooth.max() <= 107 and (sharp.min() < 0 or sharp.max() > 107)
 
 
-def test_protocol_mistakes():
+def test_a_protocol_with_mistakes_is_refused():
     with pytest.raises(InputError, match="multiples of 14, for example 56"):
         Protocol(size=50)
     with pytest.raises(InputError, match="unknown alignment best: choose from scale"):
         Protocol(alignments=("best",))
 
 
-def test_predictions_that_are_not_finite(scene, oracle):
-    """They are counted, and what they spoil is left out; the rest of the sequence stays."""
+def test_predictions_that_are_not_finite_are_counted_and_left_out(scene, oracle):
+    """The tasks that need them have no metrics. The other tasks of the sequence do."""
     sample = scene(size=(56, 56))
 
     class Broken(oracle):
@@ -210,9 +210,9 @@ def test_predictions_that_are_not_finite(scene, oracle):
                     getattr(found, field).view(-1)[3] = math.nan
             return found
 
-    model = Broken([sample])
+    model, protocol = Broken([sample]), Protocol(size=56, max_points=500)
     tasks = ["pose", "depth", "mono", "points", "mask"]
-    assert evaluate(model, [sample], tasks, protocol=Protocol(size=56))["failed"] == 0
+    assert evaluate(model, [sample], tasks, protocol=protocol)["failed"] == 0
     for broken, names, left in (
         ("pose_enc", ["camera"], {"depth:scale", "points:head", "mask", "mono:median"}),
         ("depth", ["depth", "mono"], {"pose", "points:head", "mask"}),
@@ -220,19 +220,19 @@ def test_predictions_that_are_not_finite(scene, oracle):
         ("mask", ["mask"], {"pose", "depth:scale", "points:depth", "points:head", "mono:median"}),
     ):
         model.broken = (broken,)
-        result = evaluate(model, [sample, sample], tasks, protocol=Protocol(size=56))
+        result = evaluate(model, [sample, sample], tasks, protocol=protocol)
         assert result["failed"] == 2 and result["sequences"][0]["not_finite"] == names and set(result["mean"]) == left
         assert "**2 of 2 sequences of it failed**" in table({"it": result})
     model.broken = ("pose_enc",)
-    assert "depth:scale" not in evaluate(model, [sample], ["depth"], protocol=Protocol(size=56, official=True))["mean"]
+    assert "depth:scale" not in evaluate(model, [sample], ["depth"], protocol=replace(protocol, official=True))["mean"]
     model.broken = ("depth",)
-    assert "failed" in table({"it": evaluate(model, [sample], ["depth"], protocol=Protocol(size=56))}).splitlines()[-1]
+    assert "failed" in table({"it": evaluate(model, [sample], ["depth"], protocol=protocol)}).splitlines()[-1]
     model.available, model.broken = {"camera"}, ("pose_enc",)
     assert evaluate(model, [sample])["mean"] == {}
 
 
-def test_predictions_that_cannot_be_compared(scene, oracle):
-    """Finite, but a camera without a rotation, and depth that nothing aligns."""
+def test_finite_predictions_that_cannot_be_compared_are_failures(scene, oracle):
+    """A camera with a zero quaternion, and depth that no scale aligns."""
     sample = scene(size=(56, 56))
 
     class Degenerate(oracle):
@@ -247,7 +247,7 @@ def test_predictions_that_cannot_be_compared(scene, oracle):
     assert result["sequences"][0]["not_finite"] == ["camera", "depth:median", "mono:median"] and set(result["mean"]) == {"points:head"}
 
 
-def test_a_real_model(scene):
+def test_a_random_model_has_finite_metrics(scene):
     torch.manual_seed(0)
     model = Page4D(preset("tiny")).eval()
     sample = scene(frames=2, size=(140, 140))

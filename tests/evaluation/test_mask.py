@@ -11,7 +11,7 @@ from page4d.evaluation.mask import METRICS, mask_metrics, moving_patches
 
 
 def scores(levels: int | None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Motion (3, 6, 8), with ties if there are only so many levels, and what moves."""
+    """Motion (3, 6, 8), with ties if `levels` limits the number of values, and the truth."""
     generator = torch.Generator().manual_seed(seed)
     moving = torch.rand(3, 6, 8, generator=generator) < 0.3
     motion = (torch.rand(3, 6, 8, generator=generator) + 0.3 * moving) / 1.3
@@ -34,7 +34,7 @@ def test_against_scipy_and_brute_force(levels, seed):
     assert found["best_iou"] == pytest.approx(iou(x >= found["best_threshold"]))
 
 
-def test_extremes():
+def test_perfect_wrong_and_undefined_masks():
     _, moving = scores(None)
     assert mask_metrics(moving.float() * 0.5 + 0.25, moving) == pytest.approx({"auc": 1, "iou": 1, "best_iou": 1, "best_threshold": 0.75})
     assert mask_metrics(0.75 - moving.float() * 0.5, moving)["auc"] == 0

@@ -1,4 +1,4 @@
-"""The bundled weights, on held-out scenes that neither training nor the figures of docs/nano.md used."""
+"""The bundled weights on held-out scenes, which neither training nor the figures in docs/nano.md used."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from page4d.evaluation import Protocol, evaluate
 
 
 @pytest.mark.slow
-def test_the_bundled_weights():
-    """Far better than chance; the figures themselves are measured on many more sequences."""
+def test_the_bundled_weights_are_far_better_than_chance():
+    """The figures in docs/nano.md are measured on many more sequences."""
     model = Page4D.from_pretrained("nano", device="cpu")
     scenes = SyntheticScenes("dynamic", frames=8, size=(56, 84), seed=200, length=24)
     protocol = Protocol((56, 84), alignments=("median",))

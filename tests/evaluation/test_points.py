@@ -19,7 +19,7 @@ def clouds(n: int = 700) -> tuple[torch.Tensor, torch.Tensor]:
     return 0.2 * (true + 0.1 * torch.randn(n, 3, generator=generator)) @ rotation.mT + 4, true
 
 
-def test_against_a_tree():
+def test_distances_are_those_of_a_tree():
     predicted, true = clouds()
     aligned = umeyama(predicted, true).apply(predicted.double()).numpy()
     accuracy, _ = cKDTree(true.double().numpy()).query(aligned)
@@ -32,7 +32,7 @@ def test_against_a_tree():
 
 
 @pytest.mark.parametrize("chunk", [1, 64, 5000])
-def test_nearest_distances_in_chunks(chunk):
+def test_chunks_do_not_change_nearest_distances(chunk):
     predicted, true = (cloud.double() + 1000 for cloud in clouds(150))
     expected, _ = cKDTree(true.numpy()).query(predicted.numpy())
     assert np.allclose(nearest_distances(predicted, true, chunk), expected, rtol=1e-9)
@@ -53,7 +53,7 @@ def test_the_limit_is_seeded():
     assert point_metrics(predicted, true, max_points=700, seed=1) == point_metrics(predicted, true, max_points=700, seed=2)
 
 
-def test_nothing_to_compare():
+def test_metrics_are_nan_without_anything_to_compare():
     predicted, true = clouds(5)
     for bad in (point_metrics(predicted[:0], true[:0]), point_metrics(predicted * math.nan, true)):
         assert set(bad) == set(METRICS) and all(math.isnan(value) for value in bad.values())

@@ -44,7 +44,7 @@ def moved(extrinsics: torch.Tensor, scale: float, seed: int = 9) -> torch.Tensor
 
 @pytest.mark.parametrize("frames", [3, 4, 50])
 @pytest.mark.parametrize("noise", [0.01, 1.0])
-def test_against_evo(poses, frames, noise):
+def test_metrics_are_those_of_evo(poses, frames, noise):
     for seed in range(5):
         true = poses(frames, seed)
         predicted = moved(true, 0.3)
@@ -55,7 +55,7 @@ def test_against_evo(poses, frames, noise):
             assert ours[name] == pytest.approx(value, rel=1e-8, abs=1e-10), name
 
 
-def test_umeyama_against_evo_and_scipy_with_a_reflection(poses):
+def test_umeyama_is_that_of_evo_and_scipy_also_with_a_reflection(poses):
     generator = torch.Generator().manual_seed(0)
     source = torch.randn(20, 3, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 2.0, 1.0])
     target = source * torch.tensor([1.0, 1.0, -1.0]) * 2 + 5  # a mirror image: no motion fits
@@ -83,7 +83,7 @@ def test_units_scale_the_errors(poses):
         assert larger[name] == pytest.approx(factor * ours[name]), name
 
 
-def test_a_camera_guessed_to_stand_still(poses):
+def test_ate_constant_is_the_error_of_a_static_camera(poses):
     true = poses(15, 2)
     centres = path(true).positions_xyz
     by_hand = math.sqrt(((centres - centres.mean(0)) ** 2).sum(1).mean())
@@ -106,7 +106,7 @@ def test_degenerate_sequences(poses):
     assert max(found["ate"], found["rpe_trans"], found["rpe_rot"]) < 1e-6
 
 
-def test_what_is_not_finite_is_nan(poses):
+def test_predictions_that_are_not_finite_give_nan(poses):
     bad = poses(4, 0)
     bad[2, 0, 3] = math.inf
     assert all(math.isnan(value) for value in pose_metrics(bad, poses(4, 1)).values())

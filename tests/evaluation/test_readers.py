@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from page4d.cli.eval import build_parser
 from page4d.errors import InputError
 from page4d.evaluation import open_dataset
+from page4d.evaluation.readers import READERS, SPECS
 from page4d.evaluation.readers.tum import nearest
 
+ROOT = Path(__file__).parents[2]
 SIZE = (20, 30)
 
 
@@ -26,7 +29,7 @@ def write_image(path: Path, seed: int) -> np.ndarray:
 
 
 def write_sintel(root: Path, sequence: str, frames: int = 3) -> dict[str, np.ndarray]:
-    """The three folders of one sequence, in the formats of the dataset; what is in them."""
+    """Write the three folders of one sequence in the formats of the dataset, and return their contents."""
     generator = np.random.default_rng(0)
     truth: dict[str, list] = {"pixels": [], "depth": [], "intrinsics": [], "extrinsics": []}
     for i in range(1, frames + 1):
@@ -47,7 +50,7 @@ def write_sintel(root: Path, sequence: str, frames: int = 3) -> dict[str, np.nda
 
 
 def write_tum(folder: Path, frames: int = 8, poses: int = 400) -> dict[str, np.ndarray]:
-    """A sequence whose files have different times, as in the dataset; depth frame i holds i + 1 metres."""
+    """Write a sequence whose files have different times, as in the dataset. Depth image i holds i + 1 metres."""
     folder.mkdir(parents=True)
     times, depth_times = 100 + 0.033 * np.arange(frames), 100.005 + 0.033 * np.arange(frames)
     pose_times = 99.9 + 0.01 * np.arange(poses)
@@ -66,7 +69,7 @@ def write_tum(folder: Path, frames: int = 8, poses: int = 400) -> dict[str, np.n
     return {"times": times, "pose_times": pose_times, "centres": centres, "quaternions": quaternions}
 
 
-def test_sintel(tmp_path, caplog):
+def test_sintel_is_read_exactly(tmp_path, caplog):
     truth = write_sintel(tmp_path, "alley_2")
     write_sintel(tmp_path, "bandage_1", frames=1)
     data = open_dataset(f"sintel:{tmp_path}")
@@ -83,7 +86,7 @@ def test_sintel(tmp_path, caplog):
     assert len(open_dataset(f"sintel:{tmp_path}", sequences=1)) == 1
 
 
-def test_sintel_rules(tmp_path):
+def test_sintel_has_the_rules_of_its_protocol(tmp_path):
     write_sintel(tmp_path, "market_5", frames=1)
     rules = open_dataset(f"sintel:{tmp_path}").rules
     assert rules.counts("depth", "market_5") and not rules.counts("depth", "market_5", official=True)
@@ -92,7 +95,7 @@ def test_sintel_rules(tmp_path):
     assert rules.max_depth == rules.official_clip == 70
 
 
-def test_tum(tmp_path):
+def test_tum_is_read_with_the_nearest_poses(tmp_path):
     truth = write_tum(tmp_path / "rgbd_dataset_freiburg3_walking_xyz")
     data = open_dataset(f"tum:{tmp_path}")
     sample = data.read(data.sequences[0])
@@ -120,13 +123,13 @@ def test_tum_frames_without_a_pose_are_left_out(tmp_path):
         open_dataset(f"tum:{tmp_path}").read(folder.name)
 
 
-def test_nearest_in_time():
+def test_the_nearest_time_within_the_gap_is_found():
     others = np.array([0.0, 1.0, 2.0])
     assert nearest(np.array([-0.1, 0.4, 0.6, 1.5, 2.4, 9.0]), others, max_gap=0.5).tolist() == [0, 0, 1, 1, 2, -1]
     assert nearest(np.array([0.1, 1.0]), np.array([0.0]), max_gap=0.5).tolist() == [0, -1]
 
 
-def test_bonn(tmp_path, caplog):
+def test_bonn_is_read_for_depth_only(tmp_path, caplog):
     write_tum(tmp_path / "rgbd_bonn_crowd2")
     write_tum(tmp_path / "rgbd_bonn_static")  # not of the protocol
     data = open_dataset(f"bonn:{tmp_path}", tasks={"depth", "pose"})
@@ -138,7 +141,7 @@ def test_bonn(tmp_path, caplog):
         open_dataset(f"bonn:{tmp_path}", tasks={"pose", "points"})
 
 
-def test_synthetic_is_made_with_what_is_asked_for(monkeypatch, scene):
+def test_synthetic_scenes_follow_the_options(monkeypatch, scene):
     made = []
 
     class SyntheticScenes:
@@ -157,6 +160,16 @@ def test_synthetic_is_made_with_what_is_asked_for(monkeypatch, scene):
     assert made[1][1]["size"] == (42, 56)
 
 
+def test_help_and_docs_list_every_reader():
+    assert all(spec in build_parser(None).format_help() for spec in SPECS)
+    rows = []
+    for name, reader in READERS.items():
+        specs = ", ".join(f"`{name}:{place}`" for place in reader.places)
+        rows.append(f"| {specs} | {reader.needs} | {reader.truth} |")
+    table = "\n".join(["| data | needs | truth |", "|---|---|---|", *rows])
+    assert f"\n{table}\n\n" in (ROOT / "docs" / "evaluation.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -169,15 +182,15 @@ def test_synthetic_is_made_with_what_is_asked_for(monkeypatch, scene):
         ("bonn:{}", "expected the Bonn RGB-D dynamic dataset .*rgbd_bonn_balloon2"),
     ],
 )
-def test_what_is_not_there_is_one_line(tmp_path, spec, message):
+def test_missing_data_is_an_error_of_one_line(tmp_path, spec, message):
     with pytest.raises(InputError, match=message) as error:
         open_dataset(spec.format(tmp_path))
     assert "\n" not in str(error.value)
 
 
-def test_numbers_have_to_be_positive(tmp_path):
+def test_numbers_must_be_positive(tmp_path):
     for name in ("frames", "sequences"):
-        with pytest.raises(InputError, match=f"number of {name} has to be at least 1, not 0"):
+        with pytest.raises(InputError, match=f"number of {name} must be at least 1, not 0"):
             open_dataset("synthetic:static", **{name: 0})
 
 
@@ -186,7 +199,7 @@ def test_numbers_have_to_be_positive(tmp_path):
     [
         (("training/depth/alley_2/frame_0002.dpt", lambda data: data[:-4]), "cut off"),
         (("training/depth/alley_2/frame_0002.dpt", lambda data: data[:6]), "cut off"),
-        (("training/depth/alley_2/frame_0001.dpt", lambda data: b"FLOW" + data[4:]), "is no file of MPI Sintel"),
+        (("training/depth/alley_2/frame_0001.dpt", lambda data: b"FLOW" + data[4:]), "is not a file of MPI Sintel"),
         (("training/camdata_left/alley_2/frame_0003.cam", lambda data: data[:20]), "cut off: 20 bytes instead of 172"),
         (("training/camdata_left/alley_2/frame_0003.cam", None), "dataset is incomplete"),
         (("training/final/alley_2/frame_0001.png", lambda data: b"no picture"), "cannot read the image"),

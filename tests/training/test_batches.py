@@ -1,4 +1,4 @@
-"""Batches depend on seed and step alone; colour jitter."""
+"""Batches depend only on seed and step; colour jitter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from page4d.training.batches import Batches, jitter, loader
 from page4d.training.config import DataConfig
 
 
-def test_batches_depend_on_the_step_alone():
+def test_batches_depend_only_on_the_step():
     config = DataConfig(size=(28, 42), frames=(2, 3), images=6)
     alone, later = Batches(config, 0).batch(5), next(loader(Batches(config, 5), 0))
     assert torch.equal(alone.images, later.images) and torch.equal(alone.extrinsics, later.extrinsics)
@@ -27,11 +27,11 @@ def test_batches_depend_on_the_step_alone():
 
 
 def test_batches_depend_on_the_seed():
-    """Another data.seed, however large, gives other numbers of frames, other jitter and other noise; noise shifts no other draw."""
+    """Another data.seed, however large, gives other numbers of frames, jitter and noise. Noise does not shift other draws."""
     images = torch.full((2, 3, 16, 24), 0.5)
 
     def fixed(monkeypatch, **options):
-        """A batch of grey images: what is left are the draws of the batch itself."""
+        """A batch of grey images, which shows only the batch's own jitter and noise."""
         monkeypatch.setattr(SyntheticScenes, "__getitem__", lambda self, i: replace(truth, images=images))
         return Batches(DataConfig(size=(16, 24), frames=(2, 2), images=2, **options), 0).batch(3).images
 
@@ -59,7 +59,7 @@ def test_workers_keep_the_order():
         assert torch.equal(next(stream).images, Batches(config, 0).batch(index).images)
 
 
-def test_jitter():
+def test_jitter_with_probability_zero_changes_nothing():
     images = torch.rand(3, 3, 8, 8)
     assert torch.equal(jitter(images, 0.0, torch.Generator().manual_seed(1)), images)
     changed = jitter(images, 1.0, torch.Generator().manual_seed(1))
@@ -67,7 +67,7 @@ def test_jitter():
 
 
 def test_jitter_by_formula():
-    """Each frame by the same draws: brightness, contrast about the mean grey, saturation about the grey, hue about the grey axis."""
+    """With the same draws: brightness, contrast about the mean grey, saturation about the grey, hue about the grey axis."""
     grey = torch.tensor([0.299, 0.587, 0.114])
     across = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     kinds = set()

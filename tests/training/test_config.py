@@ -1,4 +1,4 @@
-"""Configurations: files, overrides, and what they refuse."""
+"""Configurations: files, overrides and errors."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from page4d.training import load_config
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def test_configuration(tmp_path):
+def test_files_and_overrides_are_read_and_mistakes_are_errors(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("steps: 5\ndata: {kind: dynamic}\noptimizer: {lr: 1e-4}\n")
     config = load_config(path, ["data.seed=7", "mask.hold_end=1"])
     assert (config.steps, config.data.kind, config.optimizer.lr, config.data.seed, config.mask.hold_end) == (5, "dynamic", 1e-4, 7, 1.0)
     for text, message in {
         "stepz=5": "unknown key stepz", "data=3": "data is a group", "data.frames=[4, 2]": "data.frames",
-        "steps": "is no override", "steps=many": "steps has to be of type int", "optimizer.lr=-1": "optimizer.lr",
-        "precision=fp8": "precision", "data.images=1": "does not hold one sequence", "data.kind=moving": "data.kind: 'moving'",
-        "optimizer.kind=sgd": "optimizer.kind: 'sgd' is neither adamw nor muon",
+        "steps": "is not an override", "steps=many": "steps must be of type int", "optimizer.lr=-1": "optimizer.lr",
+        "precision=fp8": "precision", "data.images=1": "is too small for a sequence of 8 frames", "data.kind=moving": "data.kind: 'moving'",
+        "optimizer.kind=sgd": "optimizer.kind: 'sgd' must be adamw or muon",
         "data.workers=-1": "data.workers", "data.noise=.nan": "data.noise", "data.noise=-0.1": "data.noise",
         "data.jitter=1.5": "data.jitter",
         "data.size=[28, 40]": "multiples of 14", "data.size=[0, 14]": "multiples of 14", "data.supersample=0": "data.supersample",
         "data.seed=-1": "data.seed", "seed=4294967296": "seed", "optimizer.warmup=2": "optimizer.warmup",
-        "optimizer.lr=nan": "optimizer.lr", "average=1": "average", "trainable=some": "none of all, middle, dense",
-        "optimizer.floor=1": "optimizer.lr has to be at least", "optimizer.clip=0": "optimizer.clip", "mask.strength=.inf": "mask.strength",
+        "optimizer.lr=nan": "optimizer.lr", "average=1": "average", "trainable=some": "must be all, middle or dense",
+        "optimizer.floor=1": "optimizer.lr must be at least", "optimizer.clip=0": "optimizer.clip", "mask.strength=.inf": "mask.strength",
         "steps=2020-02-31": "not YAML",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=message):
@@ -43,7 +43,7 @@ def test_configuration(tmp_path):
         load_config(tmp_path / "missing.yaml")
 
 
-def test_shipped_configurations():
+def test_every_shipped_configuration_loads():
     folder = os.path.join(ROOT, "configs")
     names = sorted(os.listdir(folder))
     assert names

@@ -1,4 +1,4 @@
-"""The losses against loops written from their definitions."""
+"""Each loss against loops written from its definition."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def batch() -> Sample:
     return normalise(collate([sequence(0), sequence(1)]))
 
 
-def test_normalise(batch):
-    """The first camera is the origin, valid points are 1 away on average, and depth, cameras and points still agree."""
+def test_normalised_targets_agree(batch):
+    """The first camera is the origin, the mean distance of valid points is 1, and depth, cameras and points agree."""
     eye = torch.eye(4)[:3].expand(B, 3, 4)
     assert torch.allclose(batch.extrinsics[:, 0], eye, atol=1e-6)
     for b in range(B):
@@ -61,7 +61,7 @@ def test_normalise(batch):
 
 
 def test_normalise_does_not_depend_on_the_world(batch):
-    """Another world frame and another unit of length give the same targets."""
+    """Another world frame or unit of length gives the same targets."""
     turn, shift = torch.linalg.qr(torch.randn(3, 3)).Q, torch.randn(3)
     turn = turn * torch.linalg.det(turn)
     moved = []
@@ -78,7 +78,7 @@ def test_normalise_does_not_depend_on_the_world(batch):
         assert torch.allclose(getattr(other, name), getattr(batch, name), atol=2e-4), name
 
 
-def test_normalise_bad_data():
+def test_targets_are_finite_for_bad_data():
     broken = sequence(0)
     broken.world_points[1, 2, 3] = torch.nan
     nothing = sequence(1)
@@ -94,8 +94,8 @@ def test_normalise_bad_data():
 
 
 @pytest.mark.parametrize("size, scale", [(1e-9, 1e-6), (1e9, 1e6)])
-def test_normalise_tiny_and_huge_scenes(size, scale):
-    """Lengths are divided by no less than 1e-6 and by no more than 1e6."""
+def test_the_scale_of_tiny_and_huge_scenes_is_clamped(size, scale):
+    """Lengths are divided by at least 1e-6 and at most 1e6."""
     x = sequence(0)
     changed = replace(x, depth=size * x.depth, world_points=size * x.world_points,
                       extrinsics=torch.cat([x.extrinsics[..., :3], size * x.extrinsics[..., 3:]], -1))  # fmt: skip
@@ -103,7 +103,7 @@ def test_normalise_tiny_and_huge_scenes(size, scale):
     assert torch.allclose(found.depth[found.valid], size * x.depth[None][found.valid] / scale, rtol=1e-4)
 
 
-def test_fix_and_filter():
+def test_bad_values_become_zero_and_the_largest_are_left_out():
     assert sanitise(torch.tensor([math.nan, math.inf, -math.inf, 1e4, -1e4, 3.0])).tolist() == [0, 0, 0, 100, -100, 3]
     few = torch.rand(1000)
     assert torch.equal(without_largest(few), few)
@@ -115,7 +115,7 @@ def test_fix_and_filter():
     assert torch.equal(without_largest(same), same)
 
 
-def test_camera_loss(batch):
+def test_camera_loss_is_that_of_loops(batch):
     predicted = torch.randn(4, B, S, 9)
     wanted = encode_pose(batch.extrinsics, batch.intrinsics, (H, W))
     expected = 0.0
@@ -130,7 +130,7 @@ def test_camera_loss(batch):
     assert float(camera_loss(predicted, batch)) == 0
 
 
-def test_depth_loss(batch):
+def test_depth_loss_is_that_of_loops(batch):
     depth, confidence = torch.rand(B, S, H, W, 1) + 0.5, 1 + torch.rand(B, S, H, W)
     regression, confident = [], []
     gradient = 0.0
@@ -157,7 +157,7 @@ def test_depth_loss(batch):
     assert float(depth_loss(depth, confidence, batch)) == 0
 
 
-def test_point_loss(batch):
+def test_point_loss_is_that_of_loops(batch):
     points, confidence = torch.randn(B, S, H, W, 3), 1 + torch.rand(B, S, H, W)
     error = (points - batch.world_points)[batch.valid].norm(dim=-1)
     k = confidence[batch.valid]
@@ -179,7 +179,7 @@ def test_point_loss(batch):
     assert abs(float(point_loss(points, confidence, batch)) - expected) < 1e-4
 
 
-def test_track_loss(batch):
+def test_track_loss_is_that_of_loops(batch):
     tracks, visibility = torch.rand(3, B, S, 5, 2) * 10, torch.rand(B, S, 5)
     seen = batch.track_visible
     expected = float(-(visibility[seen].log().sum() + (1 - visibility[~seen]).log().sum()) / seen.numel())
@@ -188,8 +188,8 @@ def test_track_loss(batch):
     assert abs(float(track_loss(tracks, visibility, batch)) - expected) < 1e-5
 
 
-def test_no_visible_track(batch):
-    """Only the visibility is learnt then, and gradients are finite."""
+def test_without_a_visible_track_only_visibility_is_learnt(batch):
+    """Gradients stay finite."""
     tracks = torch.zeros(3, B, S, 5, 2, requires_grad=True)
     visibility, nothing = torch.full((B, S, 5), 0.25), replace(batch, track_visible=torch.zeros(B, S, 5, dtype=torch.bool))
     loss = track_loss(tracks, visibility, nothing)
@@ -198,7 +198,7 @@ def test_no_visible_track(batch):
 
 
 def test_one_wild_prediction_is_worth_at_most_100(batch):
-    """A single value of 10^6 changes a mean of errors by 100 / n, as each is clamped."""
+    """A single error of 10^6 changes the mean of n errors by 100 / n, as each error is clamped."""
     wanted = encode_pose(batch.extrinsics, batch.intrinsics, (H, W))
     for index, n, weight in ((0, B * S * 3, 1.0), (8, B * S * 2, 0.5)):
         wild = wanted[None].clone()
@@ -226,25 +226,25 @@ def test_one_wild_prediction_is_worth_at_most_100(batch):
 
 
 @pytest.mark.parametrize("size", [0, 1e-7, 1e-6, 1e-5])
-def test_gradients_of_points_that_coincide(batch, size):
-    """Nothing to learn from the normals of points that (nearly) coincide: their gradients would outweigh all others."""
+def test_gradients_of_coinciding_points_are_bounded(batch, size):
+    """The normals of points that (nearly) coincide have no gradient. It would outweigh all others."""
     points = (0.5 + size * torch.randn(B, S, H, W, 3, generator=torch.Generator().manual_seed(0))).requires_grad_()
     point_loss(points, torch.ones(B, S, H, W), batch).backward()
     assert points.grad.abs().max() < 10
 
 
-def test_mask_loss(batch):
-    """Low where what stands still has a high mask and what moves a low one; the truth of a patch is its share of moving pixels."""
+def test_mask_loss_wants_static_patches_high_and_moving_ones_low(batch):
+    """The target of a patch is its fraction of static pixels."""
     moving = batch.dynamic.float().unflatten(2, (3, 4)).unflatten(4, (2, 7)).mean((3, 5))
     assert float(mask_loss(0.49 - 0.98 * moving.round(), batch)) < float(mask_loss(0.98 * moving.round() - 0.49, batch))
     mask = torch.rand(B, S, 3, 2) - 0.5
     expected = -((1 - moving) * (mask + 0.5).log() + moving * (0.5 - mask).log()).mean()
     assert abs(float(mask_loss(mask, batch)) - float(expected)) < 1e-5
-    mask[0, 0, 0, 0] = math.nan  # the trainer says so, not an assertion
+    mask[0, 0, 0, 0] = math.nan  # no assertion: the trainer reports it
     assert math.isnan(float(mask_loss(mask, batch)))
 
 
-def test_weights(batch):
+def test_the_total_is_the_weighted_sum(batch):
     from page4d.prediction import Prediction
 
     prediction = Prediction(

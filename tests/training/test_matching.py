@@ -1,4 +1,4 @@
-"""Training from nothing: supervision of correspondence, and the weights it starts from."""
+"""Training from scratch: supervision of correspondence, and the initial weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model():
     return model
 
 
-def test_loss_against_loops(model, batch):
+def test_the_loss_is_that_of_loops(model, batch):
     matching = Matching(model)
     seen = {}
     for index in (1, 2):
@@ -63,13 +63,13 @@ def test_loss_against_loops(model, batch):
                     here, there = batch.tracks[b, s, n], batch.tracks[b, 0, n]
                     query = s * per_frame + tokens_at(*here)
                     entropies.append(-attended[b, query, tokens_at(*there)])
-                    way = matching.displacement(matching.norm(seen["last"][b, s, tokens_at(*here)]))
-                    errors.append((way - (there - here) / 7).abs().mean())
+                    predicted = matching.displacement(matching.norm(seen["last"][b, s, tokens_at(*here)]))
+                    errors.append((predicted - (there - here) / 7).abs().mean())
     assert len(entropies) > 20
     torch.testing.assert_close(found, torch.stack(entropies).mean() + torch.stack(errors).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_no_point_in_sight(model, batch):
+def test_the_loss_is_zero_without_a_visible_point(model, batch):
     matching = Matching(model)
     model(batch.images, outputs=["camera"], mask_strength=0.0)
     loss = matching(replace(batch, track_visible=torch.zeros_like(batch.track_visible)))
@@ -108,17 +108,17 @@ def test_a_run_resumes_exactly_and_leaves_nothing_in_the_weights(tmp_path):
     )
 
 
-def test_matching_alone_is_no_training():
-    with pytest.raises(ConfigError, match=r"^loss: the weights of camera, depth, points, track, mask are all 0: no head would learn$"):
+def test_a_match_loss_alone_is_an_error():
+    with pytest.raises(ConfigError, match=r"^loss: the weights of camera, depth, points, track, mask are all 0: set one of them$"):
         load_config(None, ["loss.match=1", "loss.camera=0", "loss.depth=0"])
 
 
-def test_where_a_run_starts(tmp_path):
-    """From nothing: places, frames' roles and alike tokens are told apart. From weights: those."""
+def test_a_run_starts_from_distinct_embeddings_or_from_the_given_weights(tmp_path):
+    """From scratch: positions and first-frame tokens differ, and q equals k. From weights: those weights."""
     fresh = Trainer(load_config(None, [*QUICK, f"out={tmp_path / 'fresh'}"]), device="cpu").model.aggregator
     positions = fresh.patch_embed.pos_embed[0, 1:]
     distance = torch.cdist(positions, positions) + 10 * torch.eye(len(positions))
-    assert distance.min() > 0.3  # of every two places
+    assert distance.min() > 0.3  # between any two positions
     assert (fresh.camera_token[:, 0] - fresh.camera_token[:, 1]).norm() > 1
     for block in fresh.global_blocks:
         q, k, v = block.attn.qkv.weight.chunk(3)

@@ -1,4 +1,4 @@
-"""Muon: which parameters it takes, and its steps against those of torch."""
+"""Muon: the parameters it updates, and its steps against those of torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from page4d.training.parameters import make_optimizers
 
 
 def test_muon_takes_the_matrices_of_blocks():
-    """All of them, and nothing else; its steps are as large as AdamW's, whatever the shape and the size of the gradient."""
+    """All of them and nothing else. Its steps are as large as AdamW's, whatever the shape and magnitude of the gradient."""
     model = Page4D(preset("nano"))
     adamw, muon = make_optimizers(model.named_parameters(), OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.0))
     matrices = {id(p) for group in muon.param_groups for p in group["params"]}
@@ -38,8 +38,8 @@ def test_muon_takes_the_matrices_of_blocks():
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (16, 16)], ids=str)
-def test_orthogonalise(shape):
-    """Singular vectors stay, singular values of very different size become about 1; 0 stays 0."""
+def test_orthogonalising_keeps_singular_vectors_and_evens_out_singular_values(shape):
+    """Singular values of very different size become about 1. A zero matrix stays zero."""
     (u, _, vt), values = torch.linalg.svd(torch.randn(shape), full_matrices=False), torch.logspace(0, -1.5, 16)
     found = u.mT @ orthogonalise(u @ values.diag() @ vt) @ vt.mT
     assert torch.allclose(found, found.diagonal().diag(), atol=1e-4)
@@ -49,8 +49,8 @@ def test_orthogonalise(shape):
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48)], ids=str)
-def test_muon_is_that_of_torch(shape):
-    """Five steps with weight decay are torch's, but for its products in bf16."""
+def test_steps_are_those_of_torch(shape):
+    """Five steps with weight decay equal torch's, except that torch has bf16 matmuls."""
     start = torch.randn(shape)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     options = {"lr": 0.02, "weight_decay": 0.5, "momentum": 0.95}

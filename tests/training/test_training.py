@@ -1,4 +1,4 @@
-"""Runs: what is trained, at which rate, once per step, resumed to the bit, on one process and on two."""
+"""Runs: the trained parameters, schedules, optimiser steps, exact resumption, and two processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def logged(folder):
 
 
 def gradients(trainer):
-    """Gradients of every optimiser step from now on, before they are clipped if `optimizer.clip` is large."""
+    """A list that gets the gradients of every optimiser step from now on, after clipping."""
     found = []
     (optimizer,) = trainer.optimizers
     optimizer.register_step_pre_hook(
@@ -47,8 +47,8 @@ def gradients(trainer):
     return found
 
 
-def test_official_size_dry_run():
-    """What the paper fine-tunes of an official checkpoint: 252 243 457 of its parameters."""
+def test_the_official_size_trains_as_many_parameters_as_the_paper():
+    """The paper fine-tunes 252 243 457 parameters of an official checkpoint."""
     config = load_config(os.path.join(ROOT, "configs", "page4d_finetune.yaml"))
     with torch.device("meta"):
         model = Page4D(preset(config.model).replace(track=None))
@@ -67,7 +67,7 @@ def test_middle_needs_masked_blocks():
         choose_trainable(Page4D(preset("tiny").replace(masked_blocks=(0, 0), mask_strength=0.0)), "middle")
 
 
-def test_learning_rate():
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
     assert learning_rate(0, 1.0, 0.1, 0.01) == 0.01 and learning_rate(0.05, 1.0, 0.1, 0.0) == 0.5
     assert learning_rate(0.1, 1.0, 0.1, 0.0) == 1.0 and abs(learning_rate(0.55, 1.0, 0.1, 0.0) - 0.5) < 1e-9
     assert learning_rate(1, 1.0, 0.1, 0.01) == pytest.approx(0.01)
@@ -88,12 +88,13 @@ def test_mask_schedule_and_learning_rates_follow_the_steps(tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["optimizer.kind=muon", "precision=bf16", "average=0.6"]], ids=["adamw", "muon, averaged"])
 def test_resuming_is_exact(tmp_path, options):
-    """8 steps are 4 steps, a new process' worth of state, and 4 steps; to the bit."""
+    """4 steps equal 2 steps, a resumption from the files, and 2 steps; to the bit."""
+    options = [*options, "steps=4"]
     straight = run(tmp_path, *options, name="straight")
     straight.train()
-    run(tmp_path, *options, name="halves").train(max_step=4)
+    run(tmp_path, *options, name="halves").train(max_step=2)
     second = run(tmp_path, *options, name="halves", resume=True)
-    assert second.step == 4
+    assert second.step == 2
     second.train()
     for (name, a), b in zip(straight.model.state_dict().items(), second.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -104,9 +105,8 @@ def test_resuming_is_exact(tmp_path, options):
     assert weights.config == preset("nano").replace(image_size=(28, 42))
     static = run(tmp_path, "mask.strength=0", "steps=1", name="static")
     static.train()
-    assert (
-        Page4D.from_pretrained(tmp_path / "static" / "model.safetensors", device="cpu").config.mask_strength == 0
-    )  # used as it was trained
+    saved = Page4D.from_pretrained(tmp_path / "static" / "model.safetensors", device="cpu")
+    assert saved.config.mask_strength == 0  # the strength of training
     other = Page4D.from_pretrained(tmp_path / "straight" / "model.safetensors", device="cpu")
     for (name, a), b in zip(weights.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -114,8 +114,8 @@ def test_resuming_is_exact(tmp_path, options):
     assert unchanged == (not second.config.average)
 
 
-def test_the_mean_of_the_weights_is_kept(tmp_path):
-    """Of all steps at first, then with weights that fall by `average` per step."""
+def test_the_saved_weights_are_the_running_mean(tmp_path):
+    """A plain mean at first, then an exponential one with decay `average`."""
     trainer, seen = run(tmp_path, "average=0.6", "steps=4"), []
     for step in range(1, 5):
         trainer.train(max_step=step)
@@ -128,8 +128,8 @@ def test_the_mean_of_the_weights_is_kept(tmp_path):
     assert not torch.allclose(mean, seen[-1], atol=1e-5) and kept.config == trainer.model.config
 
 
-def test_one_step_with_clipped_gradients(tmp_path):
-    """The optimiser steps once per iteration, with gradients of the stated norm at most, averaged over micro-batches."""
+def test_an_iteration_is_one_step_with_clipped_gradients(tmp_path):
+    """Gradients are averaged over micro-batches and have at most the stated norm."""
     trainer = run(tmp_path, "optimizer.clip=0.01", "accumulation=2", "optimizer.warmup=0.0", "optimizer.mask_warmup=0.0", "steps=1")
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     seen = gradients(trainer)
@@ -139,7 +139,7 @@ def test_one_step_with_clipped_gradients(tmp_path):
     assert norm == pytest.approx(0.01, rel=1e-3)
     moved = [name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])]
     assert "aggregator.camera_token" in moved and "depth_head.norm.weight" in moved
-    assert "aggregator.spatial_mask_head.head0.0.weight" in moved  # the mask learns through attention alone
+    assert "aggregator.spatial_mask_head.head0.0.weight" in moved  # the mask learns only through attention
 
 
 def test_micro_batches_are_averaged(tmp_path):
@@ -166,7 +166,7 @@ def test_each_step_has_its_micro_batches(tmp_path, monkeypatch):
     assert seen == list(range(6))
 
 
-def test_middle_leaves_the_rest_alone(tmp_path):
+def test_middle_trains_masked_blocks_and_mask_head_only(tmp_path):
     trainer = run(tmp_path, "trainable=middle", "steps=2")
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
@@ -178,8 +178,8 @@ def test_middle_leaves_the_rest_alone(tmp_path):
         assert p.requires_grad == inside, name
 
 
-def test_dense_trains_the_depth_head_alone(tmp_path):
-    """Nothing that cameras or the mask depend on moves."""
+def test_dense_trains_the_depth_head_only(tmp_path):
+    """Nothing that cameras or mask depend on changes."""
     trainer = run(tmp_path, "trainable=dense", "loss.camera=0", "steps=2")
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
@@ -189,7 +189,7 @@ def test_dense_trains_the_depth_head_alone(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_fine_tuning_starts_from_a_file_and_leaves_it_alone(tmp_path, suffix):
+def test_fine_tuning_starts_from_a_file_and_does_not_change_it(tmp_path, suffix):
     torch.manual_seed(5)
     model, path = Page4D(preset("nano")), tmp_path / f"start{suffix}"
     (save_pretrained if suffix == ".safetensors" else save_official)(model, path)
@@ -203,8 +203,8 @@ def test_fine_tuning_starts_from_a_file_and_leaves_it_alone(tmp_path, suffix):
         trainer.model.aggregator.frame_blocks[first].attn.proj.weight, model.aggregator.frame_blocks[first].attn.proj.weight
     )
     assert path.read_bytes() == content
-    says_whose_it_is = suffix == ".safetensors"
-    with pytest.raises(ValueError, match="is not of the preset 'tiny'" if says_whose_it_is else "does not fit the model"):
+    has_config = suffix == ".safetensors"
+    with pytest.raises(ValueError, match="does not match the preset 'tiny'" if has_config else "does not fit the model"):
         run(tmp_path, f"weights={path}", "model=tiny", name="other")
 
 
@@ -219,8 +219,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
         assert torch.equal(x, y)
 
 
-def test_bf16(tmp_path):
-    """Half precision computes about the same, and not the same."""
+def test_bf16_is_close_to_fp32_and_not_equal(tmp_path):
     half, full = (run(tmp_path, f"precision={name}", "steps=1", name=name).train()["loss"] for name in ("bf16", "fp32"))
     assert half != full and half == pytest.approx(full, rel=0.05)
 
@@ -253,8 +252,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     assert torch.equal(trainer.model.aggregator.camera_token, before) and not (tmp_path / "run" / "state.pt").exists()
 
 
-def test_saving(tmp_path, monkeypatch):
-    """Every `save_every` steps and after the last; `max_step` ends early, at 0 at once."""
+def test_a_run_is_saved_every_few_steps_and_at_the_end(tmp_path, monkeypatch):
+    """`max_step` ends the run early; 0 ends it at once."""
     trainer, saved = run(tmp_path, "save_every=3", "trainable=middle"), []
     monkeypatch.setattr(trainer, "save", lambda: saved.append(trainer.step))
     assert trainer.train(max_step=0) == {} and trainer.step == 0 and saved == []
@@ -262,8 +261,8 @@ def test_saving(tmp_path, monkeypatch):
     assert saved == [3, 6, 8]
 
 
-def test_the_log_of_a_resumed_run(tmp_path):
-    """One row per step, also if the run got further than its state; a new run starts a new log."""
+def test_the_log_of_a_resumed_run_has_one_row_per_step(tmp_path):
+    """Also if the run got further than its saved state. A new run starts a new log."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "log.csv").write_text("step,other\n1,5\n")
@@ -281,8 +280,8 @@ def test_the_log_of_a_resumed_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
-    """Gradients are the mean over the processes' batches: one step by torchrun is one step here with both batches."""
+def test_two_processes_average_their_gradients(tmp_path):
+    """One step of torchrun with two processes equals one step of this process with both batches."""
     options = [f"out={tmp_path / 'two'}", *QUICK, "steps=1", "optimizer.warmup=0", "optimizer.mask_warmup=0"]
     config = tmp_path / "empty.yaml"
     config.write_text("")
@@ -313,7 +312,7 @@ def test_two_processes(tmp_path):
     found = torch.load(tmp_path / "two" / "state.pt", weights_only=True)["model"]
     start = Page4D(preset("nano")).state_dict()
     for name, value in trainer.model.state_dict().items():
-        # AdamW's first step is the sign of the gradient: where that is tiny, rounding may turn it
+        # AdamW's first step is the sign of the gradient, and rounding may flip the sign of a tiny one
         agree = (found[name] - value).abs() < 1e-5
         assert agree.float().mean() > 0.98, name
     assert set(found) == set(start)
@@ -321,7 +320,7 @@ def test_two_processes(tmp_path):
 
 def test_a_run_is_not_overwritten(tmp_path, capsys):
     run(tmp_path, "steps=1").train()
-    with pytest.raises(InputError, match="holds a run already: continue it with --resume"):
+    with pytest.raises(InputError, match="already holds a run: continue it with --resume"):
         run(tmp_path)
     with pytest.raises(InputError, match=r"belongs to another configuration \(seed, optimizer.lr differ"):
         run(tmp_path, "steps=1", "seed=9", "optimizer.lr=1", resume=True)
@@ -339,7 +338,7 @@ def test_a_run_is_not_overwritten(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("capability", "precision"), [("AVX2", "bf16"), ("AVX2", "fp32"), ("AVX512", "bf16")])
-def test_bf16_without_bf16_instructions_is_said_to_be_slow(tmp_path, monkeypatch, capsys, capability, precision):
+def test_bf16_without_bf16_instructions_prints_a_hint(tmp_path, monkeypatch, capsys, capability, precision):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     config = tmp_path / "run.yaml"
     config.write_text(f"out: {tmp_path / 'run'}\n")
@@ -348,8 +347,8 @@ def test_bf16_without_bf16_instructions_is_said_to_be_slow(tmp_path, monkeypatch
     assert said == (capability == "AVX2" and precision == "bf16")
 
 
-def test_what_a_resumed_run_may_change(tmp_path, monkeypatch, capsys):
-    """What does not affect results; not the number of processes. A finished run says so, whatever the order on the command line."""
+def test_a_resumed_run_may_change_what_does_not_affect_results(tmp_path, monkeypatch, capsys):
+    """Not the number of processes. A finished run says so, whatever the order on the command line."""
     run(tmp_path, "steps=1").train()
     harmless = ["log_every=7", "save_every=9", "data.workers=1", "checkpoint_activations=true"]
     assert run(tmp_path, "steps=1", *harmless, resume=True).step == 1
@@ -357,7 +356,7 @@ def test_what_a_resumed_run_may_change(tmp_path, monkeypatch, capsys):
     config.write_text(f"out: {tmp_path / 'run'}\n")
     capsys.readouterr()
     assert main([str(config), "--resume", *QUICK, "--device", "cpu", "steps=1"]) == 0
-    assert capsys.readouterr().out.startswith("the run is finished: all of its 1 steps are done")
+    assert capsys.readouterr().out.startswith("the run is finished: all 1 steps are done")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box: None)
@@ -365,7 +364,7 @@ def test_what_a_resumed_run_may_change(tmp_path, monkeypatch, capsys):
         run(tmp_path, "steps=1", resume=True)
 
 
-def test_every_process_learns_that_the_folder_cannot_be_written(tmp_path, monkeypatch):
+def test_every_process_reports_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -380,7 +379,7 @@ def test_every_process_learns_that_the_folder_cannot_be_written(tmp_path, monkey
         run(tmp_path, name="file/run")
 
 
-def test_each_process_takes_its_own_gpu(monkeypatch):
+def test_each_process_uses_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert own_device(None) is None and own_device("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -389,22 +388,21 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     assert own_device(None) is None
 
 
-def test_weights_of_another_model(tmp_path):
-    """What differs is named, even where every key would fit; what a run sets itself may differ."""
+def test_weights_of_another_model_are_an_error(tmp_path):
+    """The error names what differs, even if every key fits. What a run sets itself may differ."""
     other = preset("nano").replace(masked_blocks=(2, 4), rope_base=10.0, layer_scale=0.01)
     save_pretrained(Page4D(other), tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=r"is not of the preset 'nano', see rope_base, masked_blocks: set model"):
+    with pytest.raises(ConfigError, match=r"does not match the preset 'nano' \(rope_base, masked_blocks differ\): set model"):
         run(tmp_path, f"weights={tmp_path / 'other.safetensors'}")
     run(tmp_path, "mask.strength=0", "steps=1", name="first").train()
     weights = tmp_path / "first" / "model.safetensors"
     run(tmp_path, f"weights={weights}", name="second")
     save_official(Page4D(preset("tiny")), tmp_path / "official.pt")
     run(tmp_path, f"weights={tmp_path / 'official.pt'}", "model=tiny", "steps=1", name="third").train()
-    assert (
-        Page4D.from_pretrained(tmp_path / "third" / "model.safetensors", device="cpu").config.image_size is None
-    )  # it knows more than this one
+    saved = Page4D.from_pretrained(tmp_path / "third" / "model.safetensors", device="cpu")
+    assert saved.config.image_size is None  # the initial weights work at other sizes too
 
 
-def test_a_loss_without_its_head(tmp_path):
+def test_a_loss_without_its_head_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"loss.points is 1.0, but the model has no points head"):
         run(tmp_path, "loss.points=1")

@@ -1,29 +1,28 @@
-"""Rendered scenes, whose truth is exact and complete; nothing to download."""
+"""Rendered scenes with exact and complete ground truth. Nothing to download."""
 
 from __future__ import annotations
 
-from ...data.preprocess import DEFAULT_SIZE, PATCH, Size
+from ...data.preprocess import DEFAULT_SIZE, PATCH
 from ...data.sample import Sample
 from ...errors import InputError
-from .base import Dataset
+from .base import Dataset, Request
 
+KINDS = ("static", "dynamic")
 SEQUENCES = 10
 FRAMES = 16
 TRACKS = 256
 
 
-def open_synthetic(
-    kind: str, *, frames: int | None = None, size: Size | None = None, seed: int = 0, sequences: int | None = None
-) -> Dataset:
-    """`sequences` scenes of `kind` with `frames` pictures each, drawn at the size at which the network sees them (4:3 if only a width)."""
+def open_synthetic(kind: str, request: Request) -> Dataset:
+    """Scenes of `kind`, 10 with 16 frames each by default, rendered at the size of the network's input (4:3 for a single number)."""
     from ...data.synthetic import SyntheticScenes
 
-    size = DEFAULT_SIZE if size is None else size
+    size = DEFAULT_SIZE if request.size is None else request.size
     height, width = (round(size * 0.75 / PATCH) * PATCH, size) if isinstance(size, int) else size
-    if kind not in ("static", "dynamic"):
-        raise InputError(f"unknown kind of synthetic scenes {kind!r}: use synthetic:static or synthetic:dynamic")
-    scenes = SyntheticScenes(kind, frames=frames or FRAMES, size=(height, width), seed=seed, tracks=TRACKS)
-    names = tuple(str(i) for i in range(sequences or SEQUENCES))
+    if kind not in KINDS:
+        raise InputError(f"unknown kind of synthetic scenes {kind!r}: use {' or '.join(f'synthetic:{kind}' for kind in KINDS)}")
+    scenes = SyntheticScenes(kind, frames=request.frames or FRAMES, size=(height, width), seed=request.seed, tracks=TRACKS)
+    names = tuple(str(i) for i in range(request.sequences or SEQUENCES))
 
     def read(sequence: str) -> Sample:
         return scenes[int(sequence)]

@@ -1,4 +1,4 @@
-"""TUM RGB-D and the Bonn dynamic dataset, which has TUM's layout: lists of files and poses by time."""
+"""TUM RGB-D, and the Bonn dynamic dataset in the same layout: lists of files and poses with timestamps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from ...data.sample import Sample
 from ...errors import InputError
 from ...geometry import quaternion_to_matrix
-from .base import Dataset, Rules, existing_folder, present
+from .base import Dataset, Request, Rules, existing_folder, present
 from .files import read_depths_png, read_images
 
 EXPECTED = "folders with rgb.txt, depth.txt and groundtruth.txt"
-MAX_GAP = 0.02  # seconds between a colour image and what belongs to it
+MAX_GAP = 0.02  # maximum time difference between a colour image and its depth image or pose, in seconds
 
-TUM_CAMERAS = {  # fx, fy, cx, cy of the colour camera, by a part of the sequence's name
+TUM_CAMERAS = {  # fx, fy, cx, cy of the colour camera; the key is a part of the sequence's name
     "freiburg1": (517.3, 516.5, 318.6, 255.3),
     "freiburg2": (520.9, 521.0, 325.1, 249.7),
     "freiburg3": (535.4, 539.2, 320.1, 247.6),
@@ -27,37 +27,38 @@ BONN_CAMERA = (542.822841, 542.576870, 315.593520, 237.756098)
 BONN_SEQUENCES = tuple(f"rgbd_bonn_{name}" for name in ("balloon2", "crowd2", "crowd3", "person_tracking2", "synchronous"))
 
 
-def open_tum(folder: Path, *, tasks: set[str] | None = None, frames: int | None = None) -> Dataset:
-    """Every sequence of the folder: every third frame, at most 90."""
-    existing_folder(folder, f"TUM RGB-D with {EXPECTED}")
+def open_tum(where: str, request: Request) -> Dataset:
+    """All sequences in the folder `where`: every third frame, at most 90."""
+    folder = existing_folder(Path(where).expanduser(), f"TUM RGB-D with {EXPECTED}")
     found = tuple(sorted(path.parent.name for path in folder.glob("*/rgb.txt")))
     sequences = present(found, folder, f"TUM RGB-D with {EXPECTED}")
 
     def read(sequence: str) -> Sample:
         known = [camera for name, camera in TUM_CAMERAS.items() if name in sequence]
         if not known:
-            raise InputError(f"the camera of {sequence!r} is not known: its name should contain one of {', '.join(TUM_CAMERAS)}")
-        return _read(folder / sequence, known[0], frames or 90, stride=3)
+            raise InputError(f"the camera of {sequence!r} is unknown: its name should contain one of {', '.join(TUM_CAMERAS)}")
+        return _read(folder / sequence, known[0], request.frames or 90, stride=3)
 
     return Dataset("tum", sequences, read)
 
 
-def open_bonn(folder: Path, *, tasks: set[str] | None = None, frames: int | None = None) -> Dataset:
-    """The five sequences of the depth protocol, their first 110 frames.
+def open_bonn(where: str, request: Request) -> Dataset:
+    """The five sequences of the depth protocol in the folder `where`: the first 110 frames.
 
-    Depth alone: the recorded poses are those of the markers that motion capture sees, not of the camera.
+    Only for depth: the recorded poses are those of the motion-capture markers, not of the camera.
     """
+    folder = Path(where).expanduser()
     expected = f"the Bonn RGB-D dynamic dataset with {EXPECTED}, such as {BONN_SEQUENCES[0]}"
     sequences = present(BONN_SEQUENCES, existing_folder(folder, expected), expected)
 
     def read(sequence: str) -> Sample:
-        return _read(folder / sequence, BONN_CAMERA, frames or 110, stride=1)
+        return _read(folder / sequence, BONN_CAMERA, request.frames or 110, stride=1)
 
     return Dataset("bonn", sequences, read, Rules(tasks=frozenset({"depth", "mono"}), max_depth=70.0))
 
 
 def _read(folder: Path, camera: tuple[float, float, float, float], frames: int, stride: int) -> Sample:
-    """Of the colour images that have a depth image and a pose, every so many and at most `frames`."""
+    """Every `stride`-th colour image that has a depth image and a pose; at most `frames` images."""
     color_times, colors = _table(folder / "rgb.txt", 1)
     depth_times, depths = _table(folder / "depth.txt", 1)
     pose_times, poses = _table(folder / "groundtruth.txt", 7)
@@ -79,7 +80,7 @@ def _read(folder: Path, camera: tuple[float, float, float, float], frames: int, 
 
 
 def _table(path: Path, columns: int) -> tuple[NDArray[np.float64], list[list[str]]]:
-    """Times, ascending, and the columns behind them, of lines `time column ...`; lines that start with # are comments."""
+    """The ascending times and the columns after them, from lines `time column ...`. Lines that start with # are comments."""
     try:
         rows = [line.split() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
         times = np.array([float(row[0]) for row in rows])
@@ -96,7 +97,7 @@ def _table(path: Path, columns: int) -> tuple[NDArray[np.float64], list[list[str
 
 
 def nearest(times: NDArray[np.float64], others: NDArray[np.float64], max_gap: float = MAX_GAP) -> NDArray[np.int64]:
-    """For each time the index of the nearest of `others` (ascending), or -1 if that is more than max_gap away."""
+    """For each of `times` (N,) the index of the nearest of `others` (M,), in ascending order; -1 if it is more than `max_gap` away."""
     right = np.searchsorted(others, times).clip(1, max(len(others) - 1, 1))
     left = right - 1
     right = right.clip(max=len(others) - 1)
@@ -105,7 +106,7 @@ def nearest(times: NDArray[np.float64], others: NDArray[np.float64], max_gap: fl
 
 
 def _extrinsics(poses: NDArray[np.float64]) -> Tensor:
-    """Camera-from-world (S, 3, 4) of rows tx ty tz qx qy qz qw, world-from-camera."""
+    """Camera-from-world extrinsics (S, 3, 4) from world-from-camera rows tx ty tz qx qy qz qw."""
     rows = torch.from_numpy(poses)
     rotation = quaternion_to_matrix(rows[:, 3:]).mT
     return torch.cat([rotation, -rotation @ rows[:, :3, None]], -1).float()
