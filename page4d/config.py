@@ -18,7 +18,7 @@ def _expect(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """DINOv2-style vision transformer that makes the patch tokens."""
+    """The DINOv2-style vision transformer that computes the patch tokens."""
 
     depth: int = 24
     num_heads: int = 16
@@ -34,7 +34,7 @@ class CameraHeadConfig:
 
 @dataclass(frozen=True)
 class DenseHeadConfig:
-    """DPT: one level per kept layer."""
+    """A DPT head with one level per kept layer."""
 
     features: int = 256
     out_channels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
@@ -95,7 +95,7 @@ class Page4DConfig:
         head_dim = self.embed_dim // self.num_heads
         _expect(head_dim % 4 == 0, f"the head dim {head_dim} must be a multiple of 4 for 2-D RoPE")
         first, end = self.masked_blocks
-        _expect(0 <= first <= end <= self.depth, f"masked_blocks {self.masked_blocks} is no range within {self.depth} blocks")
+        _expect(0 <= first <= end <= self.depth, f"masked_blocks {self.masked_blocks} must be a range within the {self.depth} blocks")
         late = f"the mask head reads after frame block {self.mask_after}, too late for global block {first}"
         _expect(first == end or self.mask_after <= first, late)
         blind = f"mask_strength {self.mask_strength} has no effect, as masked_blocks {self.masked_blocks} is empty: use 0"
@@ -132,11 +132,18 @@ class Page4DConfig:
             raise ConfigError(f"not a model configuration: {error}") from None
 
 
-FROM_ZERO = ("register_tokens", "masked_blocks", "mask_after", "mask_strength", "kept_layers", "radius")  # the rest is positive
+FROM_ZERO = (
+    "register_tokens",
+    "masked_blocks",
+    "mask_after",
+    "mask_strength",
+    "kept_layers",
+    "radius",
+)  # may be 0; all other numbers are positive
 
 
 def _check_numbers(config: Any, prefix: str) -> None:
-    """Every field, nested ones included, is a number of its type in range, or absent where that means something."""
+    """Raise ConfigError unless every field, also nested ones, is a number of its type and in range, or None where that is allowed."""
     for entry in dataclasses.fields(config):
         name, value = prefix + entry.name, getattr(config, entry.name)
         if dataclasses.is_dataclass(value):
@@ -173,9 +180,9 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
 
 
 def _nano() -> Page4DConfig:
-    """Small enough to be trained on a CPU and to travel with the source, for small images, hence small patches.
+    """Small enough to train on a CPU and to ship with the source. It is for small images, so its patches are small.
 
-    No point head: depth and cameras give points.
+    It has no point head: depth and cameras give points.
     """
     return Page4DConfig(
         patch_size=7,
@@ -197,7 +204,7 @@ def _nano() -> Page4DConfig:
 
 
 def _small() -> Page4DConfig:
-    """A quarter of the width and half of the depth: runs in seconds on a CPU. Has no released weights."""
+    """A quarter of the width and half of the depth. Runs in seconds on a CPU, and has no released weights."""
     dense = DenseHeadConfig(features=64, out_channels=(48, 96, 192, 192))
     return Page4DConfig(
         embed_dim=256,
@@ -216,7 +223,7 @@ def _small() -> Page4DConfig:
 
 
 def _tiny() -> Page4DConfig:
-    """All 24 layers at width 128: for tests."""
+    """All 24 layers at width 128, for tests."""
     dense = DenseHeadConfig(features=32, out_channels=(24, 32, 48, 64))
     return Page4DConfig(
         embed_dim=128,
@@ -230,7 +237,7 @@ def _tiny() -> Page4DConfig:
 
 
 PRESETS: dict[str, Page4DConfig] = {
-    "page4d": Page4DConfig(mask_strength=0.0),  # checkpoint_nomask: the mask served training only
+    "page4d": Page4DConfig(mask_strength=0.0),  # checkpoint_nomask: the mask was only used in training
     "page4d-mask": Page4DConfig(),
     "vggt": Page4DConfig(mask_hidden=None, mask_strength=0.0),
     "nano": _nano(),

@@ -1,9 +1,11 @@
-"""Mistakes a user can put right. The message is one line that says what is wrong and what to do; the command line prints just that."""
+"""Errors that a user can fix. The message is one line that says what is wrong and what to do. The command line prints only that line."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
+    """The base class. White space in the message, line breaks included, becomes single spaces."""
+
     def __init__(self, message: object) -> None:
         super().__init__(" ".join(str(message).split()))
 

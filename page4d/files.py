@@ -1,4 +1,4 @@
-"""Output files that appear whole, all together, or not at all."""
+"""Output files that are written atomically: all of them or none."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from .errors import InputError
 
 
 class AtomicFiles:
-    """`with AtomicFiles() as files: write(files.add(path))`: writes go to temporary names beside the final ones.
+    """Write several files atomically: `with AtomicFiles() as files: write(files.add(path))`.
 
-    All are renamed when the block ends; if it raises, the temporary files and the folders made for them are removed.
+    Files are written under temporary names in the folder of the final ones, and renamed when the block ends. If the block raises, the
+    temporary files and the folders created for them are removed.
     """
 
     def __init__(self) -> None:
@@ -30,30 +31,30 @@ class AtomicFiles:
 
     @property
     def paths(self) -> list[Path]:
-        """The final names, in the order they were added."""
+        """The final paths, in the order in which they were added."""
         return [final for _, final in self._pending]
 
     def add(self, path: Path) -> Path:
-        """The temporary name to write `path` under; it keeps the suffix, from which libraries infer the format."""
+        """The temporary path to write instead of `path`. It has the same suffix, from which libraries infer the format."""
         if path in self.paths:
             raise ValueError(f"{str(path)!r} would be written twice")
         missing = [folder for folder in path.parents if not folder.exists()]
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             self._folders.append(folder)
-        if path.is_dir():  # renaming would find out too late, with other files already in place
+        if path.is_dir():  # otherwise the rename would fail after other files are in place
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         temporary = path.with_name(f".{uuid.uuid4().hex[:8]}{path.suffix}")
         self._pending.append((temporary, path))
         return temporary
 
     def discard(self) -> None:
-        """Remove the temporary files that are left and the folders made for them, as far as possible."""
+        """Remove the remaining temporary files and the folders created for them, as far as possible."""
         for temporary, _ in self._pending:
             with suppress(OSError):
                 temporary.unlink()
         for folder in reversed(self._folders):
-            with suppress(OSError):  # somebody else may have put something there
+            with suppress(OSError):  # another process may have written into it
                 folder.rmdir()
 
     def __enter__(self) -> AtomicFiles:
@@ -69,16 +70,17 @@ class AtomicFiles:
                 raise
             return
         self.discard()
-        if isinstance(error, OSError):  # the user knows the file by its final name
+        if isinstance(error, OSError):  # report the final name, which the user knows
             for temporary, final in self._pending:
                 if str(error.filename) == str(temporary):
                     error.filename = str(final)
 
 
 def on_disk(folder: Path) -> Callable[[str, tuple[int, ...]], Tensor]:
-    """Makes fp32 tensors in memory that files without a name in `folder` back, so that results larger than the memory can be had.
+    """A function (name, shape) -> fp32 tensor whose memory is an unnamed file in `folder`, for results larger than the memory.
 
-    They are gone with their last reference. Where files cannot be set up so, the tensors are ordinary ones.
+    The file is deleted with the last reference to the tensor. Where such files are not supported, the tensors are ordinary ones. The
+    function raises InputError if the disk has no space left.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
@@ -88,9 +90,9 @@ def on_disk(folder: Path) -> Callable[[str, tuple[int, ...]], Tensor]:
             return torch.empty(shape)
         with tempfile.NamedTemporaryFile(dir=existing) as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, 4 * count)  # a disk that is full says so now, not by a signal later
+                os.posix_fallocate(file.fileno(), 0, 4 * count)  # a full disk fails here, not with a signal later
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # this file system cannot promise room
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the file system cannot reserve space
                     return torch.empty(shape)
                 raise InputError(
                     f"{existing} has no room for {name}, {4 * count / 1e9:.1f} GB ({error.strerror}): choose another --out"
@@ -101,7 +103,7 @@ def on_disk(folder: Path) -> Callable[[str, tuple[int, ...]], Tensor]:
 
 
 def check_writable(out_dir: Path) -> None:
-    """InputError unless files can be written into `out_dir`, made if need be. Leaves nothing behind, no new folder either."""
+    """Raise InputError unless files can be written into `out_dir`, which need not exist. Leaves no files or folders behind."""
     files = AtomicFiles()
     try:
         files.add(out_dir / "probe").write_bytes(b"probe")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
-    """Rotation matrices (..., 3, 3) of quaternions (..., 4) in x, y, z, w order; they need not be normalised."""
+    """Rotation matrices (..., 3, 3) of quaternions (..., 4) in x, y, z, w order, which need not be normalised."""
     x, y, z, w = quaternion.unbind(-1)
     s = 2 / (quaternion * quaternion).sum(-1)
     rows = [
@@ -25,7 +25,7 @@ def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
 def matrix_to_quaternion(matrix: Tensor) -> Tensor:
     """Unit quaternions (..., 4) in x, y, z, w order with w >= 0 of rotation matrices (..., 3, 3).
 
-    Of the four equivalent formulas, each row takes the one that divides by the largest component.
+    There are four equivalent formulas. Each matrix uses the one that divides by the largest component.
     """
     m00, m01, m02, m10, m11, m12, m20, m21, m22 = matrix.flatten(-2).unbind(-1)
     squares = [1 + m00 + m11 + m22, 1 + m00 - m11 - m22, 1 - m00 + m11 - m22, 1 - m00 - m11 + m22]  # 4 w^2, 4 x^2, ...
@@ -47,7 +47,7 @@ def matrix_to_quaternion(matrix: Tensor) -> Tensor:
 
 
 def encode_pose(extrinsics: Tensor, intrinsics: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Pose encoding (..., 9) fp32 of extrinsics (..., 3, 4) and intrinsics (..., 3, 3) in pixels of an (H, W) image."""
+    """Pose encodings (..., 9) fp32 of extrinsics (..., 3, 4) and intrinsics (..., 3, 3) in pixels of an (H, W) image."""
     height, width = image_size
     fov_h = 2 * torch.atan((height / 2) / intrinsics[..., 1, 1])
     fov_w = 2 * torch.atan((width / 2) / intrinsics[..., 0, 0])
@@ -58,7 +58,7 @@ def encode_pose(extrinsics: Tensor, intrinsics: Tensor, image_size: tuple[int, i
 def decode_pose(pose_enc: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Extrinsics (..., 3, 4) and intrinsics (..., 3, 3) of pose encodings (..., 9); the principal point is the image centre.
 
-    A field of view of 0 (the network's ReLU allows it) gives an infinite focal length.
+    A field of view of 0, which the network's ReLU can return, gives an infinite focal length.
     """
     height, width = image_size
     extrinsics = torch.cat([quaternion_to_matrix(pose_enc[..., 3:7]), pose_enc[..., :3, None]], -1)
@@ -74,7 +74,7 @@ def decode_pose(pose_enc: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, 
 def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:
     """World points (..., H, W, 3) of depth maps (..., H, W): x_world = R^T (x_cam - t), pixel centres at integer (u, v).
 
-    Computed in float64 where the device has it, as small baselines far from the origin lose digits otherwise.
+    Computed in float64 if the device supports it. In float32, small baselines far from the origin would lose digits. Returns depth's dtype.
     """
     height, width = depth.shape[-2:]
     dtype = torch.float32 if depth.device.type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""`page4d preview`: a contact sheet and a video of synthetic scenes."""
+"""`page4d preview`: write a contact sheet and a video of synthetic scenes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,19 @@ FPS = 8
 
 def build_parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog, description="Render synthetic scenes with exact ground truth: preview.png and preview.mp4.")
-    parser.add_argument("--preview", action="store_true", help=argparse.SUPPRESS)  # of the older form `python -m page4d.data.synthetic`
+    parser.add_argument(
+        "--preview", action="store_true", help=argparse.SUPPRESS
+    )  # accepted for `python -m page4d.data.synthetic --preview`
     parser.add_argument("--kind", choices=KINDS, default="mixed")
     parser.add_argument("--sequences", type=int, default=6)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=parse_size, default=(112, 154), help="HEIGHTxWIDTH (default: 112x154)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--photographs", type=Path, help="a folder of images that serve as textures as well")
-    parser.add_argument("--motion-blur", type=int, default=1, metavar="N", help="instants per frame (default: 1, none)")
-    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation, as a share of full scale (default: 0)")
+    parser.add_argument("--photographs", type=Path, help="a folder of images to use as textures as well")
+    parser.add_argument("--motion-blur", type=int, default=1, metavar="N", help="instants averaged per frame (default: 1, no blur)")
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="standard deviation of image noise, as a fraction of full scale (default: 0)"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"))
     return parser
 
@@ -49,7 +53,7 @@ def run(args: argparse.Namespace) -> str:
     if isinstance(args.size, int):
         raise InputError(f"--size {args.size}: give HEIGHTxWIDTH, such as 112x154")
     if args.sequences < 1:
-        raise InputError(f"--sequences {args.sequences}: ask for at least one")
+        raise InputError(f"--sequences {args.sequences} must be at least 1")
     check_writable(args.out)
     scenes = SyntheticScenes(
         args.kind, frames=args.frames, size=args.size, seed=args.seed, length=args.sequences, tracks=64,
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def contact_sheet(samples: list[Sample]) -> NDArray[np.uint8]:
-    """A row per sequence: four frames, then inverse depth, objects, motion and flow of the first."""
+    """A picture with one row per sequence: four frames, then inverse depth, objects, motion and flow of the first frame."""
     palette = np.array([(40, 40, 40), *(distinct(i) for i in range(64))], np.uint8)
     rows = []
     for sample in samples:
@@ -83,13 +87,13 @@ def contact_sheet(samples: list[Sample]) -> NDArray[np.uint8]:
 
 
 def _beside(sample: Sample) -> torch.Tensor:
-    """Frames and inverse depth side by side, (S, 3, H, 2 W) in [0, 1]."""
+    """Frames and their inverse depth side by side, (S, 3, H, 2 W) in [0, 1]."""
     near = torch.from_numpy(_nearness(sample)).permute(0, 3, 1, 2) / 255
     return torch.cat([sample.images, near], -1)
 
 
 def _nearness(sample: Sample) -> NDArray[np.uint8]:
-    """Colours (S, H, W, 3) of the inverse depth, grey where there is none."""
+    """The inverse depth in colours (S, H, W, 3), grey where the depth is not valid."""
     assert sample.depth is not None and sample.valid is not None
     inverse = 1 / sample.depth.clamp_min(1e-6)
     largest = inverse[sample.valid].max() if sample.valid.any() else torch.tensor(1.0)

@@ -1,4 +1,4 @@
-"""Images and videos in: reading, sampling and preprocessing frames, and the bundled clip."""
+"""Input images and videos: reading, sampling and preprocessing frames, and the bundled clip."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ __all__ = ["Frames", "InputError", "bundled_clip", "load_frames"]
 
 
 def bundled_clip() -> Path:
-    """The short rendered video that ships with the package; `page4d.data.clip` draws it."""
+    """Path of the short rendered video that ships with the package. `page4d.data.clip` renders it."""
     return Path(__file__).parent / "assets" / "clip.mp4"

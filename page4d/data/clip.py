@@ -1,6 +1,6 @@
 """The bundled clip: a synthetic scene with a moving camera, two walkers and a room.
 
-`python -m page4d.data.clip OUT.mp4` writes the video again.
+`python -m page4d.data.clip OUT.mp4` renders the video again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .synthetic import SyntheticScenes
 from .video import write_video
 
 FPS, FRAMES, SIZE = 12, 28, (252, 336)
-SCENE = 21  # of the dynamic ones with seed 0
+SCENE = 21  # number of the dynamic scene with seed 0
 
 
 def render_clip(size: tuple[int, int] = SIZE, supersample: int = 3) -> Sample:

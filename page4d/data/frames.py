@@ -1,4 +1,4 @@
-"""Frames of a video, a folder or image files, sampled and preprocessed for the network."""
+"""Frames of a video, of a folder or of image files, sampled and preprocessed for the network."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class Frames:
-    """S preprocessed frames of H x W pixels, where they came from, and the map between their pixels and the originals'.
+    """S preprocessed frames of H x W pixels, their origin, and the map between their pixels and those of the originals.
 
     processed = original * scale + offset, in continuous coordinates (the corner of the first pixel is 0).
     """
 
     images: Tensor  # (S, 3, H, W) fp32 in [0, 1]
-    names: list[str]  # file stem, or frame_000012 with the index in the video; unique
-    timestamps: list[float]  # seconds from the start of the video; for image files the index
+    names: list[str]  # unique: the file stem, or frame_000012 with the index in the video
+    timestamps: list[float]  # seconds from the start of the video, or the index of an image file
     original_sizes: list[tuple[int, int]]  # (height, width) of each frame, upright
     scale: Tensor  # (S, 2) fp64: x, y
     offset: Tensor  # (S, 2) fp64: x, y
@@ -38,7 +38,7 @@ class Frames:
         return len(self.names)
 
     def intrinsics_in_original(self, intrinsics: Tensor) -> Tensor:
-        """Intrinsics (S, 3, 3) in pixels of the originals, of intrinsics (S, 3, 3) in pixels of `images`.
+        """Convert intrinsics (S, 3, 3) from pixels of `images` to pixels of the originals.
 
         Pixel centres are integers in both, as in `points_to_original`: the centre of the first pixel is (0, 0).
         """
@@ -48,17 +48,17 @@ class Frames:
         return torch.cat([upper, rows[:, 2:]], 1).to(intrinsics.dtype)
 
     def points_to_original(self, xy: Tensor) -> Tensor:
-        """Pixels (S, N, 2) of the originals, of pixels (S, N, 2) of `images`; pixel centres are integers in both."""
+        """Convert points (S, N, 2) from pixels of `images` to pixels of the originals. Pixel centres are integers in both."""
         scale, offset = self.scale[:, None].to(xy.device), self.offset[:, None].to(xy.device)
         return ((xy.double() + 0.5 - offset) / scale - 0.5).to(xy.dtype)
 
     def points_from_original(self, xy: Tensor, frame: int = 0) -> Tensor:
-        """Pixels (N, 2) of one frame of `images`, of pixels (N, 2) of its original; pixel centres are integers in both."""
+        """Convert points (N, 2) from pixels of one original to pixels of that frame of `images`. Pixel centres are integers in both."""
         scale, offset = self.scale[frame].to(xy.device), self.offset[frame].to(xy.device)
         return ((xy.double() + 0.5) * scale + offset - 0.5).to(xy.dtype)
 
     def inside(self) -> Tensor:
-        """(S, H, W) bool: pixels that show the original, as opposed to padding."""
+        """(S, H, W) bool: True for pixels that show the original, False for padding."""
         height, width = self.images.shape[-2:]
         original = torch.tensor(self.original_sizes, dtype=torch.float64)
         x = (torch.arange(width, dtype=torch.float64) + 0.5 - self.offset[:, :1]) / self.scale[:, :1]
@@ -79,13 +79,23 @@ def load_frames(
 ) -> Frames:
     """Read one video, one folder of images (in natural order), or image files in the given order.
 
-    `size`, with sides that are multiples of 14, and `mode`:
-      an int W (default 518): "crop" = width W, height in proportion to the nearest multiple of 14, at most W by cutting rows off;
-      "pad" = longer side W, white around it up to W x W.
-      (H, W): "crop" = the image covers H x W and is cut to it about its centre; "pad" = it fits in H x W, white around it.
-    `stride`: every stride-th frame. `fps`: about that many frames per second of video. `max_frames`: of these, at most so many,
-    evenly spaced, the first and the last among them. Frames that are not chosen are neither converted nor kept.
-    Raises InputError, with one line for the user, for every input that does not work.
+    Args:
+        inputs: one video, one folder, or image files.
+        size: the size of the frames; sides must be multiples of 14. An int W (default 518), or (H, W).
+        mode: "crop" or "pad".
+            With an int W, "crop" resizes to width W and a height in proportion, rounded to a multiple of 14, and cuts rows beyond W; "pad"
+            resizes the longer side to W and pads with white to W x W.
+            With (H, W), "crop" resizes until the image covers H x W and cuts it to that about its centre; "pad" resizes until it fits into
+            H x W and pads with white.
+        stride: keep every stride-th frame.
+        fps: keep about this many frames per second of video.
+        max_frames: keep at most this many of these frames, evenly spaced, with the first and the last among them.
+        progress: show a progress bar.
+
+    Frames that are not kept are neither converted nor stored.
+
+    Raises:
+        InputError: an input cannot be read, or an option cannot work. The message is one line.
     """
     size = check_size(size, mode)
     _check_sampling(max_frames, stride, fps)
@@ -118,12 +128,12 @@ def load_frames(
 
 
 def sample(timestamps: list[float], *, max_frames: int | None, stride: int | None, fps: float | None) -> list[int]:
-    """Indices of the frames to keep, in ascending order, of frames with ascending timestamps in seconds."""
+    """Ascending indices of the frames to keep. `timestamps` are ascending, in seconds."""
     chosen = list(range(0, len(timestamps), stride or 1))
     if fps is not None:
         chosen, next_tick = [], 0
         for index, time in enumerate(timestamps):
-            ticks = (time - timestamps[0]) * fps + 1e-6  # the slack forgives timestamps rounded down to a container's time base
+            ticks = (time - timestamps[0]) * fps + 1e-6  # slack for timestamps that are rounded down to the container's time base
             if ticks >= next_tick:
                 chosen.append(index)
                 next_tick = floor(ticks) + 1
@@ -135,7 +145,7 @@ def sample(timestamps: list[float], *, max_frames: int | None, stride: int | Non
 
 def _check_sampling(max_frames: int | None, stride: int | None, fps: float | None) -> None:
     if stride is not None and fps is not None:
-        raise InputError("stride and fps exclude each other: give one of them")
+        raise InputError("stride and fps exclude each other: give only one of them")
     if stride is not None and stride < 1:
         raise InputError(f"stride must be 1 or more, not {stride}")
     if fps is not None and not 0 < fps < float("inf"):
@@ -145,7 +155,7 @@ def _check_sampling(max_frames: int | None, stride: int | None, fps: float | Non
 
 
 def _resolve(inputs: Sequence[str | Path]) -> list[Path]:
-    """The files to read: a video alone, or images."""
+    """The files to read: one video, or images."""
     if isinstance(inputs, (str, Path)):
         inputs = [inputs]
     paths = [Path(entry).expanduser() for entry in inputs]
@@ -172,13 +182,13 @@ def _list_folder(folder: Path) -> list[Path]:
 
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
-    """A sort key in which image2 comes before image10; the name itself settles ties such as 1 and 01."""
+    """A sort key that puts image2 before image10. The name itself breaks ties such as 1 and 01."""
     parts = re.split(r"(\d+)", name.lower())
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], name
 
 
 def _is_video(paths: list[Path]) -> bool:
-    """A single file that is no image by its name; the decoder then has the last word on whether it is a video."""
+    """Whether the input is a single file without an image suffix. The decoder then decides whether it is a video."""
     return len(paths) == 1 and paths[0].suffix.lower() not in IMAGE_SUFFIXES
 
 
@@ -190,12 +200,12 @@ def _read_image(path: Path, convert: Callable[[Image.Image], Processed]) -> Proc
         raise InputError(f"{str(path)!r}: {error}") from error
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{str(path)!r} is not an image that can be read: remove it or copy it again") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises these for damaged files
         raise InputError(f"cannot read the image {str(path)!r} ({error}): remove it or copy it again") from error
 
 
 def _unique_names(paths: list[Path]) -> list[str]:
-    """File stems; numbered if two of them are equal, as outputs are named by them."""
+    """File stems, with a number in front if two of them are equal. Output files use these names."""
     stems = [path.stem for path in paths]
     if len({stem.lower() for stem in stems}) == len(stems):
         return stems

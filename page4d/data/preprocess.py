@@ -1,6 +1,6 @@
-"""One image to the network's size, and the coordinate map back.
+"""Resize one image to the network's size, and record the coordinate map back to the original.
 
-Coordinates here are continuous: the corner of the first pixel is 0, its centre 0.5; processed = original * scale + offset.
+Coordinates here are continuous: the corner of the first pixel is 0 and its centre 0.5. processed = original * scale + offset.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Processed:
-    """One image as the network will see it, still 8 bit: a quarter of the memory until all of them are known."""
+    """One image at the network's size. Still 8 bits, which takes a quarter of the memory until all images are read."""
 
     pixels: NDArray[np.uint8]  # (H, W, 3)
     original_size: tuple[int, int]  # height, width
@@ -35,7 +35,7 @@ class Processed:
 
 
 def check_size(size: Size | None, mode: str) -> Size:
-    """The size to use, or an InputError that names a size that would work."""
+    """The size to use (None = 518). Raises InputError with a size that would work, or for an unknown mode."""
     if mode not in ("crop", "pad"):
         raise InputError(f"unknown preprocessing mode {mode!r}: use 'crop' or 'pad'")
     size = DEFAULT_SIZE if size is None else size
@@ -47,7 +47,7 @@ def check_size(size: Size | None, mode: str) -> Size:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of 8 bits; transparent pixels show white."""
+    """The image in 8-bit RGB, with transparent pixels on white. InputError if the range of its greys is unknown."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bit(image))
     if image.has_transparency_data:
@@ -56,7 +56,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, *, size: Size = DEFAULT_SIZE, mode: str = "crop") -> Processed:
-    """Resize (bicubic, antialiased) and crop or pad one image; `size` and `mode` as in `page4d.data.load_frames`."""
+    """Resize one image (bicubic, antialiased) and crop or pad it. `size` and `mode` are those of `page4d.data.load_frames`."""
     image = to_rgb(image)
     if isinstance(size, int):
         return _to_width(image, size) if mode == "crop" else _to_square(image, size)
@@ -64,9 +64,9 @@ def preprocess(image: Image.Image, *, size: Size = DEFAULT_SIZE, mode: str = "cr
 
 
 def stack(processed: list[Processed]) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (S, 3, H, W) fp32 in [0, 1], scale and offset (S, 2) fp64 of at least one image.
+    """Images (S, 3, H, W) fp32 in [0, 1], with their scale (S, 2) and offset (S, 2) fp64. There must be at least one image.
 
-    Images of different sizes are centred on white to the largest height and width, with a warning.
+    Images of different sizes are padded with white to the largest height and width, with a warning.
     """
     height = max(p.pixels.shape[0] for p in processed)
     width = max(p.pixels.shape[1] for p in processed)
@@ -84,7 +84,7 @@ def stack(processed: list[Processed]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _to_width(image: Image.Image, width: int) -> Processed:
-    """Width fixed, height to the nearest multiple of 14, rows beyond a square cut off evenly."""
+    """Resize to `width`, with the height rounded to a multiple of 14. Rows beyond a square are cut off at top and bottom."""
     height = _round_to_patch(image.height * (width / image.width), image)
     pixels = _resize(image, (width, height))
     start = max(0, (height - width) // 2)
@@ -92,7 +92,7 @@ def _to_width(image: Image.Image, width: int) -> Processed:
 
 
 def _to_square(image: Image.Image, side: int) -> Processed:
-    """Longer side fixed, the other to the nearest multiple of 14, white around it up to a square."""
+    """Resize the longer side to `side`, with the other rounded to a multiple of 14, and pad with white to a square."""
     if image.width >= image.height:
         width, height = side, _round_to_patch(image.height * (side / image.width), image)
     else:
@@ -101,8 +101,10 @@ def _to_square(image: Image.Image, side: int) -> Processed:
 
 
 def _cover(image: Image.Image, height: int, width: int) -> Processed:
-    """The largest centred part of the image with the aspect ratio of height x width. Resampled straight from that box, so that
-    the aspect ratio is exact and an extreme one costs no memory."""
+    """Resize the largest centred part of the image with the aspect ratio of height x width.
+
+    It is resampled directly from that box. So the aspect ratio is exact, and extreme ones take no extra memory.
+    """
     scale = max(height / image.height, width / image.width)
     left, top = max(0.0, (image.width - width / scale) / 2), max(0.0, (image.height - height / scale) / 2)
     pixels = _resize(image, (width, height), (left, top, image.width - left, image.height - top))
@@ -110,7 +112,7 @@ def _cover(image: Image.Image, height: int, width: int) -> Processed:
 
 
 def _contain(image: Image.Image, height: int, width: int) -> Processed:
-    """The whole image inside height x width, white around it."""
+    """Resize the whole image to fit into height x width, and pad with white."""
     scale = min(height / image.height, width / image.width)
     return _pad(image, max(1, round(image.width * scale)), max(1, round(image.height * scale)), height, width)
 
@@ -133,10 +135,10 @@ def _round_to_patch(side: float, image: Image.Image) -> int:
 
 
 def _to_8_bit(image: Image.Image) -> NDArray[np.uint8]:
-    """Greys (H, W) of 16 bits, which some files open with in a 32-bit mode. Pillow itself would clip them to white."""
+    """16-bit greys as 8-bit (H, W). Pillow opens some such files in a 32-bit mode, and would itself clip them to white."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise InputError("its greys are fractions or take more than 16 bits: convert it to 8 or 16 bit first")
+        raise InputError("its grey values are fractions or have more than 16 bits: convert it to 8 or 16 bit first")
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 

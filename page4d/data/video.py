@@ -1,4 +1,4 @@
-"""Videos: which frames there are, and decoding only what is needed of them."""
+"""Videos: list the frames, and decode only those that are needed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ log = logging.getLogger(__name__)
 def read_video(
     path: Path, select: Select, convert: Callable[[Image.Image], T], tick: Callable[[], object]
 ) -> tuple[list[T], list[int], list[float]]:
-    """Decode `path` once and return `convert(image)` of the selected frames, their indices and timestamps (seconds from the first).
+    """Decode `path` once. Returns `convert(image)` of the selected frames, their indices, and timestamps in seconds from the first.
 
-    Which frames to keep is settled before decoding, from the container's packets. Where these promised other frames than the
-    decoder gives (a truncated file, an odd container) the choice is made again from what was decoded, in one more pass.
-    `tick` is called once for each kept frame of the first pass.
+    The frames are selected before decoding, from the container's packets. If the decoder yields other frames than these (a truncated file,
+    an unusual container), they are selected again from the decoded frames, in a second pass. `tick` is called once for each kept frame of
+    the first pass.
+
+    Raises:
+        InputError: the file is not a video, is damaged, or has no frame that can be decoded.
     """
     timestamps = _packet_timestamps(path)
     chosen, promised = select(timestamps), len(timestamps)
@@ -50,10 +53,10 @@ def read_video(
 
 
 def _packet_timestamps(path: Path) -> list[float]:
-    """Timestamps in display order of all frames, by reading packets without decoding any; decodes only if packets carry no times."""
+    """Timestamps of all frames in display order, read from packets. Decodes the video only if its packets have no times."""
     with _open(path) as (container, stream):
         times = [(packet.pts, packet.dts) for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        for ticks in zip(*times, strict=True):  # the presentation times, or else the decoding times
+        for ticks in zip(*times, strict=True):  # presentation times if all packets have them, otherwise decoding times
             known = sorted(t for t in ticks if t is not None)
             if len(known) == len(times):
                 base = stream.time_base or 1
@@ -64,7 +67,7 @@ def _packet_timestamps(path: Path) -> list[float]:
 def _decode(
     path: Path, chosen: list[int], convert: Callable[[Image.Image], T], tick: Callable[[], object]
 ) -> tuple[dict[int, T], list[float]]:
-    """Chosen frames by index, and the timestamps of all frames up to the last chosen one (of all frames if none is chosen)."""
+    """The chosen frames by index, and the timestamps of all frames up to the last chosen one (of all frames if none is chosen)."""
     kept: dict[int, T] = {}
     timestamps: list[float] = []
     wanted = set(chosen)
@@ -84,7 +87,7 @@ def _decode(
 
 
 def upright(image: Image.Image, rotation: int) -> Image.Image:
-    """The image turned counterclockwise by `rotation` degrees, a multiple of 90 (phones store the sensor's orientation like this)."""
+    """The image rotated counterclockwise by `rotation` degrees, a multiple of 90. Phones store the sensor's orientation this way."""
     turns = {
         90: Image.Transpose.ROTATE_90,
         180: Image.Transpose.ROTATE_180,
@@ -95,7 +98,7 @@ def upright(image: Image.Image, rotation: int) -> Image.Image:
 
 
 def _frames(container: InputContainer, stream: VideoStream, path: Path) -> Iterator[VideoFrame]:
-    """All decodable frames; damaged packets are skipped and counted in one warning."""
+    """All frames that can be decoded. Damaged packets are skipped, and one warning gives their number."""
     damaged = 0
     try:
         for packet in container.demux(stream):
@@ -112,9 +115,9 @@ def _frames(container: InputContainer, stream: VideoStream, path: Path) -> Itera
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream; everything FFmpeg has to say against the file becomes an InputError."""
+    """The container and its video stream. Every FFmpeg error becomes an InputError."""
     try:
-        # An absolute path, as FFmpeg reads 'name:rest' as a protocol.
+        # An absolute path, because FFmpeg reads 'name:rest' as a protocol.
         with av.open(os.path.abspath(path)) as container:
             if not container.streams.video or container.format.name == "tty":  # "tty" draws text files as terminal screens
                 raise InputError(f"{str(path)!r} has no video in it: give a video, a folder of images or image files")
@@ -129,12 +132,12 @@ def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def write_video(path: str | Path, images: Tensor, fps: int) -> Path:
-    """Write images (S, 3, H, W) in [0, 1] as H.264 where FFmpeg has an encoder for it, else as MPEG-4; odd sides lose a row or column."""
+    """Write images (S, 3, H, W) in [0, 1] as H.264, or as MPEG-4 if FFmpeg has no H.264 encoder. Odd sides lose one row or column."""
     codec, options = ("libx264", {"crf": "20", "preset": "slow"}) if "libx264" in av.codecs_available else ("mpeg4", {"qscale": "4"})
     height, width = (side // 2 * 2 for side in images.shape[-2:])
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
-        assert isinstance(stream, av.VideoStream)  # for type checkers: the codec settles it
+        assert isinstance(stream, av.VideoStream)  # for type checkers
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for image in images:
             pixels = (image[:, :height, :width].permute(1, 2, 0) * 255).round().clamp(0, 255).byte().cpu().numpy()

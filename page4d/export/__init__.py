@@ -1,4 +1,4 @@
-"""Writing predictions to files, one module per format. Every file appears whole or not at all."""
+"""Write predictions to files, with one module per format. Every file is written atomically."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXPORTERS: dict[str, Exporter] = {
     "overview": lambda prediction, frames, out_dir: write_overview(out_dir / "overview.png", prediction, frames),
 }
 
-NEEDED: dict[str, tuple[str, ...]] = {  # fields of the prediction that a format cannot do without
+NEEDED: dict[str, tuple[str, ...]] = {  # fields of the prediction that a format requires
     "npz": (),
     "ply": ("depth", "depth_conf", "pose_enc"),
     "depth": ("depth",),
@@ -46,22 +46,29 @@ NEEDED: dict[str, tuple[str, ...]] = {  # fields of the prediction that a format
 
 
 def available(prediction: Prediction) -> list[str]:
-    """The formats whose outputs this prediction holds."""
+    """The formats whose required outputs are in this prediction."""
     return [name for name, needed in NEEDED.items() if all(getattr(prediction, field) is not None for field in needed)]
 
 
 def export(
     prediction: Prediction, frames: Frames, out_dir: str | Path, formats: Sequence[str] | None = None, progress: bool = False
 ) -> list[Path]:
-    """Write the formats (None: all that this prediction has outputs for) into `out_dir`, made if needed; the paths written.
+    """Write `formats` into `out_dir`, which is created if needed. Returns the paths of the files.
 
-    Raises InputError before anything is written for an unknown format or one whose output the prediction lacks, and where files
-    cannot be written; the formats written until then stay, of the failing one nothing does.
+    Args:
+        prediction: one sequence (B = 1).
+        frames: the frames that it was predicted from.
+        formats: some of `EXPORTERS`. None = all that the prediction has outputs for.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: a format is unknown, the prediction lacks an output for it, or the folder cannot be written. Then nothing is written.
+            Also if writing fails later: the files of earlier formats stay, and the failed format leaves none.
     """
     names = available(prediction) if formats is None else list(dict.fromkeys(formats))
     for name in names:
         if name not in EXPORTERS:
-            raise InputError(f"unknown export format {name!r}: use some of {', '.join(EXPORTERS)}")
+            raise InputError(f"unknown export format {name!r}: choose from {', '.join(EXPORTERS)}")
         try:
             check(prediction, frames, *NEEDED[name])
         except InputError as error:
@@ -73,6 +80,6 @@ def export(
         for name in tqdm(names, desc="exporting", unit="format", disable=None if progress else True):
             written += EXPORTERS[name](prediction, frames, out_dir)
     except OSError as error:
-        path = error.filename2 or error.filename or out_dir  # a failed renaming names the final path second
+        path = error.filename2 or error.filename or out_dir  # a failed rename has the final path second
         raise InputError(f"cannot write {str(path)!r} ({error.strerror or error}): choose another output folder") from error
     return written

@@ -1,4 +1,4 @@
-"""Colours: 8-bit images, one colour map, and distinct colours by index."""
+"""Colours: 8-bit images, the colour map, and distinct colours by index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STOPS = np.array(
 
 
 def colormap(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """RGB (..., 3) of values (...) in [0, 1], clipped to it; grey where not finite."""
+    """RGB (..., 3) uint8 for values (...), which are clipped to [0, 1]; grey where not finite."""
     known = np.isfinite(values)
     position = np.where(known, values, 0).clip(0, 1) * (len(_STOPS) - 1)
     grid = np.arange(len(_STOPS))
@@ -25,11 +25,11 @@ def colormap(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
-    """[0, 1] -> 0..255, rounded and clipped."""
+    """Convert [0, 1] to 0..255 (uint8), rounded and clipped. NaN becomes 0."""
     return (np.nan_to_num(images).clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def distinct(index: int) -> tuple[int, int, int]:
-    """A bright colour for an index; golden-ratio steps in hue keep neighbours apart."""
+    """A bright RGB colour for an index. Golden-ratio steps in hue keep neighbouring indices apart."""
     r, g, b = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, 1.0)
     return round(r * 255), round(g * 255), round(b * 255)

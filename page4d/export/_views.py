@@ -1,4 +1,4 @@
-"""Pictures of a prediction, as arrays: what the depth, mask, track and overview files share."""
+"""Pictures of a prediction, shared by the depth, mask, track and overview files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ._color import colormap, distinct, to_uint8
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 MASK_COLOR = np.array([255, 32, 32], np.float32)
-MOTION_LIMITS = (0.5, 1.0)  # clear and full red; above 1/2 the cameras are told to look away
+MOTION_LIMITS = (0.5, 1.0)  # transparent and full red; above 1/2 the camera tokens attend less to a patch
 MOTION_TITLE = f"motion {MOTION_LIMITS[0]:g} (clear) to {MOTION_LIMITS[1]:g} (red)"
-TAIL = 8  # frames of a track's past that are drawn
+TAIL = 8  # number of past frames drawn for a track
 
 
 def check(prediction: Prediction, frames: Frames, *needed: str) -> None:
-    """One sequence, with as many frames as `frames`, and the needed fields."""
+    """Raise ValueError unless the prediction has one sequence of len(frames) frames, and InputError if it lacks a needed field."""
     if prediction.images.shape[0] != 1:
         raise ValueError(f"only one sequence can be exported at a time, this prediction holds {prediction.images.shape[0]}")
     if prediction.images.shape[1] != len(frames):
@@ -45,18 +45,18 @@ _OUTPUTS = {
 
 
 def array(tensor: Tensor) -> NDArray[Any]:
-    """The first (only) sequence as a numpy array; half precisions become float32."""
+    """The first (and only) sequence as a numpy array. Half precision becomes float32."""
     value = tensor[0].detach().cpu()
     return (value.float() if value.is_floating_point() and value.dtype != torch.float64 else value).numpy()
 
 
 def frame_pixels(prediction: Prediction, index: int) -> Pixels:
-    """One frame as the network saw it."""
+    """One frame (H, W, 3) uint8 at the network's size."""
     return to_uint8(prediction.images[0, index].detach().cpu().float().numpy()).transpose(1, 2, 0)
 
 
 def inverse_depth_range(depth: NDArray[Any], inside: NDArray[np.bool_]) -> tuple[float, float]:
-    """Percentiles 2 and 98 of 1 / depth over the clip's valid pixels, so that one scale serves all frames."""
+    """Percentiles 2 and 98 of 1 / depth over the valid pixels of the clip, so that all frames share one scale."""
     valid = inside & np.isfinite(depth) & (depth > 0)
     if not valid.any():
         return 0.0, 1.0
@@ -65,21 +65,23 @@ def inverse_depth_range(depth: NDArray[Any], inside: NDArray[np.bool_]) -> tuple
 
 
 def depth_picture(depth: NDArray[Any], limits: tuple[float, float]) -> Pixels:
-    """Depth (H, W) in colours, near = warm; grey where there is none."""
+    """Depth (H, W) in colours (H, W, 3), near = warm; grey where the depth is not valid."""
     low, high = limits
     inverse = np.divide(1, depth, out=np.full(depth.shape, np.nan), where=np.isfinite(depth) & (depth > 0))
     return colormap((inverse - low) / max(high - low, 1e-12))
 
 
 def motion_maps(prediction: Prediction) -> NDArray[np.float32]:
-    """(S, H, W): the dynamics mask, bilinearly enlarged to the frames' size."""
+    """The motion (S, H, W), bilinearly resized to the frames."""
     motion = prediction.motion[0].detach().cpu().float()
     return torch.nn.functional.interpolate(motion[:, None], size=prediction.images.shape[-2:], mode="bilinear")[:, 0].numpy()
 
 
 def motion_picture(pixels: Pixels, motion: NDArray[np.float32]) -> Pixels:
-    """A frame, greyed, with red over it in proportion to its motion (H, W). The limits are the same for all clips, as limits
-    taken from the clip would paint the noise of a static one red."""
+    """A desaturated frame (H, W, 3) with a red overlay in proportion to its motion (H, W).
+
+    The limits are the same for all clips. Limits from the clip itself would paint the noise of a static clip red.
+    """
     low, high = MOTION_LIMITS
     alpha = 0.85 * np.nan_to_num((motion - low) / (high - low)).clip(0, 1)[..., None]
     grey = 0.6 * pixels.mean(-1, keepdims=True) + 0.4 * pixels
@@ -87,7 +89,7 @@ def motion_picture(pixels: Pixels, motion: NDArray[np.float32]) -> Pixels:
 
 
 def track_picture(prediction: Prediction, index: int) -> Image.Image:
-    """A frame with every point in its colour, a tail of where it was, and a ring with a dark core where it is hidden."""
+    """A frame with all points in distinct colours and their past tracks. A hidden point is a ring with a dark core."""
     assert prediction.track is not None
     tracks = array(prediction.track[:, : index + 1])
     visible = np.ones(tracks.shape[1], bool) if prediction.vis is None else array(prediction.vis)[index] >= 0.5
@@ -112,5 +114,5 @@ def track_picture(prediction: Prediction, index: int) -> Image.Image:
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own typeface; a bitmap of fixed size where Pillow was built without FreeType."""
+    """Pillow's default font. Without FreeType it is a bitmap font of fixed size."""
     return ImageFont.load_default(size)

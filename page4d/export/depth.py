@@ -1,4 +1,4 @@
-"""Depth maps: 16-bit PNGs with their scales, and coloured previews."""
+"""Depth maps: 16-bit PNGs with their scales, and colour previews."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ._views import array, check, depth_picture, inverse_depth_range
 
 
 def write_depth(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """`depth/<name>.png`, `depth/preview/<name>.png` and `depth/depth.json`, at the network's resolution.
+    """Write `depth/<name>.png`, `depth/preview/<name>.png` and `depth/depth.json`, at the network's resolution. Returns the paths.
 
-    depth = value * scale (scene units, along the camera's z) with each frame's own scale; value 0 = no valid depth.
-    Previews share one range of colours over the clip, near = warm.
+    depth = value * scale, in scene units along the camera's z. Every frame has its own scale, and value 0 means no valid depth. All
+    previews of a clip share one colour range, near = warm.
     """
     check(prediction, frames, "depth")
     assert prediction.depth is not None

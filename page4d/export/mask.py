@@ -1,4 +1,4 @@
-"""The dynamics mask: over the frames, and as it is."""
+"""The dynamics mask: as an overlay, and as grey values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ._views import MOTION_TITLE, array, check, font, frame_pixels, motion_maps,
 
 
 def write_mask(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """`mask/<name>.png`: `Prediction.motion` in red over the frame at the network's resolution, clear up to 0.5, full at 1.
+    """Write two PNGs per frame. Returns the paths.
 
-    `mask/raw/<name>.png`: the motion itself, 8-bit grey at the patch grid's size: value = 255 * motion.
+    `mask/<name>.png`: `Prediction.motion` as a red overlay at the network's resolution, transparent up to 0.5 and full at 1.
+    `mask/raw/<name>.png`: the motion as 8-bit grey at the size of the patch grid, value = 255 * motion.
     """
     check(prediction, frames, "mask")
     folder = Path(out_dir) / "mask"
@@ -31,7 +32,7 @@ def write_mask(out_dir: str | Path, prediction: Prediction, frames: Frames) -> l
 
 
 def _label(image: Image.Image, text: str) -> None:
-    """A line of text on a dark band at the lower left; none where it would not fit or would hide much of the picture."""
+    """Draw a line of text on a dark band at the lower left. Nothing is drawn if it does not fit or would hide much of the image."""
     draw = ImageDraw.Draw(image, "RGBA")
     typeface = font(max(10, image.height // 24))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=typeface)

@@ -1,4 +1,4 @@
-"""All tensors of a prediction in one .npz."""
+"""All tensors of a prediction in one .npz file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from ._views import check
 
 
 def write_npz(path: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """What `Prediction.save` writes and `Prediction.load` reads."""
+    """Write the file of `Prediction.save`, which `Prediction.load` reads. Returns its path."""
     check(prediction, frames)
     return [prediction.save(path)]

@@ -1,4 +1,4 @@
-"""One picture to judge a result by: frames, depth, mask and tracks in rows, and the camera path from above."""
+"""One picture as an overview of a result: frames, depth, mask and tracks in rows, and the camera path from above."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from ._views import (
 from .ply import confident_points
 
 COLUMNS = 6
-TILE_AREA = 240 * 180  # pixels of the picture per frame, whatever the aspect ratio
+TILE_AREA = 240 * 180  # area of a frame in pixels, for any aspect ratio
 MARGIN, GAP, TITLE = 28, 10, 30
 INK, FAINT, PAPER, PANEL = (32, 34, 40), (120, 124, 132), (255, 255, 255), (244, 245, 247)
-OVERSAMPLE = 2  # the path is drawn larger and reduced, as Pillow's lines are jagged
-DOT = 3  # a point of the cloud, in oversampled pixels
+OVERSAMPLE = 2  # the path is drawn larger and reduced, as Pillow does not antialias lines
+DOT = 3  # size of a point in oversampled pixels
 
 Row = tuple[str, list[Image.Image]]
 
 
 def write_overview(path: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """`overview.png` with the rows and panels whose outputs are present."""
+    """Write `overview.png`, with a row or panel for each output that is present. Returns its path."""
     check(prediction, frames)
     picture = overview(prediction, frames)
     with AtomicFiles() as files:
@@ -48,7 +48,7 @@ def write_overview(path: str | Path, prediction: Prediction, frames: Frames) -> 
 
 
 def overview(prediction: Prediction, frames: Frames) -> Image.Image:
-    """The picture, in RGB."""
+    """The overview as an RGB image."""
     height, width = prediction.images.shape[-2:]
     count = len(frames)
     columns = sorted({round(i * (count - 1) / max(1, min(COLUMNS, count) - 1)) for i in range(min(COLUMNS, count))})
@@ -100,11 +100,13 @@ def _rows(prediction: Prediction, frames: Frames, columns: list[int]) -> Iterato
 
 
 def _top_view(prediction: Prediction, frames: Frames, side: int) -> Image.Image:
-    """The x-z plane of the world, side x side pixels, turned so that the first camera looks up: cameras coloured by time over the
-    confident points."""
+    """The x-z plane of the world in side x side pixels: cameras coloured by time, over the confident points.
+
+    It is rotated so that the first camera looks up.
+    """
     cameras = prediction.cameras
     centers = array(cameras.centers)[:, [0, 2]]
-    axes = array(cameras.world_from_camera)[:, :, :3][:, [0, 2]]  # (S, 2, 3): the cameras' axes as seen from above
+    axes = array(cameras.world_from_camera)[:, :, :3][:, [0, 2]]  # (S, 2, 3): the cameras' axes seen from above
     points, colors = _faint_points(prediction, frames)
     finite = np.isfinite(centers).all(-1) & np.isfinite(axes).all((1, 2))
     centers, axes = centers[finite], axes[finite]
@@ -124,7 +126,7 @@ def _top_view(prediction: Prediction, frames: Frames, side: int) -> Image.Image:
 
 
 def _faint_points(prediction: Prediction, frames: Frames) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """Positions (N, 2) in x, z and colours (N, 3) of confident points; none if the prediction has no geometry."""
+    """Positions (N, 2) in x, z and colours (N, 3) of confident points. N is 0 if the prediction has no geometry."""
     if prediction.depth is not None and prediction.depth_conf is not None:
         source = "depth"
     elif prediction.world_points is not None and prediction.world_points_conf is not None:
@@ -136,13 +138,13 @@ def _faint_points(prediction: Prediction, frames: Frames) -> tuple[NDArray[Any],
 
 
 def _heading_up(heading: NDArray[Any]) -> NDArray[Any]:
-    """The rotation (2, 2) that turns a direction in x, z to +z."""
+    """The rotation (2, 2) that maps a direction in x, z to +z."""
     angle = np.arctan2(*heading)
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
 def _fit(centers: NDArray[Any], points: NDArray[Any], size: int) -> tuple[Any, float]:
-    """The map from x, z to pixels (z up) that shows all cameras and the bulk of the points, and its pixels per unit."""
+    """The map from x, z to pixels (z up) that shows all cameras and most points, and its number of pixels per unit."""
     shown = centers
     if len(points):
         shown = np.concatenate([centers, np.percentile(points, (3, 97), axis=0)])
@@ -158,7 +160,7 @@ def _fit(centers: NDArray[Any], points: NDArray[Any], size: int) -> tuple[Any, f
 
 
 def _scatter(canvas: Image.Image, places: NDArray[Any], colors: NDArray[np.uint8]) -> None:
-    """Points, paled, on the panel."""
+    """Draw the points in pale colours on the panel."""
     pixels = np.array(canvas)
     limit = canvas.width - DOT
     xy = np.nan_to_num(places).clip(-1, limit).astype(int)
@@ -171,7 +173,7 @@ def _scatter(canvas: Image.Image, places: NDArray[Any], colors: NDArray[np.uint8
 
 
 def _draw_path(draw: ImageDraw.ImageDraw, places: NDArray[Any], axes: NDArray[Any], colors: list[Any], size: int) -> None:
-    """The path, a view cone for up to 10 cameras, and rings at the first and last."""
+    """Draw the path, view cones of up to 10 cameras, and rings at the first and last camera."""
     line = max(2, size // 240)
     for i in range(1, len(places)):
         draw.line([tuple(places[i - 1]), tuple(places[i])], fill=colors[i], width=2 * line)
@@ -190,7 +192,7 @@ def _draw_path(draw: ImageDraw.ImageDraw, places: NDArray[Any], axes: NDArray[An
 
 
 def _draw_scale(draw: ImageDraw.ImageDraw, unit: float, size: int) -> None:
-    """A bar of 1, 2 or 5 times a power of ten scene units, about a fifth of the panel."""
+    """Draw a scale bar of 1, 2 or 5 times a power of ten scene units, about a fifth of the panel wide."""
     target = 0.2 * size / unit
     power = 10 ** np.floor(np.log10(target))
     length = float(power * max(step for step in (1, 2, 5) if step * power <= target * 1.0001))

@@ -1,4 +1,4 @@
-"""Coloured point cloud: binary PLY."""
+"""A coloured point cloud as binary PLY."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 
 from ..data.frames import Frames
@@ -29,10 +30,10 @@ def write_ply(
     confidence_percentile: float = 50.0,
     max_points: int = 2_000_000,
 ) -> list[Path]:
-    """Points of all frames in the world (first camera's axes, scene units), with colour and confidence.
+    """Write the points of all frames in the world (axes of the first camera, scene units), with colour and confidence. Returns the path.
 
-    Keeps finite points that show the image (not its padding) with a confidence at or above the given percentile of the clip; if
-    these are more than `max_points`, a random choice of them that is the same every time. `source` as in `Prediction.points`.
+    Keeps finite points that show the image (not its padding) and whose confidence is at or above the given percentile of the clip. Of more
+    than `max_points`, a random subset is kept, with a fixed seed. `source` is that of `Prediction.points`.
     """
     vertices = confident_points(prediction, frames, source=source, confidence_percentile=confidence_percentile, max_points=max_points)
     if not len(vertices):
@@ -49,7 +50,7 @@ def write_ply(
 
 
 def confident_points(prediction: Prediction, frames: Frames, *, source: str, confidence_percentile: float, max_points: int) -> NDArray[Any]:
-    """The points that `write_ply` writes, as a structured array with the fields of `VERTEX`."""
+    """The points that `write_ply` writes, as a structured array (N,) with the fields of `VERTEX`."""
     check(prediction, frames, *(("depth", "depth_conf", "pose_enc") if source == "depth" else ()))
     point_map, confidence_map = prediction.points(source)
     points, confidence = array(point_map).reshape(-1, 3), array(confidence_map).reshape(-1)
@@ -61,5 +62,5 @@ def confident_points(prediction: Prediction, frames: Frames, *, source: str, con
         chosen = np.sort(np.random.default_rng(0).choice(chosen, max_points, replace=False))
     vertices = np.empty(len(chosen), VERTEX)
     vertices["xyz"], vertices["confidence"] = points[chosen], confidence[chosen]
-    vertices["rgb"] = to_uint8(array(prediction.images).transpose(0, 2, 3, 1).reshape(-1, 3)[chosen])
+    vertices["rgb"] = to_uint8(rearrange(array(prediction.images), "s c h w -> (s h w) c")[chosen])
     return vertices

@@ -1,4 +1,4 @@
-"""Point tracks: arrays and pictures."""
+"""Point tracks as arrays and pictures."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ._views import array, check, track_picture
 
 
 def write_tracks(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """`tracks.npz` and `tracks/<name>.png`. Positions are x, y with integer pixel centres. The arrays:
+    """Write `tracks.npz` and `tracks/<name>.png`. Returns the paths. Positions are x, y, with pixel centres at integers.
 
-    tracks (S, N, 2) and query_points (N, 2, first frame) in pixels of the original images; tracks_processed (S, N, 2) in pixels
-    of the frames as the network saw them; visibility and confidence (S, N) in (0, 1), where predicted.
+    The arrays are tracks (S, N, 2) and query_points (N, 2) in pixels of the original images, with the queries in the first frame;
+    tracks_processed (S, N, 2) in pixels of the network's input; and, if predicted, visibility and confidence (S, N) in (0, 1).
     """
     check(prediction, frames, "track")
     assert prediction.track is not None

@@ -1,4 +1,4 @@
-"""Cameras: a TUM trajectory and a JSON file."""
+"""Cameras as a TUM trajectory and a JSON file."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def write_trajectory(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """`trajectory.tum` (timestamp tx ty tz qx qy qz qw, world-from-camera, one line per frame) and `cameras.json`.
+    """Write `trajectory.tum` (timestamp tx ty tz qx qy qz qw, world-from-camera, one line per frame) and `cameras.json`.
 
-    The JSON's intrinsics are in pixels of the original images, those under "network" in pixels of the frames as the network saw
-    them, with the map between the two. The centre of the first pixel is (0, 0) in both.
+    Intrinsics in the JSON are in pixels of the original images. Those under "network" are in pixels of the network's input, with the map
+    between the two. The centre of the first pixel is (0, 0) in both. Returns the paths.
     """
     check(prediction, frames, "pose_enc")
     assert prediction.pose_enc is not None
@@ -69,6 +69,6 @@ def write_trajectory(out_dir: str | Path, prediction: Prediction, frames: Frames
 
 
 def _rows(matrix: torch.Tensor) -> list[list[float | None]]:
-    """JSON has no infinity."""
+    """The matrix as lists, with None for numbers that are not finite, which JSON does not have."""
     finite = torch.isfinite(matrix).tolist()
     return [[v if ok else None for v, ok in zip(row, oks, strict=True)] for row, oks in zip(matrix.tolist(), finite, strict=True)]

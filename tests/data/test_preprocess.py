@@ -72,7 +72,7 @@ def test_height_and_width_are_covered_exactly(width: int, height: int, out_heigh
 
 @settings(max_examples=30, deadline=None)
 @given(sides, sides, st.sampled_from(["crop", "pad"]), st.sampled_from([518, 182, (112, 196)]))
-def test_coordinate_maps(width: int, height: int, mode: str, size: int | tuple[int, int]) -> None:
+def test_coordinate_maps_are_inverse_and_agree_with_intrinsics(width: int, height: int, mode: str, size: int | tuple[int, int]) -> None:
     frames = to_frames(gradient(width, height), mode=mode, size=size)
     points = torch.rand(5, 2, dtype=torch.float64) * 100
     there = frames.points_from_original(points)
@@ -134,10 +134,10 @@ def test_greys_of_unknown_range_are_refused(values: np.ndarray, tmp_path: Path) 
 
 @pytest.mark.parametrize("mode", ["LA", "PA", "RGBA", "P", "L", "RGB", "1"])
 def test_every_kind_of_transparency_shows_white(mode: str, tmp_path: Path) -> None:
-    """The left half is clear black, the right half grey (white in the mode 1)."""
+    """The left half is transparent black, the right half grey (white in mode 1)."""
     image = Image.new("LA", (28, 28), (0, 0))
     image.paste((255 if mode == "1" else 51, 255), (14, 0, 28, 28))
-    if mode in ("P", "L", "RGB", "1"):  # one colour stands for clear
+    if mode in ("P", "L", "RGB", "1"):  # one colour is transparent
         image.convert("L").convert(mode).save(tmp_path / "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
         image = Image.open(tmp_path / "a.png")
     elif mode == "PA":
@@ -152,7 +152,7 @@ def test_every_kind_of_transparency_shows_white(mode: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("orientation", "white"), [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))])
 def test_photos_stand_upright(orientation: int, white: tuple[int, int], tmp_path: Path) -> None:
-    """The corner that is stored at the upper left (row, column) lands where the camera's EXIF tag says."""
+    """The corner stored at the upper left appears at the (row, column) that the EXIF tag implies."""
     image = Image.new("RGB", (84, 56))
     image.paste((255, 255, 255), (0, 0, 28, 28))
     exif = Image.Exif()
@@ -180,7 +180,7 @@ def test_mixed_sizes_are_centred_on_white_with_a_warning(caplog: pytest.LogCaptu
     "options", [{"size": 100}, {"size": 0}, {"size": -14}, {"size": (28, 30)}, {"mode": "stretch"}, {"stride": 0}, {"fps": 0.0},
                 {"fps": float("nan")}, {"max_frames": 0}, {"stride": 2, "fps": 3.0}]
 )  # fmt: skip
-def test_options_that_cannot_work(options: dict, tmp_path: Path) -> None:
+def test_options_that_cannot_work_are_errors(options: dict, tmp_path: Path) -> None:
     gradient(40, 30).save(tmp_path / "a.png")
     with pytest.raises(InputError) as error:
         load_frames([tmp_path], **options)
@@ -188,7 +188,7 @@ def test_options_that_cannot_work(options: dict, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
-def test_too_elongated(mode: str, tmp_path: Path) -> None:
+def test_images_that_are_too_elongated_need_a_height_and_a_width(mode: str, tmp_path: Path) -> None:
     gradient(2000, 10).save(tmp_path / "long.png")
     with pytest.raises(InputError, match=r"long\.png.*10 x 2000 pixels \(height x width\) is too elongated"):
         load_frames([tmp_path / "long.png"], mode=mode)
@@ -196,7 +196,7 @@ def test_too_elongated(mode: str, tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 9))
-def test_sampling_counts(count: int, limit: int, stride: int) -> None:
+def test_sampled_frames_are_evenly_spaced(count: int, limit: int, stride: int) -> None:
     times = [i / 25 for i in range(count)]
     chosen = sample(times, max_frames=limit, stride=stride, fps=None)
     strided = list(range(0, count, stride))
@@ -206,7 +206,7 @@ def test_sampling_counts(count: int, limit: int, stride: int) -> None:
     assert not gaps or max(gaps) - min(gaps) <= 1, "evenly spaced"
 
 
-def test_sampling_by_time() -> None:
+def test_fps_keeps_the_first_frame_at_or_after_each_tick() -> None:
     at_25 = [i / 25 for i in range(50)]
     assert sample(at_25, max_frames=None, stride=None, fps=5) == list(range(0, 50, 5))
     assert sample(at_25, max_frames=None, stride=None, fps=1000) == list(range(50))
@@ -215,7 +215,7 @@ def test_sampling_by_time() -> None:
 
 
 def test_no_progress_bar_in_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The captured stderr is no terminal."""
+    """The captured stderr is not a terminal."""
     gradient(40, 30).save(tmp_path / "a.png")
     load_frames([tmp_path], size=28, progress=True)
     preview(["--preview", "--sequences", "1", "--frames", "1", "--size", "14x14", "--out", str(tmp_path / "out")])

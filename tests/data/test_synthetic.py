@@ -1,4 +1,4 @@
-"""Synthetic scenes: the ground truth against itself, against formulas of its own, and the dataset around it."""
+"""Synthetic scenes: consistency of the ground truth, closed-form solutions, and the dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = (42, 56)
 
 
 def project(points, extrinsics, intrinsics):
-    """Pixels and depth of world points (..., 3), by the textbook."""
+    """Pixels (..., 2) and depth (...) of world points (..., 3)."""
     camera = torch.einsum("ij,...j->...i", extrinsics[:, :3], points) + extrinsics[:, 3]
     image = torch.einsum("ij,...j->...i", intrinsics, camera)
     return image[..., :2] / image[..., 2:], camera[..., 2]
@@ -57,7 +57,7 @@ def test_depth_points_and_cameras_agree(kind):
 
 
 def test_a_point_seen_from_another_frame_lies_on_the_same_surface():
-    """A ray from frame s to what frame 0 saw, where that is then, ends there or at something in front of it, never behind."""
+    """A ray from frame s to the position of a surface point of frame 0 hits that point or an occluder, never something behind it."""
     for kind in ("static", "dynamic"):
         for seed in range(4):
             scene = random_scene(kind, 4, torch.Generator().manual_seed(seed))
@@ -88,7 +88,7 @@ def test_flow_agrees_with_depth_and_pose_where_nothing_moves():
 
 
 def test_no_flow_to_behind_the_camera():
-    """The second camera is beyond a ball that the first one saw."""
+    """The second camera has passed a ball that the first one saw."""
     first = one_shape(SPHERE, torch.eye(3), torch.zeros(3), (5.0, 0.0, 0.0), (0.0, 0.0, 0.0))
     there = one_shape(SPHERE, torch.eye(3), torch.zeros(3), (-5.0, 0.0, 0.0), (-9.0, 0.0, 0.0)).camera
     camera = CameraPath(
@@ -100,7 +100,7 @@ def test_no_flow_to_behind_the_camera():
 
 
 def test_flow_carries_objects_along():
-    """Where a moving surface goes, the same object is seen, unless it is hidden or leaves; and it goes where no camera motion would."""
+    """Flow leads to the same object, unless it is hidden or leaves the image. On moving objects it differs from the flow of the camera."""
     same = moved = found = 0
     for i in range(6):
         sample = scenes("dynamic")[i]
@@ -139,7 +139,7 @@ def test_tracks_agree_with_points_depth_and_pose():
 
 
 def test_a_sphere_by_formula():
-    """A ball of radius 2 at the origin seen from 7 away: the middle is 5 away, the outline where the angle's sine is 2/7."""
+    """A ball of radius 2 at a distance of 7: its middle is 5 away, and its outline is at the angle with sine 2/7."""
     scene = one_shape(SPHERE, 2 * torch.eye(3), torch.zeros(3), (7.0, 0.0, 0.0), (0.0, 0.0, 0.0))
     sample = render(scene, (101, 101))
     focal = sample.intrinsics[0, 0, 0]
@@ -165,8 +165,8 @@ def test_the_other_shapes_by_formula():
         assert sample.valid[0, 15, 15] and abs(float(sample.depth[0, 15, 15]) - depth) < 1e-4, shape
 
 
-def test_shadow_and_shading():
-    """The far side of a ball from the light shows the ambient share only, and the floor behind it is dark."""
+def test_what_the_light_does_not_reach_is_ambient():
+    """The side of a ball away from the light and the floor behind it."""
     lit = render(one_shape(SPHERE, torch.eye(3), torch.zeros(3), (5.0, 0.0, 0.0), (0.0, 0.0, 0.0), light=(50.0, 0.0, 0.0)), (30, 30))
     dark = render(one_shape(SPHERE, torch.eye(3), torch.zeros(3), (5.0, 0.0, 0.0), (0.0, 0.0, 0.0), light=(-50.0, 0.0, 0.0)), (30, 30))
     ratio = dark.images[0, :, 15, 15] / lit.images[0, :, 15, 15]
@@ -175,7 +175,7 @@ def test_shadow_and_shading():
 
 @pytest.mark.parametrize("light", [(0.0, 0.0, 3.0), (30.0, 0.0, 90.0)])
 def test_a_low_box_casts_a_shadow(light):
-    """Of a box 0.2 high and lit from (1, 0, 3), the shadow on the ground behind it is 0.2 / 3 long, however far the light."""
+    """With light from the direction (1, 0, 3), a box 0.2 high has a shadow of length 0.2 / 3, at any distance of the light."""
     box = one_shape(BOX, 0.1 * torch.eye(3), torch.tensor([0.0, 0.0, 0.1]), (-0.4, 0.0, 2.0), (-0.1, 0.0, 0.0), light=light)
     ground = replace(
         box, shape=torch.tensor([BOX, SHEET]), linear=torch.stack([0.1 * torch.eye(3), 50 * torch.eye(3)])[None],
@@ -196,7 +196,7 @@ def test_a_low_box_casts_a_shadow(light):
 
 @pytest.mark.parametrize("shape", [BOX, SPHERE, CYLINDER])
 def test_normals_of_a_turned_and_stretched_shape(shape):
-    """Against the axes (box) and the gradients (ball, side of a cylinder) of the equations in the world."""
+    """Against the axes of the box, and the gradients of the equations of ball and cylinder, in the world."""
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1))).Q
     half = torch.tensor([0.5, 1.0, 2.0])
     scene = one_shape(shape, turn * half, torch.tensor([0.3, 0.2, 0.1]), (7.0, 1.0, 2.0), (0.0, 0.0, 0.0))
@@ -228,8 +228,8 @@ def test_far_surfaces_are_seen_and_have_no_truth():
     assert Scene.far == 25.0
 
 
-def test_level_of_detail():
-    """A pixel of a wall 40 away, slanted by 60 degrees, covers 80 / focal metres along its longer side, and 128 texels are 2 m."""
+def test_the_level_of_detail_follows_the_texels_of_a_pixel():
+    """On a wall at distance 40 and slant 60 degrees a pixel covers 80 / focal metres along its longer side; 128 texels are 2 m."""
     levels = []
 
     def textures(index, u, v, level):
@@ -245,7 +245,7 @@ def test_level_of_detail():
         assert float(middle) == pytest.approx(expected, abs=0.05)
 
 
-def test_half_of_the_tracks_are_on_what_moves():
+def test_half_of_the_tracks_are_on_moving_objects():
     shares = []
     for i in range(12):
         sample = scenes("dynamic", tracks=60)[i]
@@ -256,8 +256,8 @@ def test_half_of_the_tracks_are_on_what_moves():
     assert len(shares) >= 3 and torch.stack(shares).mean() == pytest.approx(0.5, abs=0.12)
 
 
-def test_camera_paths():
-    """Within limits, turned towards the middle; now and then a zoom, and cameras that do not move."""
+def test_camera_paths_stay_within_limits_and_face_the_scene():
+    """Some zoom, and some do not move."""
     zooms, kinds = 0, {}
     for seed in range(150):
         path = random_path(torch.Generator().manual_seed(seed), torch.linspace(0, 1, 12), radius=2.0, ceiling=1.5)
@@ -275,7 +275,7 @@ def test_camera_paths():
     assert max(float(path.centers[:, 2].max()) for path in kinds["hand-held"]) == pytest.approx(1.35)  # the ceiling is felt
 
 
-def test_sequences_are_what_their_number_says():
+def test_sequences_depend_on_their_number():
     again, other = scenes()[2], scenes()[3]
     assert torch.equal(scenes()[2].images, again.images) and torch.equal(scenes()[2].extrinsics, again.extrinsics)
     assert not torch.equal(again.images, other.images)
@@ -287,15 +287,14 @@ def test_sequences_are_what_their_number_says():
 
 
 @pytest.mark.parametrize("moving", [0, 3])
-def test_number_of_moving_objects(moving):
+def test_the_number_of_moving_objects_is_as_asked(moving):
     scene = random_scene("dynamic", 4, torch.Generator().manual_seed(0), moving=moving)
     assert len(scene.object_id[scene.moves].unique()) == moving
     still = ~scene.moves
     assert (scene.linear[:, still] == scene.linear[:1, still]).all() and (scene.offset[:, still] == scene.offset[:1, still]).all()
 
 
-def test_things_go_where_they_head():
-    """The path's direction is the heading, at an even speed."""
+def test_objects_move_along_their_heading_at_constant_speed():
     path, heading = _ground_path(_Random(torch.Generator().manual_seed(0)), torch.zeros(3), torch.linspace(0, 1, 101), 9.0)
     step, middle = path.diff(dim=0), (heading[1:] + heading[:-1]) / 2
     assert (heading[-1] - heading[0]).abs() > 0.1
@@ -303,8 +302,8 @@ def test_things_go_where_they_head():
     assert step.norm(dim=-1).std() < 1e-4 * path[-1].norm() and (path[:, 2] == 0).all()
 
 
-def test_stretching_things_stand_on_the_floor():
-    """What stretches touches the floor all the time, unless it bounces, and never sinks in."""
+def test_stretching_objects_stand_on_the_floor():
+    """They always touch the floor unless they bounce, and never sink in."""
     stands = 0
     for seed in range(40):
         (part,) = _solid(_Random(torch.Generator().manual_seed(seed)), torch.zeros(3), torch.linspace(0, 1, 6), True, 2.0)
@@ -317,7 +316,7 @@ def test_stretching_things_stand_on_the_floor():
 
 @pytest.mark.parametrize("clearance", [CLEARANCE, 2.5])  # houses are seldom near
 def test_the_camera_runs_into_nothing(monkeypatch, clearance):
-    """Points on every thing and house are not within the clearance of the camera, and the camera is not inside."""
+    """No point on an object or house is within the clearance of the camera, and the camera is not inside one."""
     monkeypatch.setattr("page4d.data.synthetic.scene.CLEARANCE", clearance)
     side = torch.linspace(-1, 1, 5)
     box = torch.cartesian_prod(side, side, side)
@@ -336,14 +335,13 @@ def test_the_camera_runs_into_nothing(monkeypatch, clearance):
     assert houses > 10 and things > 40
 
 
-def test_seeds():
-    """All parts matter, and every bit of them."""
+def test_a_seed_depends_on_every_bit_of_every_part():
     draws = {float(torch.rand((), generator=seeded(*parts))) for parts in (("a", 1), ("a", 2), ("b", 1), ("a", 1 + (1 << 32)), ("a", 1, 0))}
     assert len(draws) == 5 and len({seeded("a", i).initial_seed() for i in range(1000)}) == 1000
     assert torch.equal(torch.rand(3, generator=seeded("a", 1)), torch.rand(3, generator=seeded("a", 1)))
 
 
-def test_options_leave_the_scene_alone(tmp_path):
+def test_options_do_not_change_the_scene(tmp_path):
     from PIL import Image
 
     Image.effect_noise((60, 60), 80).save(tmp_path / "noise.png")
@@ -373,7 +371,7 @@ def test_the_shutter_is_open_for_half_of_the_time():
     assert (plain.offset[1] - plain.offset[0]).abs().max() > 0.01
 
 
-def test_blur_noise_and_supersampling_leave_the_truth_alone():
+def test_blur_noise_and_supersampling_do_not_change_the_truth():
     plain = scenes()[1]
     for options in ({"noise": 0.05}, {"supersample": 2}):
         other = scenes(**options)[1]
@@ -386,7 +384,7 @@ def test_blur_noise_and_supersampling_leave_the_truth_alone():
     assert torch.allclose(blurred.images, mean, atol=1e-5) and not torch.allclose(blurred.images, plain.images, atol=0.05)
 
 
-def test_photographs(tmp_path):
+def test_photographs_become_textures(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (60, 40), (255, 0, 0)).save(tmp_path / "red.png")
@@ -399,7 +397,7 @@ def test_photographs(tmp_path):
             SyntheticScenes("static", frames=1, size=SIZE, seed=0, photographs=tmp_path)[i]
 
 
-def test_errors(tmp_path):
+def test_options_that_cannot_work_are_errors(tmp_path):
     with pytest.raises(InputError, match="unknown kind of scene 'moving': choose one of static, dynamic, mixed"):
         SyntheticScenes("moving", frames=1, size=SIZE, seed=0)
     with pytest.raises(InputError, match="no photographs in"):
@@ -407,14 +405,14 @@ def test_errors(tmp_path):
     options = {"frames": 1, "size": SIZE, "seed": 0}
     for wrong, message in (
         ({"frames": 0}, "frames, length"), ({"supersample": 0}, "supersample"), ({"tracks": -1}, "tracks at least 0"),
-        ({"size": (1, 1)}, "1 x 1 pixels show nothing"), ({"noise": -0.1}, "noise"), ({"noise": math.nan}, "noise of nan"),
+        ({"size": (1, 1)}, "1 x 1 pixels are too small"), ({"noise": -0.1}, "noise"), ({"noise": math.nan}, "noise must be .* not nan"),
         ({"moving": -1}, "moving objects"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             SyntheticScenes("static", **(options | wrong))
 
 
-def test_preview(tmp_path, capsys):
+def test_the_preview_writes_a_picture_and_a_video(tmp_path, capsys):
     options = ["--preview", "--sequences", "2", "--frames", "3", "--size", "28x42", "--out", str(tmp_path / "new")]
     assert main(options) == 0
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"preview.png", "preview.mp4"}
@@ -426,12 +424,12 @@ def test_preview(tmp_path, capsys):
     assert main(["--preview", "--size", "112", "--out", str(tmp_path)]) == 2
     assert "give HEIGHTxWIDTH" in capsys.readouterr().err
     assert main(["--preview", "--size", "1x1", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("error: images of 1 x 1 pixels show nothing")
+    assert capsys.readouterr().err.startswith("error: images of 1 x 1 pixels are too small")
 
 
 @pytest.mark.gpu
-def test_rendering_on_a_gpu():
-    """The same scene, but for rounding: a pixel on an edge may fall to either side."""
+def test_a_gpu_renders_the_same_scene():
+    """Up to rounding: a pixel on an edge may fall on either side."""
     options = {"frames": 3, "size": (56, 84), "seed": 5, "tracks": 16}
     here, there = (SyntheticScenes("dynamic", **options, device=device)[1] for device in ("cpu", "cuda"))
     assert there.images.device.type == "cuda"
@@ -441,7 +439,7 @@ def test_rendering_on_a_gpu():
         assert ((a - b).abs() < 1e-2).float().mean() > 0.99, name
 
 
-def test_look_at():
+def test_a_camera_looks_at_its_target():
     rotation = look_at(torch.tensor([[0.0, -5.0, 0.0]]), torch.zeros(1, 3), torch.zeros(1))[0]
     assert torch.allclose(rotation, torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]), atol=1e-6)
     rolled = look_at(torch.tensor([[0.0, -5.0, 0.0]]), torch.zeros(1, 3), torch.tensor([math.pi / 2]))[0]

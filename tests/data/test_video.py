@@ -19,7 +19,7 @@ COUNT = 30
 
 
 def write_video(path: Path, count: int = COUNT, rate: int = 10, codec: str = "mpeg4", size: tuple[int, int] = SIZE) -> Path:
-    """Grey frames, brighter by 8 each: the value tells the index."""
+    """Grey frames, each brighter by 8, so that the grey value gives the index."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         assert isinstance(stream, av.VideoStream)
@@ -37,7 +37,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def indices(frames: Frames) -> list[int]:
-    """From the grey levels, and the names must agree."""
+    """The indices by grey value. The names must agree."""
     found = [round(float(image.mean()) * 255 / 8) for image in frames.images]
     assert frames.names == [f"frame_{i:06d}" for i in found]
     return found
@@ -58,7 +58,7 @@ def indices(frames: Frames) -> list[int]:
         ({"fps": 2.0, "max_frames": 3}, [0, 10, 25]),
     ],
 )
-def test_sampling(clip: Path, options: dict, expected: list[int]) -> None:
+def test_stride_fps_and_max_frames_select_frames(clip: Path, options: dict, expected: list[int]) -> None:
     frames = load_frames([clip], size=SIZE, **options)
     assert indices(frames) == expected
     assert frames.timestamps == pytest.approx([i / 10 for i in expected])
@@ -67,7 +67,7 @@ def test_sampling(clip: Path, options: dict, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.avi", "mpeg4"), ("a.mkv", "libx264"), ("a.mp4", "libx264"), ("a.ts", "mpeg2video")])
-def test_containers_and_b_frames(tmp_path: Path, name: str, codec: str) -> None:
+def test_containers_with_and_without_b_frames_are_read(tmp_path: Path, name: str, codec: str) -> None:
     if codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {codec}")
     path = write_video(tmp_path / name, rate=25, codec=codec, size=(56, 84))
@@ -76,7 +76,7 @@ def test_containers_and_b_frames(tmp_path: Path, name: str, codec: str) -> None:
     assert frames.timestamps == pytest.approx([0, 0.4, 0.76, 1.16], abs=2e-3)
 
 
-def test_a_video_without_its_extension_and_a_gif(clip: Path, tmp_path: Path) -> None:
+def test_a_video_without_extension_and_a_gif_are_read(clip: Path, tmp_path: Path) -> None:
     bare = tmp_path / "recording"
     bare.write_bytes(clip.read_bytes())
     assert len(load_frames([bare], size=SIZE)) == COUNT
@@ -91,7 +91,7 @@ def test_frames_that_are_not_chosen_are_never_converted(clip: Path, monkeypatch:
     class Spy:
         def __init__(self, index: int, frame: av.VideoFrame) -> None:
             self.index, self.frame = index, frame
-            self.time, self.rotation = frame.time, frame.rotation  # anything else that is asked for is an error
+            self.time, self.rotation = frame.time, frame.rotation  # any other attribute is an error
 
         def to_image(self) -> Image.Image:
             converted.append(self.index)
@@ -109,8 +109,8 @@ def test_frames_that_are_not_chosen_are_never_converted(clip: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
-def test_rotation_metadata(tmp_path: Path, angle: int) -> None:
-    """A phone's video: the track header's matrix says how to turn it."""
+def test_rotated_videos_stand_upright(tmp_path: Path, angle: int) -> None:
+    """The track header of a phone's video has a rotation matrix."""
     half = np.zeros((*SIZE, 3), np.uint8)
     half[:14] = 255  # white on top
     path = tmp_path / "phone.mp4"
@@ -132,7 +132,7 @@ def test_rotation_metadata(tmp_path: Path, angle: int) -> None:
     assert bright.mean() > 0.9 and dark.mean() < 0.1
 
 
-def test_folder_order_and_names(tmp_path: Path) -> None:
+def test_folders_are_read_in_natural_order_with_unique_names(tmp_path: Path) -> None:
     for name in ("img10.png", "img2.PNG", "img1.jpg", "notes.txt", ".hidden.png"):
         Image.new("RGB", (28, 28)).save(tmp_path / name, format="png")
     frames = load_frames([tmp_path], size=28)
@@ -184,14 +184,14 @@ def test_broken_inputs_give_one_line(tmp_path: Path, clip: Path) -> None:
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-def test_fps_of_images(tmp_path: Path) -> None:
+def test_fps_of_images_is_an_error(tmp_path: Path) -> None:
     Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match="fps needs a video"):
         load_frames([tmp_path], fps=2.0)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_folder(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "locked"
     folder.mkdir(mode=0)
     with pytest.raises(InputError, match="permissions"):
@@ -199,7 +199,7 @@ def test_unreadable_folder(tmp_path: Path) -> None:
 
 
 def test_a_truncated_video_gives_the_frames_it_has(tmp_path: Path) -> None:
-    """An AVI whose tail is gone: its header still promises all frames, and the choice is made again from what decodes."""
+    """The header of a truncated AVI still promises all frames. The frames are selected again from those that decode."""
     whole = write_video(tmp_path / "whole.avi").read_bytes()
     movie = whole.index(b"movi")
     (tmp_path / "cut.avi").write_bytes(whole[: movie + (whole.index(b"idx1") - movie) // 2])
@@ -209,7 +209,7 @@ def test_a_truncated_video_gives_the_frames_it_has(tmp_path: Path) -> None:
     assert indices(load_frames([tmp_path / "cut.avi"], size=SIZE, max_frames=3)) == [0, round(last / 2), last]
 
 
-def test_wrong_frame_count_is_revised(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_frame_count_is_corrected(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "_packet_timestamps", lambda path: [i / 10 for i in range(60)])
     assert indices(load_frames([clip], size=SIZE, max_frames=3)) == [0, 14, 29]
     monkeypatch.setattr(video, "_packet_timestamps", lambda path: [])

@@ -38,11 +38,13 @@ def files_under(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_everything_at_once(prediction: Prediction, frames: Frames, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_formats_are_written_by_default(
+    prediction: Prediction, frames: Frames, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "folder"
     assert available(prediction) == list(EXPORTERS) == list(NEEDED)
     written = export(prediction, frames, out, list(EXPORTERS), progress=True)
-    assert capsys.readouterr().err == "", "no progress bar where stderr is no terminal"
+    assert capsys.readouterr().err == "", "no progress bar where stderr is not a terminal"
     assert {str(path.relative_to(out)) for path in written} == files_under(out)
     assert files_under(out) == {
         *("predictions.npz", "points.ply", "trajectory.tum", "cameras.json", "tracks.npz", "overview.png", "depth/depth.json"),
@@ -94,7 +96,7 @@ def test_ply_without_points_is_valid(prediction: Prediction, frames: Frames, tmp
     write_overview(tmp_path / "o.png", prediction, frames)
 
 
-def test_depth(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+def test_depth_pngs_and_their_scales_give_the_depth(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     assert prediction.depth is not None
     prediction.depth[0, 1, 5, 6:9, 0] = torch.tensor([float("nan"), -1.0, 0.0])
     prediction.depth[0, 2] = float("nan")
@@ -153,7 +155,7 @@ def test_mask_colours_do_not_depend_on_the_clip(prediction: Prediction, frames: 
         assert np.ptp(picture, axis=-1).max() <= reddest
 
 
-def test_raw_masks(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+def test_raw_masks_are_the_motion(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     assert prediction.mask is not None
     write_mask(tmp_path, prediction, frames)
     for name, motion in zip(frames.names, prediction.motion[0], strict=True):
@@ -169,7 +171,7 @@ def test_large_masks_are_labelled(prediction: Prediction, frames: Frames, tmp_pa
     assert np.ptp(picture[:200]) == 0 and np.ptp(picture[230:, :150]) > 50
 
 
-def test_trajectory(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+def test_the_trajectory_has_the_poses_of_the_cameras(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     write_trajectory(tmp_path, prediction, frames)
     rows = np.loadtxt(tmp_path / "trajectory.tum")
     assert rows.shape == (S, 8) and rows[:, 0].tolist() == frames.timestamps
@@ -191,7 +193,7 @@ def test_trajectory(prediction: Prediction, frames: Frames, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("mode", "size"), [("crop", 112), ("pad", 112), ("crop", (56, 84)), ("pad", (56, 84))])
 def test_cameras_points_and_pixels_agree(mode: str, size: int | tuple[int, int], prediction: Prediction, tmp_path: Path) -> None:
-    """A pixel unprojected as in points.ply and projected with cameras.json lands where the tracks would have it."""
+    """A pixel unprojected as in points.ply and projected with cameras.json is where tracks.npz has it."""
     done = [preprocess(Image.new("RGB", (150, 231)), size=size, mode=mode) for _ in range(S)]
     images, scale, offset = stack(done)
     frames = Frames(images, ["a", "b", "c"], [0.0, 1.0, 2.0], [p.original_size for p in done], scale, offset)
@@ -230,7 +232,7 @@ def test_infinite_focal_length_is_null(prediction: Prediction, frames: Frames, t
     export(prediction, frames, tmp_path)
 
 
-def test_tracks(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+def test_tracks_are_in_pixels_of_the_originals(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     assert prediction.track is not None and prediction.vis is not None and prediction.query_points is not None
     write_tracks(tmp_path, prediction, frames)
     with np.load(tmp_path / "tracks.npz", allow_pickle=False) as arrays:
@@ -264,7 +266,7 @@ def test_overview_leaves_out_what_is_absent(prediction: Prediction, frames: Fram
 
 
 def looking(*poses: tuple[float, tuple[float, float, float]]) -> Prediction:
-    """Cameras only, each turned to the right by so many degrees, at so many units in x, y, z."""
+    """Cameras only, from (degrees turned to the right, position x, y, z)."""
     extrinsics = []
     for degrees, center in poses:
         c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -275,7 +277,7 @@ def looking(*poses: tuple[float, tuple[float, float, float]]) -> Prediction:
 
 
 def drawn(prediction: Prediction, frames: Frames) -> list[NDArray[np.float64]]:
-    """Where the top view has one or two cameras: the mean x, y of the pixels in their colours."""
+    """The positions of one or two cameras in the top view: the mean x, y of the pixels in their colours."""
     picture = np.asarray(_top_view(prediction, frames, 420)).astype(int)
     places = []
     for color in colormap(np.linspace(0, 1, prediction.images.shape[1])):
@@ -318,7 +320,7 @@ def test_overview_says_height_and_width(frames: Frames, tmp_path: Path, monkeypa
     assert "dynamics mask: motion 0.5 (clear) to 1 (red)" in texts
 
 
-def test_bfloat16_predictions(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+def test_bfloat16_predictions_can_be_exported(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     half = prediction.to(torch.bfloat16)
     assert half.pose_enc is not None
     export(replace(half, pose_enc=half.pose_enc.float()), frames, tmp_path)
@@ -334,7 +336,7 @@ def test_missing_outputs_are_named_before_anything_is_written(prediction: Predic
     assert name not in available(lacking)
 
 
-def test_wrong_requests(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+def test_unknown_formats_and_wrong_shapes_are_errors(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown export format 'gif'"):
         export(prediction, frames, tmp_path, ["gif"])
     two = Prediction(images=prediction.images.repeat(2, 1, 1, 1, 1))
@@ -346,10 +348,10 @@ def test_wrong_requests(prediction: Prediction, frames: Frames, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", list(EXPORTERS))
-def test_nothing_is_left_when_a_writer_fails(
+def test_a_failing_writer_leaves_no_files(
     prediction: Prediction, frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """The disk fills up on the last write of the format."""
+    """The disk is full at the last write of the format."""
     (tmp_path / "count").mkdir()
     count = 1 + len(export(prediction, frames, tmp_path / "count", [name]))  # the probe of the folder comes first
     out = tmp_path / "out"
@@ -377,22 +379,22 @@ def test_nothing_is_left_when_a_writer_fails(
 @pytest.mark.parametrize(
     ("name", "file"), [("npz", "predictions.npz"), ("depth", "depth/depth.json"), ("tracks", "tracks/frame_000008.png")]
 )
-def test_a_folder_where_a_file_should_be(prediction: Prediction, frames: Frames, tmp_path: Path, name: str, file: str) -> None:
+def test_a_folder_in_place_of_a_file_is_an_error(prediction: Prediction, frames: Frames, tmp_path: Path, name: str, file: str) -> None:
     (tmp_path / file).mkdir(parents=True)
     with pytest.raises(InputError, match=rf"cannot write '.*/{file}' \(Is a directory\)") as error:
         export(prediction, frames, tmp_path, [name])
     assert "\n" not in str(error.value) and not files_under(tmp_path)
 
 
-def test_a_file_where_a_folder_should_be(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_an_error(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     (tmp_path / "depth").write_text("mine")
     with pytest.raises(InputError, match=r"cannot write '.*/depth/.*' \(Not a directory\)"):
         export(prediction, frames, tmp_path, ["depth"])
     assert files_under(tmp_path) == {"depth"}
 
 
-def test_long_names(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
-    """As long as the file system takes them, temporary names are no longer; beyond that it is an error."""
+def test_names_may_be_as_long_as_the_file_system_allows(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+    """Temporary names are not longer. Names beyond the limit are an error."""
     longest = [f"{i}" + "n" * 250 for i in range(S)]
     assert len(export(prediction, replace(frames, names=longest), tmp_path / "a", ["mask"])) == 2 * S
     with pytest.raises(InputError, match=r"cannot write '.*nnn\.png' \(File name too long\)"):
@@ -400,8 +402,8 @@ def test_long_names(prediction: Prediction, frames: Frames, tmp_path: Path) -> N
     assert not (tmp_path / "b").exists()
 
 
-def test_writing_is_refused(prediction: Prediction, frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Permissions, which root would ignore: the error names the file, not its temporary name."""
+def test_missing_permission_is_an_error(prediction: Prediction, frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated, as root ignores permissions. The error names the file, not its temporary name."""
 
     def refuse(self: Path, text: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
@@ -412,7 +414,7 @@ def test_writing_is_refused(prediction: Prediction, frames: Frames, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_colormap_ends_and_holes() -> None:
+def test_the_colormap_clips_and_is_grey_for_nan() -> None:
     rgb = colormap(np.array([-1.0, 0.0, 1.0, 2.0, np.nan])).astype(int)
     assert (rgb[0] == rgb[1]).all() and (rgb[2] == rgb[3]).all() and (rgb[4] == 128).all()
     assert rgb[1, 2] > rgb[1, 0] and rgb[2, 0] > rgb[2, 2]

@@ -20,8 +20,8 @@ def files_under(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_results_on_disk(tmp_path: Path) -> None:
-    """Tensors as others, zeroed or not, that leave nothing behind; in a folder that does not exist, beside it."""
+def test_tensors_on_disk_work_as_others_and_leave_nothing_behind(tmp_path: Path) -> None:
+    """If the folder does not exist, the nearest existing parent is used."""
     allocate = on_disk(tmp_path / "not" / "yet")
     tensor = allocate("depth", (5, 7))
     tensor[:] = torch.arange(35.0).view(5, 7)
@@ -30,7 +30,7 @@ def test_results_on_disk(tmp_path: Path) -> None:
     assert copy == 1190
 
 
-def test_a_disk_that_cannot_promise_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_reserve_space_gives_ordinary_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*args: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
@@ -39,7 +39,7 @@ def test_a_disk_that_cannot_promise_room(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
-def test_no_room_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -49,7 +49,7 @@ def test_no_room_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_check_writable(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "new" / "deeper"):
         check_writable(folder)
     assert not list(tmp_path.iterdir()), "nothing is left"
@@ -69,7 +69,7 @@ def test_check_writable(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux")
-def test_check_writable_where_nobody_may_write(prediction: Prediction, frames: Frames) -> None:
+def test_proc_cannot_be_written(prediction: Prediction, frames: Frames) -> None:
     for folder in ("/proc", "/proc/page4d", "/proc/page4d/out"):
         with pytest.raises(InputError, match="cannot write into the folder"):
             check_writable(Path(folder))
@@ -78,14 +78,14 @@ def test_check_writable_where_nobody_may_write(prediction: Prediction, frames: F
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everything")
-def test_check_writable_needs_permission(tmp_path: Path) -> None:
+def test_a_folder_without_permission_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     for folder in (tmp_path / "locked", tmp_path / "locked" / "new"):
         with pytest.raises(InputError, match="Permission denied"):
             check_writable(folder)
 
 
-def test_atomic_files_replace_and_keep(tmp_path: Path) -> None:
+def test_atomic_files_replace_on_success_and_keep_on_failure(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), AtomicFiles() as files:
@@ -110,5 +110,5 @@ def test_atomic_files_clean_up_when_renaming_fails(tmp_path: Path) -> None:
     with pytest.raises(OSError), AtomicFiles() as files:
         for name in ("a", "new/b", "new/c"):
             files.add(tmp_path / name).write_text(name)
-        (tmp_path / "new" / "b").mkdir()  # somebody else is quicker
+        (tmp_path / "new" / "b").mkdir()  # another process is faster
     assert files_under(tmp_path) == {"a"} and (tmp_path / "new" / "b").is_dir()

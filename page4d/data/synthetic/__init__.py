@@ -1,6 +1,6 @@
-"""Synthetic scenes with exact ground truth: rooms and open ground, things that stand and things that move, seen by a moving camera.
+"""Synthetic scenes with exact ground truth: rooms and open ground with static and moving objects, seen by a moving camera.
 
-`SyntheticScenes` is the dataset; `python -m page4d.data.synthetic --preview` shows what it looks like.
+`SyntheticScenes` is the dataset. `python -m page4d.data.synthetic --preview` renders examples.
 """
 
 from .dataset import SyntheticScenes, stream

@@ -1,4 +1,4 @@
-"""Camera paths: hand-held, orbit, dolly, static; focal lengths that differ and now and then zoom."""
+"""Camera paths: hand-held, orbit, dolly and static, with random focal lengths and occasional zooms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATHS = ("hand-held", "orbit", "dolly", "static")
 
 @dataclass(frozen=True)
 class CameraPath:
-    """S cameras over a world whose z points up. `fov` is the vertical or horizontal field of view, whichever is larger."""
+    """S cameras in a world whose z axis points up. `fov` is the larger of the vertical and the horizontal field of view."""
 
     centers: Tensor  # (S, 3)
     rotation: Tensor  # (S, 3, 3), camera from world
@@ -35,6 +35,7 @@ class CameraPath:
         return k
 
     def frames(self, which: slice) -> CameraPath:
+        """The path at some of its frames."""
         return CameraPath(self.centers[which], self.rotation[which], self.fov[which], self.kind)
 
     def to(self, device: torch.device | str) -> CameraPath:
@@ -42,7 +43,7 @@ class CameraPath:
 
 
 def look_at(centers: Tensor, targets: Tensor, roll: Tensor) -> Tensor:
-    """Camera-from-world rotations (S, 3, 3): z towards the target, x to the right, y down, then rolled about z."""
+    """Camera-from-world rotations (S, 3, 3) from centers and targets (S, 3): z to the target, x right, y down, then `roll` (S,) about z."""
     forward = torch.nn.functional.normalize(targets - centers, dim=-1)
     up = torch.tensor([0.0, 0.0, 1.0], device=centers.device).expand_as(forward)
     right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=-1)
@@ -52,14 +53,14 @@ def look_at(centers: Tensor, targets: Tensor, roll: Tensor) -> Tensor:
 
 
 def _wander(generator: torch.Generator, time: Tensor, channels: int, speed: float) -> Tensor:
-    """Smooth random functions of time (S, channels), about 1 in size: three sines each."""
+    """Smooth random functions of time (S, channels) of magnitude about 1. Each is a sum of three sines."""
     rate = speed * (0.3 + torch.rand(1, channels, 3, generator=generator))
     phase = 2 * math.pi * torch.rand(1, channels, 3, generator=generator)
     return (2 * math.pi * rate * time[:, None, None] + phase).sin().mul(torch.tensor([1.0, 0.5, 0.25])).sum(-1) / 1.2
 
 
 def random_path(generator: torch.Generator, time: Tensor, *, radius: float, ceiling: float) -> CameraPath:
-    """A path around the middle of the scene, within `radius` of it and below `ceiling`; time (S,) goes from 0 to 1."""
+    """A random path about the centre of the scene: x and y within 1.2 `radius`, z below 0.9 `ceiling`; time (S,) goes from 0 to 1."""
     frames = len(time)
 
     def uniform(low: float, high: float) -> float:

@@ -1,4 +1,4 @@
-"""Synthetic sequences by number, and a stream of them without end."""
+"""Synthetic sequences by number, and an endless stream of them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ SMALLEST = 8  # side of an image, in pixels
 
 
 class SyntheticScenes(Dataset[Sample]):
-    """Sequence i depends on (kind, seed, i) and the options; not on the device, but for rounding.
+    """Synthetic sequences. Sequence i depends on (kind, seed, i) and the options; the device only affects rounding.
 
-    Tracks, noise and motion blur leave the scene as it is, photographs all but its textures.
+    Tracks, noise and motion blur do not change the scene. Photographs change only its textures.
 
     Args:
         kind: "static", "dynamic" or "mixed".
-        frames, size: S, and (H, W) in pixels.
-        seed: another seed, other scenes.
-        length: how many sequences there are.
-        tracks: points followed through each sequence.
-        moving: the number of independently moving objects, instead of what the kind says.
-        motion_blur: frames are averages of so many instants of the open shutter, half of the time between frames; 1 = none.
-        noise: standard deviation of the sensor's noise, as a share of full scale.
+        frames: number of frames S of a sequence.
+        size: (H, W) of the images in pixels, at least 8 x 8.
+        seed: selects the scenes.
+        length: number of sequences.
+        tracks: number of points tracked through each sequence.
+        moving: number of independently moving objects. None = as `kind` says.
+        motion_blur: number of instants that are averaged into a frame. The shutter is open for half the time between frames. 1 = no blur.
+        noise: standard deviation of the noise added to images in [0, 1].
         supersample: rays along each side of a pixel.
-        photographs: images that serve as textures, besides the procedural ones, or a folder of them.
+        photographs: images to use as textures besides the procedural ones, or a folder of images.
         device: where to render.
+
+    Raises:
+        InputError: an option is out of range, or the folder has no photographs.
     """
 
     def __init__(
@@ -58,13 +62,13 @@ class SyntheticScenes(Dataset[Sample]):
         if kind not in KINDS:
             raise InputError(f"unknown kind of scene {kind!r}: choose one of {', '.join(KINDS)}")
         if min(frames, length, motion_blur, supersample) < 1 or tracks < 0:
-            raise InputError("frames, length, motion_blur and supersample have to be at least 1, tracks at least 0")
+            raise InputError("frames, length, motion_blur and supersample must be at least 1, and tracks at least 0")
         if min(size) < SMALLEST:
-            raise InputError(f"images of {size[0]} x {size[1]} pixels show nothing: ask for at least {SMALLEST} x {SMALLEST}")
+            raise InputError(f"images of {size[0]} x {size[1]} pixels are too small: use at least {SMALLEST} x {SMALLEST}")
         if not 0 <= noise <= 1:
-            raise InputError(f"noise of {noise} is no share of full scale: choose 0 to 1")
+            raise InputError(f"noise must be between 0 and 1, not {noise}")
         if moving is not None and moving < 0:
-            raise InputError(f"the number of moving objects has to be at least 0, not {moving}")
+            raise InputError(f"the number of moving objects must be at least 0, not {moving}")
         self.kind, self.frames, self.size, self.seed, self.length = kind, frames, size, seed, length
         self.tracks, self.moving, self.motion_blur, self.noise, self.supersample = tracks, moving, motion_blur, noise, supersample
         self.photographs = photographs_in(photographs) if isinstance(photographs, (str, Path)) else photographs
@@ -92,7 +96,7 @@ class SyntheticScenes(Dataset[Sample]):
 
 
 def stream(scenes: SyntheticScenes, start: int = 0) -> Iterator[Sample]:
-    """Sequences start, start + 1, ... without end; each worker of a DataLoader takes every so-manieth."""
+    """Sequences `start`, `start` + 1, ... without end. Each worker of a DataLoader yields every num_workers-th sequence."""
     worker = torch.utils.data.get_worker_info()
     step, first = (worker.num_workers, worker.id) if worker else (1, 0)
     for i in itertools.count(start + first, step):

@@ -1,6 +1,7 @@
-"""Rays against unit shapes, in PyTorch, all pixels and shapes of a frame at once.
+"""A ray caster for unit shapes in PyTorch, for all pixels and shapes of a frame at once.
 
-A pixel's ray is scaled so that its length along the camera's z is 1: the ray parameter of a hit is its depth.
+The ray of a pixel has length 1 along the camera's z axis, so the ray parameter of a hit is its depth. In all shapes P is the number of
+rays, K the number of shapes and S the number of frames.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from .scene import BOX, CYLINDER, ROOM, SHEET, SPHERE, Scene
 from .texture import SIZE
 
 NEAR = 1e-3
-SHADOW_START, SHADOW_END = 1e-6, 1 - 2e-3  # of the way to the light: where a shape casts a shadow
-LIFT = 1e-3  # off the surface, so that it does not shadow itself
+SHADOW_START, SHADOW_END = 1e-6, 1 - 2e-3  # shapes cast shadows within this range of the way to the light
+LIFT = 1e-3  # start of shadow rays above the surface, so that it does not shadow itself
 
 
 @dataclass(frozen=True)
 class Hits:
-    """What P rays meet. Where nothing is hit, depth is inf and the rest belongs to some shape."""
+    """First hits of P rays. If a ray hits nothing, its depth is inf and the other values are arbitrary."""
 
     depth: Tensor  # (P,)
-    index: Tensor  # (P,) int64: which shape
-    local: Tensor  # (P, 3): where in the shape
+    index: Tensor  # (P,) int64: the shape
+    local: Tensor  # (P, 3): position in the shape's coordinates
 
 
 def _slab(origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Entry and exit (K, P) of -1 <= x <= 1; origin (K, 1), direction (K, P). A ray along the slab misses or is always inside."""
+    """Entry and exit (K, P) of the slab -1 <= x <= 1; origin (K, 1), direction (K, P). A parallel ray misses or is always inside."""
     inverse = 1 / torch.where(direction.abs() < 1e-12, 1e-12, direction)
     a, b = (-1 - origin) * inverse, (1 - origin) * inverse
     return torch.minimum(a, b), torch.maximum(a, b)
@@ -46,7 +47,7 @@ def _round(origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _intervals(shape: int, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rays are inside shapes of one sort: entry and exit (K, P); o (K, 3, 1), d (K, 3, P)."""
+    """Entry and exit (K, P) of rays with origin o (K, 3, 1) and direction d (K, 3, P) for K shapes of one kind."""
     if shape in (BOX, ROOM):
         x, y, z = (_slab(o[:, i], d[:, i]) for i in range(3))
         return torch.maximum(torch.maximum(x[0], y[0]), z[0]), torch.minimum(torch.minimum(x[1], y[1]), z[1])
@@ -61,7 +62,7 @@ def _intervals(shape: int, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _distances(scene: Scene, o: Tensor, d: Tensor, least: float) -> Tensor:
-    """Ray parameter (K, P) > `least` at which each shape is met, inf if not; o (K, 3, 1), d (K, 3, P) in the shapes' own coordinates."""
+    """Ray parameters (K, P) > `least` of the hits, inf without a hit; o (K, 3, 1) and d (K, 3, P) are in the coordinates of the shapes."""
     found = []
     shapes, counts = scene.shape.unique_consecutive(return_counts=True)
     for shape, first, count in zip(shapes.tolist(), (counts.cumsum(0) - counts).tolist(), counts.tolist(), strict=True):
@@ -73,7 +74,7 @@ def _distances(scene: Scene, o: Tensor, d: Tensor, least: float) -> Tensor:
 
 
 def trace(scene: Scene, frame: int, origin: Tensor, direction: Tensor) -> Hits:
-    """First hits of rays from origin (3,) along direction (P, 3)."""
+    """The first hits of rays from `origin` (3,) along `direction` (P, 3), both in the world."""
     inverse = scene.inverse[frame]
     o = (inverse @ (origin - scene.offset[frame])[..., None])[..., 0]  # (K, 3)
     d = inverse @ direction.T  # (K, 3, P)
@@ -84,7 +85,7 @@ def trace(scene: Scene, frame: int, origin: Tensor, direction: Tensor) -> Hits:
 
 
 def _normals(scene: Scene, frame: int, hits: Hits, direction: Tensor) -> Tensor:
-    """Unit normals (P, 3) in the world, on the side that the ray comes from."""
+    """Unit normals (P, 3) in the world, on the side of the ray's origin."""
     u, shape = hits.local, scene.shape[hits.index]
     axis = torch.nn.functional.one_hot(u.abs().argmax(-1), 3).to(u.dtype)
     cap = (u[:, 2].abs() > 1 - 1e-4)[:, None]
@@ -97,7 +98,7 @@ def _normals(scene: Scene, frame: int, hits: Hits, direction: Tensor) -> Tensor:
 
 
 def _surface_coordinates(scene: Scene, hits: Hits) -> tuple[Tensor, Tensor]:
-    """Two coordinates on the surface, in metres of the undeformed shape."""
+    """Two coordinates (P,) on the surface, in metres on the undeformed shape."""
     shape = scene.shape[hits.index]
     x, y, z = (hits.local * scene.extent[hits.index]).unbind(-1)
     largest = hits.local.abs().argmax(-1)
@@ -113,13 +114,13 @@ def _surface_coordinates(scene: Scene, hits: Hits) -> tuple[Tensor, Tensor]:
 
 
 def _shadow(scene: Scene, frame: int, points: Tensor, normals: Tensor) -> Tensor:
-    """1 where a point sees the light, 0 where a shape is in between (P,)."""
+    """(P,): 1 if the light reaches the point, 0 if a shape is in between."""
     inverse = scene.inverse[frame]
     start = points + LIFT * normals
     o = inverse @ (start[None] - scene.offset[frame, :, None]).transpose(1, 2)  # (K, 3, P)
     d = inverse @ (scene.light - start).T
     blocks = _distances(scene, o, d, SHADOW_START) < SHADOW_END
-    blocks &= ((scene.shape != ROOM) & (scene.shape != SHEET))[:, None]  # the walls are behind the light, the ground casts none
+    blocks &= ((scene.shape != ROOM) & (scene.shape != SHEET))[:, None]  # walls are behind the light, and the ground casts no shadow
     return 1 - blocks.any(0).to(points.dtype)
 
 
@@ -133,7 +134,7 @@ def _shade(scene: Scene, frame: int, hits: Hits, origin: Tensor, direction: Tens
     tile = scene.tile[hits.index]
     length = direction.norm(dim=-1)
     slant = ((normals * direction).sum(-1).abs() / length).clamp_min(0.15)
-    texels = depth * length / focal / slant / tile * SIZE  # texels that a pixel covers, along its longer side
+    texels = depth * length / focal / slant / tile * SIZE  # texels covered by a pixel along its longer side
     colour = scene.textures(scene.texture[hits.index], u / tile, v / tile, texels.clamp_min(1).log2())
     towards = torch.nn.functional.normalize(scene.light - points, dim=-1)
     lit = (normals * towards).sum(-1).clamp_min(0) * _shadow(scene, frame, points, normals)
@@ -145,7 +146,7 @@ def _shade(scene: Scene, frame: int, hits: Hits, origin: Tensor, direction: Tens
 
 
 def _pixels(size: tuple[int, int], device: torch.device, supersample: int = 1) -> Tensor:
-    """Pixel coordinates (P, 2), x and y, row-major, centres at integers; each cut into supersample^2."""
+    """Pixel coordinates (P, 2), x and y, row-major, with centres at integers. Each pixel has supersample^2 of them."""
     sub = (torch.arange(supersample, device=device) + 0.5) / supersample - 0.5
     y, x = ((torch.arange(n, device=device)[:, None] + sub).flatten() for n in size)
     grid = torch.meshgrid(y, x, indexing="ij")
@@ -153,7 +154,7 @@ def _pixels(size: tuple[int, int], device: torch.device, supersample: int = 1) -
 
 
 def _rays(scene: Scene, frame: int, pixels: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    """Camera centre (3,) and directions (P, 3) in the world, of unit length along the camera's z."""
+    """Camera centre (3,) and ray directions (P, 3) in the world, with length 1 along the camera's z axis."""
     centre, focal = intrinsics[:2, 2], intrinsics[[0, 1], [0, 1]]
     in_camera = torch.cat([(pixels - centre) / focal, torch.ones_like(pixels[:, :1])], -1)
     return scene.camera.centers[frame], in_camera @ scene.camera.rotation[frame]
@@ -170,16 +171,16 @@ def _project(scene: Scene, frame: int, points: Tensor, intrinsics: Tensor) -> tu
 def render(
     scene: Scene, size: tuple[int, int], *, tracks: int = 0, supersample: int = 1, generator: torch.Generator | None = None
 ) -> Sample:
-    """Images and ground truth of every frame.
+    """Render the images and ground truth of every frame.
 
     Args:
         size: (H, W) in pixels.
-        tracks: points followed from frame 0; half of them on moving things, if there are any in sight.
-        supersample: rays along each side of a pixel; ground truth comes from the pixel's centre.
-        generator: chooses the tracked points.
+        tracks: number of points tracked from frame 0. If something that moves is visible, half of them are on it.
+        supersample: rays along each side of a pixel. Ground truth is that of the pixel's centre.
+        generator: draws the tracked points.
 
     Returns:
-        A Sample on the scene's device. Visibility of a track is exact: a ray to the very point, not a lookup in the depth map.
+        A Sample on the scene's device. The visibility of a track is exact: it comes from a ray to the point, not from the depth map.
     """
     device = scene.linear.device
     intrinsics = scene.camera.intrinsics(size)
@@ -224,7 +225,7 @@ def render(
 def _follow(
     scene: Scene, size: tuple[int, int], intrinsics: Tensor, hits: Hits, valid: Tensor, count: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels (S, N, 2), world points (S, N, 3) and visibility (S, N) of points picked in frame 0."""
+    """Pixels (S, N, 2), world points (S, N, 3) and visibility (S, N) of `count` points chosen in frame 0."""
     device = valid.device
     weight = valid.float().cpu()
     moving = (scene.moves[hits.index] & valid).cpu()

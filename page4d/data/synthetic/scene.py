@@ -1,7 +1,7 @@
-"""What is in a scene and how it moves.
+"""The shapes of a scene and their motion.
 
-Everything is a unit shape under an affine map that may change with time: a point that sits at u in the shape is at A(s) u + c(s) in the
-world at frame s. So a surface point keeps its u through any motion, stretching included, and tracks are exact. The world's z points up.
+Every shape is a unit shape under an affine map that may change with time. A point u of the shape is at A(s) u + c(s) in the world at frame
+s. A surface point keeps its u through any motion, stretching included, so tracks are exact. The world's z axis points up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .texture import Textures, make_textures
 
 # box: |x|, |y|, |z| <= 1. sphere: |u| <= 1. cylinder: x^2 + y^2 <= 1, |z| <= 1. sheet: z = 0, |x|, |y| <= 1. room: a box seen from inside.
 BOX, SPHERE, CYLINDER, SHEET, ROOM = range(5)
-CLEARANCE = 0.6  # metres around the camera that stay empty
+CLEARANCE = 0.6  # metres around the camera without objects
 KINDS = ("static", "dynamic", "mixed")
 
 
@@ -29,28 +29,28 @@ KINDS = ("static", "dynamic", "mixed")
 class Scene:
     """K shapes over S frames. Lengths are metres."""
 
-    shape: Tensor  # (K,) int64, ascending: equal shapes lie together
+    shape: Tensor  # (K,) int64, ascending, so that equal shapes are contiguous
     linear: Tensor  # (S, K, 3, 3): A
     offset: Tensor  # (S, K, 3): c
-    extent: Tensor  # (K, 3): half sizes in metres, for textures; they do not stretch with the shape
+    extent: Tensor  # (K, 3): half sizes in metres, for textures, which do not stretch with the shape
     object_id: Tensor  # (K,) int64, 0 = background
     moves: Tensor  # (K,) bool
     texture: Tensor  # (K,) int64
-    tile: Tensor  # (K,): metres that a texture covers
+    tile: Tensor  # (K,): side of a texture in metres
     textures: Textures
     camera: CameraPath
-    light: Tensor  # (3,): where it is, in the world
-    ambient: float  # share of the light that comes from everywhere
-    sky: Tensor | None = None  # (2, 3): colours at the horizon and above, of an open scene
-    far: float = 25.0  # surfaces beyond have no ground truth
+    light: Tensor  # (3,): position in the world
+    ambient: float  # fraction of the light that is ambient
+    sky: Tensor | None = None  # (2, 3): colours at the horizon and above, for an outdoor scene
+    far: float = 25.0  # surfaces beyond this depth have no ground truth
 
     @cached_property
     def inverse(self) -> Tensor:
-        """(S, K, 3, 3): from the world into the shapes."""
+        """(S, K, 3, 3): the inverse of `linear`, from the world to the shapes."""
         return torch.linalg.inv(self.linear)
 
     def at(self, u: Tensor, index: Tensor, frame: int) -> Tensor:
-        """World points (P, 3) at a frame of surface points u (P, 3) of shapes `index` (P,)."""
+        """World points (P, 3) at `frame` of the points u (P, 3) of shapes `index` (P,)."""
         return torch.einsum("pij,pj->pi", self.linear[frame, index], u) + self.offset[frame, index]
 
     def frames(self, which: slice) -> Scene:
@@ -63,7 +63,7 @@ class Scene:
 
 
 class _Random:
-    """Draws from one generator."""
+    """Random draws from one generator."""
 
     def __init__(self, generator: torch.Generator):
         self.generator = generator
@@ -72,7 +72,7 @@ class _Random:
         return low + (high - low) * float(torch.rand((), generator=self.generator))
 
     def integer(self, low: int, high: int) -> int:
-        """low, ..., high"""
+        """A whole number from `low` to `high`, both included."""
         return int(torch.randint(low, high + 1, (), generator=self.generator))
 
     def chance(self, probability: float) -> bool:
@@ -81,7 +81,7 @@ class _Random:
 
 @dataclass(frozen=True)
 class _Part:
-    """One shape of an object: its map over time."""
+    """One shape of an object, with its map at every frame."""
 
     shape: int
     linear: Tensor  # (S, 3, 3)
@@ -106,9 +106,9 @@ def _still(shape: int, half: Tensor, position: Tensor, angle: float, frames: int
 
 
 def _ground_path(random: _Random, start: Tensor, time: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """Positions (S, 3) and headings (S,) of a thing that goes over the floor, and stays within `radius` of the middle."""
+    """Positions (S, 3) and headings (S,) of an object that moves over the floor and stays within `radius` of the centre."""
     heading, turn, length = random.uniform(0, 2 * math.pi), random.uniform(-1.5, 1.5), random.uniform(0.8, 2.5)
-    half = turn * time / 2  # a circle's arc from its chord
+    half = turn * time / 2  # the path is a circular arc, computed from its chord
     chord = length * time * torch.sinc(half / math.pi)
     path = start + torch.stack([chord * (heading + half).cos(), chord * (heading + half).sin(), torch.zeros_like(time)], -1)
     distance = path[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-6)
@@ -117,7 +117,7 @@ def _ground_path(random: _Random, start: Tensor, time: Tensor, radius: float) ->
 
 
 def _solid(random: _Random, position: Tensor, time: Tensor, moving: bool, radius: float) -> list[_Part]:
-    """A box, ball, cylinder or stretching blob, standing on the floor, or going about: over the floor, spinning, bouncing."""
+    """A box, ball, cylinder or stretching blob. It stands on the floor, or it moves over the floor, spins and bounces."""
     shape = (BOX, SPHERE, CYLINDER)[random.integer(0, 2)]
     half = torch.tensor([random.uniform(0.15, 0.6) for _ in range(3)])
     if shape != BOX:
@@ -128,25 +128,25 @@ def _solid(random: _Random, position: Tensor, time: Tensor, moving: bool, radius
     if not moving:
         return [_still(shape, half, position + half * torch.tensor([0.0, 0.0, 1.0]), angle, len(time))]
     path, _ = _ground_path(random, position, time, radius)
-    if random.chance(0.4):  # bounces, or floats
+    if random.chance(0.4):  # bounces or floats
         path[:, 2] += random.uniform(0.2, 1.0) * (math.pi * (random.uniform(0.5, 2) * time + random.uniform(0, 1))).sin().abs()
     spin = random.uniform(-2, 2) if random.chance(0.6) else 0.0
     stretch = torch.ones_like(time)
     if random.chance(0.3):
         stretch = 1 + random.uniform(0.15, 0.4) * (2 * math.pi * (random.uniform(0.5, 1.5) * time + random.uniform(0, 1))).sin()
     path[:, 2] += half[2] * stretch
-    scale = torch.stack([stretch.rsqrt(), stretch.rsqrt(), stretch], -1) * half  # keeps its volume
+    scale = torch.stack([stretch.rsqrt(), stretch.rsqrt(), stretch], -1) * half  # keeps the volume
     return [_Part(shape, _about_z(angle + spin * time) * scale[:, None, :], path, half, True)]
 
 
 def _walker(random: _Random, position: Tensor, time: Tensor, radius: float) -> list[_Part]:
-    """Torso, head, arms and legs; limbs swing about hip and shoulder while it walks."""
+    """A walker with torso, head, arms and legs. The limbs swing about hip and shoulder."""
     path, heading = _ground_path(random, position, time, radius)
     height = random.uniform(1.2, 1.9)
     swing = random.uniform(0.3, 0.7) * (2 * math.pi * (random.uniform(1, 2.5) * time + random.uniform(0, 1))).sin()
     body = _about_z(heading)
     upright = torch.zeros_like(time)
-    parts = [  # shape, half sizes, joint, from the joint to the middle, angle about the joint; in units of the height
+    parts = [  # shape, half sizes, joint, vector from joint to middle, angle about the joint; in units of the height
         (SPHERE, (0.10, 0.14, 0.22), (0, 0, 0.65), (0, 0, 0), upright),
         (SPHERE, (0.07, 0.07, 0.09), (0, 0, 0.92), (0, 0, 0), upright),
         (CYLINDER, (0.045, 0.045, 0.24), (0, 0.07, 0.48), (0, 0, -0.24), swing),
@@ -172,13 +172,13 @@ def random_scene(
     moving: int | None = None,
     instants: int = 1,
 ) -> Scene:
-    """A scene of a kind: "static" (only the camera moves), "dynamic" (one to four things move as well), "mixed" (either).
+    """A random scene of a kind: "static" (only the camera moves), "dynamic" (one to four objects move as well) or "mixed" (either).
 
-    `moving` fixes the number of independently moving objects instead. The scene has `instants` moments for every frame: the frame's own,
-    and others in the half of the time to the next.
+    `moving` sets the number of independently moving objects instead. The scene has `instants` moments per frame: the first is the time of
+    the frame, the others are within half of the time to the next frame.
     """
     random = _Random(generator)
-    textures = seeded("textures", random.integer(0, 2**31 - 1))  # of their own: photographs change nothing else
+    textures = seeded("textures", random.integer(0, 2**31 - 1))  # a separate generator, so that photographs change nothing else
     time = (torch.arange(frames)[:, None] + torch.arange(instants) / (2 * instants)).flatten() / max(frames - 1, 1)
     if moving is None:
         dynamic = kind == "dynamic" or (kind == "mixed" and random.chance(0.5))
@@ -190,7 +190,7 @@ def random_scene(
     objects: list[list[_Part]] = []
 
     def place(draw: Callable[..., list[_Part]], *args: bool) -> None:
-        """What the camera would run into is drawn again."""
+        """Draw an object again if the camera would run into it, at most 20 times."""
         for _ in range(20):
             parts = draw(*args)
             if _clearance(parts, camera, instants) > CLEARANCE:
@@ -213,7 +213,7 @@ def random_scene(
         objects.append([_still(ROOM, size, torch.tensor([0.0, 0.0, float(size[2])]), 0.0, len(time))])
     else:
         objects.append([_still(SHEET, torch.tensor([60.0, 60.0, 1.0]), torch.zeros(3), random.uniform(0, 2), len(time))])
-        for _ in range(random.integer(1, 4)):  # houses and walls around
+        for _ in range(random.integer(1, 4)):  # houses and walls around the scene
             place(house)
     background = len(objects)
     for i in range(random.integer(3, 7) + moving):
@@ -222,7 +222,7 @@ def random_scene(
 
 
 def _clearance(parts: list[_Part], camera: CameraPath, instants: int) -> float:
-    """Smallest distance of the camera from the boxes around the parts, over the frames."""
+    """Smallest distance over all frames between the camera and the boxes around the parts."""
     nearest = math.inf
     for part in parts:
         half = part.linear.norm(dim=-2)  # the axes are perpendicular

@@ -1,4 +1,4 @@
-"""Random numbers by purpose."""
+"""Random number generators by purpose."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def seeded(*parts: object) -> torch.Generator:
-    """A generator that depends on all of `parts`. The first names the purpose, so that no option shifts the draws of another.
+    """A CPU generator that depends on all of `parts`. The first part names the purpose, so that no option shifts the draws of another.
 
-    Hashed, because a CPU generator keeps only the low 32 bits of its seed.
+    The parts are hashed, because a CPU generator keeps only the low 32 bits of its seed.
     """
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
