@@ -27,6 +27,8 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class CameraHeadConfig:
+    """The transformer that refines the pose encoding `iterations` times."""
+
     depth: int = 4
     num_heads: int = 16
     iterations: int = 4
@@ -42,6 +44,8 @@ class DenseHeadConfig:
 
 @dataclass(frozen=True)
 class TrackHeadConfig:
+    """The tracker: a DPT feature map, correlation on `levels` levels, and a transformer that refines tracks `iterations` times."""
+
     features: int = 128  # channels of the feature map and of a track's feature
     out_channels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
     hidden: int = 384

@@ -39,7 +39,7 @@ class Prediction:
     """
 
     images: Tensor  # (B, S, 3, H, W) in [0, 1], as the network saw them
-    mask: Tensor | None = None  # (B, S, h, w) in (-1/2, 1/2): the key bias of each patch; low = the cameras look away from it
+    mask: Tensor | None = None  # (B, S, h, w) in (-1/2, 1/2): the key bias of each patch; low = the camera tokens attend less to it
     pose_enc: Tensor | None = None  # (B, S, 9): translation, quaternion x y z w, fov_h, fov_w (radians)
     pose_enc_list: Tensor | None = None  # (4, B, S, 9): the refinement iterations, the last one is pose_enc
     depth: Tensor | None = None  # (B, S, H, W, 1), along the camera's z
@@ -106,6 +106,6 @@ class Prediction:
 
 
 def _numpy(value: Tensor) -> np.ndarray:
-    """numpy has no bf16; what is below fp32 becomes fp32."""
+    """The tensor as a numpy array. numpy has no bf16, so half precision becomes fp32."""
     value = value.detach().cpu()
     return (value if value.dtype == torch.float64 else value.float()).numpy()

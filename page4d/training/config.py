@@ -72,6 +72,12 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """A training run. The YAML file has a key per field, and a group of keys for each of data, loss, optimizer and mask.
+
+    Raises:
+        ConfigError: a value is out of range or contradicts another.
+    """
+
     model: str = "nano"  # a preset
     weights: str | None = None  # initial weights: nano, a hub name or a file that fits the preset; None = random
     trainable: str = "middle"  # middle = masked blocks and mask head, as in the paper; dense = depth and point heads; or all
@@ -125,6 +131,7 @@ class RunConfig:
         expect(any(values[f"loss.{name}"] for name in HEADS), f"loss: the weights of {', '.join(HEADS)} are all 0: set one of them")
 
     def to_dict(self) -> dict[str, Any]:
+        """All keys and values, with groups as nested dictionaries."""
         return dataclasses.asdict(self)
 
 

@@ -45,6 +45,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
+        """Update all parameters that have gradients."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for weight in (w for w in group["params"] if w.grad is not None):

@@ -86,7 +86,14 @@ def test_mask_schedule_and_learning_rates_follow_the_steps(tmp_path):
     assert [float(row["mask_strength"]) for row in rows] == pytest.approx(wanted, abs=1e-3)
 
 
-@pytest.mark.parametrize("options", [[], ["optimizer.kind=muon", "precision=bf16", "average=0.6"]], ids=["adamw", "muon, averaged"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([], id="adamw"),
+        pytest.param(["optimizer.kind=muon", "average=0.6"], id="muon, averaged"),
+        pytest.param(["optimizer.kind=muon", "average=0.6", "precision=bf16"], id="muon, averaged, bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_resuming_is_exact(tmp_path, options):
     """4 steps equal 2 steps, a resumption from the files, and 2 steps; to the bit."""
     options = [*options, "steps=4"]
