@@ -60,7 +60,7 @@ class Prediction:
 
     @property
     def motion(self) -> Tensor:
-        """(B, S, h, w) in (0, 1): 1/2 - mask. High where the camera tokens are told to look away, that is at moving things."""
+        """(B, S, h, w) in (0, 1): 1/2 - mask. High where the camera tokens are told to ignore the patch, that is, at moving things."""
         if self.mask is None:
             raise ValueError("this prediction has no dynamics mask: run the model with 'mask' among its outputs")
         return 0.5 - self.mask
