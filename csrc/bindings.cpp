@@ -1,4 +1,4 @@
-// The one file that knows Python: addresses and numbers in, exceptions out. The GIL is released while a kernel runs.
+// The only file that depends on Python. It takes addresses and numbers and raises exceptions. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -131,10 +131,10 @@ int attention_cuda_splits(const Attention& tensors, const std::array<int64_t, 5>
 }
 
 void run_attention_cuda(const Attention& tensors, const std::array<int64_t, 5>& sizes, const std::array<Three, 4>& strides, int64_t gate_stride,
-                        int64_t bias_stride, float scale, const Layout& layout, int splits, const std::array<Address, 2>& out_partial, int dtype,
+                        int64_t bias_stride, float scale, const Layout& layout, int splits, const std::array<Address, 2>& partials, int dtype,
                         int device, Address stream) {
     const MaskAttention p = with_layout(attention_problem(tensors, sizes, strides, gate_stride, bias_stride, scale, dtype), layout);
-    raise_if(mask_attention_cuda(p, splits, pointer<float>(out_partial[0]), pointer<float>(out_partial[1]), device, pointer<void>(stream)),
+    raise_if(mask_attention_cuda(p, splits, pointer<float>(partials[0]), pointer<float>(partials[1]), device, pointer<void>(stream)),
              "mask_attention");
 }
 #endif

@@ -1,7 +1,8 @@
-// bf16 products on AMX tiles: 16 rows of 64 bytes, a 16 x 16 fp32 result from 32 values of the inner dimension in one instruction.
+// bf16 matmuls on AMX tiles. A tile has 16 rows of 64 bytes. One instruction adds to a 16 x 16 fp32 result over 32 values of the inner
+// dimension.
 //
-// With PAGE4D_EMULATE_AMX the tile instructions are replaced by loops with their documented meaning, so that packing, strides and blocking are
-// tested on processors without AMX. The emulation is for tests; it is not part of the library.
+// With PAGE4D_EMULATE_AMX, loops that follow the documentation replace the tile instructions. This tests packing, strides and blocking on
+// processors without AMX. The emulation is for tests only and is not part of the library.
 #pragma once
 
 #include "ceiling.h"
@@ -56,7 +57,7 @@ inline void configure_tiles() {
     _tile_loadconfig(&config);
 }
 inline void release_tiles() { _tile_release(); }
-// The intrinsics want literal tile numbers: GCC pastes them into the assembly.
+// The intrinsics need literal tile numbers, because GCC pastes them into the assembly.
 #define PAGE4D_TILE_ZERO(t) _tile_zero(t)
 #define PAGE4D_TILE_LOAD(t, base, bytes) _tile_loadd(t, base, bytes)
 #define PAGE4D_TILE_STORE(t, base, bytes) _tile_stored(t, base, bytes)
@@ -72,7 +73,7 @@ struct EngineAmx {
     static void end() { release_tiles(); }
 };
 
-// 32 rows by one or two vectors of columns: four accumulators, two tiles of each operand.
+// 32 rows by one or two vectors of columns, with four accumulator tiles and two tiles of each operand.
 template <int VECTORS>
 void amx_tile(int64_t inner, const uint32_t* a, int64_t lda, const uint32_t* b, float* c, int64_t ldc, bool add) {
     const int64_t a_bytes = 4 * lda, b_bytes = 4 * 16 * VECTORS, c_bytes = 4 * ldc;
@@ -110,7 +111,7 @@ void amx_tile(int64_t inner, const uint32_t* a, int64_t lda, const uint32_t* b, 
 }
 
 template <>
-double products<EngineAmx>() {
+double matmuls<EngineAmx>() {
     alignas(64) static const uint32_t zeros[16 * 16] = {};
     configure_tiles();
     PAGE4D_TILE_ZERO(0);

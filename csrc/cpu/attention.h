@@ -1,7 +1,7 @@
-// Mask-modulated attention for one engine: an online softmax over tiles of keys, for a chunk of query rows at a time.
+// Mask-modulated attention for one engine: an online softmax over tiles of keys, for one chunk of query rows per task.
 //
-// A task is one chunk of rows of one head. It packs each tile of K (transposed) and V once, for all its rows, into a working space whose size
-// does not depend on the sequence. The bias r_i c_j is added in the softmax, and only in rows with r_i != 0.
+// A task is one chunk of rows of one head. It packs each tile of K (transposed) and V once for all its rows. The size of the working space
+// does not depend on the sequence length. The softmax adds the bias r_i c_j, and only in rows with r_i != 0.
 #pragma once
 
 #include <math.h>
@@ -11,23 +11,23 @@
 
 namespace page4d::PAGE4D_ISA {
 
-constexpr int64_t chunk_rows = 768;  // at most; a multiple of every engine's block of rows
+constexpr int64_t chunk_rows = 768;  // at most; a multiple of every engine's `block`
 constexpr int64_t tile_keys = 256;
 constexpr float log2e = 1.4426950408889634f;
 
-// Rows are cut into chunks as even as possible, in whole blocks.
+// Rows are divided as evenly as possible into chunks of whole blocks.
 template <class E>
 int64_t rows_of_chunk(int64_t queries) {
     const int64_t chunks = (queries + chunk_rows - 1) / chunk_rows;
     return round_up((queries + chunks - 1) / chunks, E::block);
 }
 
-// The working space of a task.
+// Working space of a task.
 template <class E>
 struct Space {
     typename E::Unit *q, *k, *v;              // (rows, units), panels of (units, keys), panels of (pairs of keys, channels)
     float *logits, *out, *row_max, *row_sum;  // (block, keys), (rows, channels), running maximum and sum (rows,)
-    typename E::Element* probs;               // (block, keys): exp2 of the logits as an operand; for fp32 the logits' own place
+    typename E::Element* probs;               // (block, keys): exp2 of the logits as an operand; fp32 reuses the memory of the logits
     Panels key_panels, out_panels;
     int64_t units;
 
@@ -37,7 +37,7 @@ struct Space {
         units = round_up((head_dim + E::pair - 1) / E::pair, E::step);
         size_t used = 0;
         const auto take = [&](int64_t count) {
-            char* place = base ? base + used : nullptr;  // null: only the size is wanted
+            char* place = base ? base + used : nullptr;  // null: the caller only needs the size
             used += static_cast<size_t>(round_up(count * 4, 64));
             return place;
         };
@@ -54,7 +54,7 @@ struct Space {
     }
 };
 
-// One unit of a row, 0 past the head dim, and a vector of units that all lie within it.
+// One unit of a row (0 past the head dim), and a vector of units that are all within the head dim.
 template <class T>
 inline void pack_one(float* to, const T* row, int64_t d, int64_t head_dim) {
     *to = d < head_dim ? value(row[d]) : 0.0f;
@@ -68,7 +68,7 @@ template <class T>
 inline Vec units_of(const float*, const T* row, int64_t d) {
     return load(row + d);
 }
-// Channels d ... of two keys (of one for fp32) as units: one, and a vector of them.
+// Channel d of two keys (fp32: of one key) as a unit, and a vector of such units from channel d on.
 inline void pack_keys(float* to, float a, float) { *to = a; }
 inline void pack_keys(float* to, uint16_t a, uint16_t) { *to = from_bf16(a); }
 inline void pack_keys(uint32_t* to, uint16_t a, uint16_t b) { *to = static_cast<uint32_t>(a) | static_cast<uint32_t>(b) << 16; }
@@ -94,7 +94,7 @@ void pack_rows(typename E::Unit* to, const T* from, int64_t stride, int64_t rows
         }
 }
 
-// K as (units, keys) in panels of keys, by transposing square blocks; zeros past the last key and channel.
+// Packs K as (units, keys) in panels of keys by transposing square blocks. Zeros past the last key and channel.
 template <class E, class T>
 void pack_transposed(typename E::Unit* to, const T* from, int64_t stride, int64_t keys, Panels panels, int64_t units, int64_t head_dim) {
     const int64_t width = panels.width(), whole = head_dim / E::pair / Vec::width * Vec::width;  // units in square blocks
@@ -117,7 +117,7 @@ void pack_transposed(typename E::Unit* to, const T* from, int64_t stride, int64_
         }
 }
 
-// V as (keys or pairs of keys, channels) in panels of channels; zeros past the last key and channel.
+// Packs V as (keys or pairs of keys, channels) in panels of channels. Zeros past the last key and channel.
 template <class E, class T>
 void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t keys, Panels panels, int64_t head_dim) {
     const int64_t width = panels.width();
@@ -138,10 +138,10 @@ void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t ke
         }
 }
 
-// One row of a tile: products q k^T to exp2 of the logits. Returns what the row's sums so far have to be multiplied with.
+// One row of a tile: from x = q k^T to exp2 of the logits. Returns `rescale`, the factor for the earlier sums of this row.
 //
-// Rows without a gate keep the products, and the scale is left to the exponent: exp2(x scale log2(e) - row_max log2(e)). Rows with one turn them
-// into natural logits first, and log2(e) comes after the maximum is taken off: rounding it into a large gate would cost digits.
+// Without a gate, the scale is folded into the exponent: exp2(x scale log2(e) - row_max log2(e)). With a gate, the row is converted to natural
+// logits first, and log2(e) is applied after the maximum is subtracted: multiplied into a large gate, its rounding would lose precision.
 template <class E>
 float softmax_row(float* s, typename E::Element* probs, int64_t keys, int64_t width, float scale, float r, const float* c, float* row_max,
                   float* row_sum) {
@@ -153,14 +153,14 @@ float softmax_row(float* s, typename E::Element* probs, int64_t keys, int64_t wi
         for (int64_t j = whole; j < keys; ++j) s[j] = s[j] * scale + (r != 0.0f ? r * c[j] : 0.0f);
     }
     for (int64_t j = keys; j < width; ++j) s[j] = -INFINITY;
-    Vec best[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
+    Vec lane_max[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
     for (int64_t j = 0; j < width; j += 2 * Vec::width) {
-        best[0] = max(best[0], load(s + j));
-        best[1] = max(best[1], load(s + j + Vec::width));
+        lane_max[0] = max(lane_max[0], load(s + j));
+        lane_max[1] = max(lane_max[1], load(s + j + Vec::width));
     }
-    const float tile_max = max(max(best[0], best[1])) * (natural ? 1.0f : scale), before = *row_max;
-    const float now = tile_max > before ? tile_max : before;
-    const float shift = now == -INFINITY ? 0.0f : now;  // a row without a finite logit stays at exp2(-inf) = 0
+    const float tile_max = max(max(lane_max[0], lane_max[1])) * (natural ? 1.0f : scale), row_max_old = *row_max;
+    const float row_max_new = tile_max > row_max_old ? tile_max : row_max_old;
+    const float shift = row_max_new == -INFINITY ? 0.0f : row_max_new;  // without a finite logit, all values stay exp2(-inf) = 0
     const Vec base = broadcast(shift), to_base2 = broadcast(log2e), slope = broadcast(scale * log2e), offset = broadcast(-shift * log2e);
     Vec sums = broadcast(0.0f);
     for (int64_t j = 0; j < width; j += Vec::width) {
@@ -169,9 +169,9 @@ float softmax_row(float* s, typename E::Element* probs, int64_t keys, int64_t wi
         sums = sums + p;
         store_elements(probs + j, p);
     }
-    const float rescale = before == now ? 1.0f : exp2f((before - shift) * log2e);
+    const float rescale = row_max_old == row_max_new ? 1.0f : exp2f((row_max_old - shift) * log2e);
     *row_sum = *row_sum * rescale + sum(sums);
-    *row_max = now;
+    *row_max = row_max_new;
     return rescale;
 }
 

@@ -1,5 +1,5 @@
-// What the units of a level reach with nothing else to do, out of registers: the denominators of the benchmarks. Each function does a fixed
-// amount of work and returns it; the caller has the clock.
+// The peak rate of the arithmetic units of a level, with all operands in registers. Benchmarks divide by it. Each function does a fixed
+// amount of work and returns that amount. The caller measures the time.
 #pragma once
 
 #include "gemm.h"
@@ -15,7 +15,7 @@ inline void keep(Vec x) {
 }
 
 template <class E>
-double products() {
+double matmuls() {
     Vec acc[E::rows][E::vectors], column[E::vectors];
     float seed[Vec::width];
     for (int i = 0; i < Vec::width; ++i) seed[i] = 1e-3f;
@@ -31,7 +31,7 @@ double products() {
     return 2.0 * E::pair * Vec::width * E::rows * E::vectors * ceiling_rounds;
 }
 
-// Eight chains at a time, so that none waits for itself.
+// Eight independent chains hide the latency of each one.
 inline double exponentials() {
     Vec x[8];
     for (Vec& chain : x) chain = broadcast(-0.5f);

@@ -1,4 +1,4 @@
-// From a problem to the kernels of a level and the threads that run them.
+// Selects the kernels of a level for a problem and runs them on threads.
 #include <atomic>
 #include <cstdlib>
 #include <system_error>
@@ -18,7 +18,7 @@ namespace {
 
 bool has_amx() {
 #if defined(PAGE4D_EMULATE_AMX) && defined(PAGE4D_WITH_AMX)
-    return true;  // loops stand in for the tiles; what is around them is AVX-512 BF16 still
+    return true;  // loops replace the tile instructions; the rest of this level still needs AVX-512 BF16
 #elif defined(__linux__) && defined(PAGE4D_WITH_AMX)
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
@@ -70,8 +70,8 @@ const Kernels& kernels_of(Level level) {
 
 bool available(Level level) { return level >= Level::scalar && level <= best_level(); }
 
-// Runs task(i, scratch) for every i, on at most `threads` threads, this one among them. The threads end before it returns: none is left
-// spinning beside those of the caller's framework.
+// Runs task(i, scratch) for every i on at most `threads` threads, including the calling thread. All other threads end before this function
+// returns, so none of them spins beside the threads of the caller's framework.
 template <class Task>
 Status run_tasks(Plan plan, int threads, const Task& task) {
     const int64_t count = plan.tasks < threads ? plan.tasks : threads;
@@ -90,7 +90,7 @@ Status run_tasks(Plan plan, int threads, const Task& task) {
     try {
         others.reserve(static_cast<size_t>(count));
         for (int64_t thread = 1; thread < count; ++thread) others.emplace_back(work, thread);
-    } catch (const std::exception&) {  // fewer threads then: the tasks are shared out as they go
+    } catch (const std::exception&) {  // continue with fewer threads: tasks are assigned dynamically
     }
     work(0);
     for (std::thread& other : others) other.join();
@@ -113,10 +113,10 @@ Level best_level() {
 double peak_rate(DType dtype, bool exponentials, int threads, Level level) {
     if (check(dtype, level) != Status::ok || threads < 1) return 0.0;
     const Kernels& kernels = kernels_of(level);
-    if (!kernels.products) return 0.0;
+    if (!kernels.matmuls) return 0.0;
     std::vector<double> done(64 * static_cast<size_t>(threads));
     run_tasks({static_cast<int64_t>(done.size()), 0}, threads,
-              [&](int64_t i, char*) { done[static_cast<size_t>(i)] = exponentials ? kernels.exponentials() : kernels.products(dtype); });
+              [&](int64_t i, char*) { done[static_cast<size_t>(i)] = exponentials ? kernels.exponentials() : kernels.matmuls(dtype); });
     double total = 0.0;
     for (const double amount : done) total += amount;
     return total;

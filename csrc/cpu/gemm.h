@@ -1,14 +1,14 @@
-// C (+)= A B for small tiles: the one matrix product of the library, on FMA units, on bf16 dot products or on AMX tiles.
+// C (+)= A B for small tiles: the only matmul of the library, with FMA, bf16 dot-product or AMX instructions.
 //
-// Operands come in *units* of 32 bits along the inner dimension: one float, or a pair of bf16. A is row-major (rows, inner), B lies in
-// panels of columns, (inner, width) each, C is row-major fp32. An engine says how many rows and vectors of columns it keeps in registers.
+// Along the inner dimension, operands consist of 32-bit *units*: one float, or a pair of bf16. A is row-major (rows, inner). B is stored in
+// panels of columns, (inner, width) each. C is row-major fp32. An engine defines how many rows and vectors of columns stay in registers.
 #pragma once
 
 #include "simd.h"
 
 namespace page4d::PAGE4D_ISA {
 
-// Columns are cut into `count` panels of `vectors` vectors each, as even as possible.
+// Columns are divided as evenly as possible into `count` panels of `vectors` vectors each.
 struct Panels {
     int64_t count, vectors;
     int64_t width() const { return vectors * Vec::width; }
@@ -26,9 +26,9 @@ struct EngineF32 {
     using Element = float;  // of a packed operand
     using Unit = float;
     static constexpr int pair = 1;    // elements in a unit
-    static constexpr int rows = 6;    // at a time, in registers
-    static constexpr int block = 48;  // rows whose logits are in the cache at a time
-    static constexpr int step = 1;    // the inner dimension is a multiple of it, in units
+    static constexpr int rows = 6;    // processed together, in registers
+    static constexpr int block = 48;  // rows whose logits are in the cache together
+    static constexpr int step = 1;    // the inner dimension, in units, is a multiple of this
 #if defined(__AVX512F__)
     static constexpr int vectors = 4;
 #else
@@ -36,7 +36,7 @@ struct EngineF32 {
 #endif
     static Vec multiply_add(Vec c, float a, Vec b) { return fma(broadcast(a), b, c); }
     static Vec load_unit(const float* p) { return load(p); }
-    static void begin() {}  // before and after a thread's products
+    static void begin() {}  // before and after a thread's matmuls
     static void end() {}
 };
 
@@ -54,7 +54,7 @@ struct EngineBf16 {
 };
 #endif
 
-// Values as elements of an operand.
+// Stores values as elements of an operand.
 inline void store_elements(float* to, Vec x) { store(to, x); }
 #if defined(__AVX512BF16__)
 inline void store_elements(uint16_t* to, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x.v)); }
@@ -77,13 +77,13 @@ inline void tile(int64_t inner, const typename E::Unit* a, int64_t lda, const ty
 
 template <class E, int VECTORS>
 void panel(int64_t rows, int64_t inner, const typename E::Unit* a, int64_t lda, const typename E::Unit* b, float* c, int64_t ldc, bool add) {
-    constexpr int64_t chunk = 64;  // of a panel: stays in the first-level cache while the rows go by
+    constexpr int64_t chunk = 64;  // units of a panel that stay in the L1 cache for all rows
     for (int64_t u = 0; u < inner; u += chunk)
         for (int64_t i = 0; i < rows; i += E::rows)
             tile<E, E::rows, VECTORS>(smaller(chunk, inner - u), a + i * lda + u, lda, b + u * VECTORS * Vec::width, c + i * ldc, ldc, add || u > 0);
 }
 
-// rows is a multiple of E::rows, inner (in units) of E::step.
+// `rows` must be a multiple of E::rows, and `inner` (in units) a multiple of E::step.
 template <class E>
 void multiply(int64_t rows, Panels panels, int64_t inner, const typename E::Unit* a, int64_t lda, const typename E::Unit* b, float* c, int64_t ldc,
               bool add) {

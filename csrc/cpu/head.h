@@ -1,4 +1,5 @@
-// The mask head: statistics of a frame, then tiles of patches through convolution, GELU, C -> hidden on an engine, GELU, hidden -> 1.
+// The mask head. The first pass computes the statistics of each frame. The second processes tiles of patches: convolution, GELU, C -> hidden
+// as a matmul, GELU, hidden -> 1.
 #pragma once
 
 #include <math.h>
@@ -8,8 +9,8 @@
 
 namespace page4d::PAGE4D_ISA {
 
-constexpr int64_t head_rows = 96;      // patches of a tile: a multiple of every engine's rows
-constexpr int64_t head_channels = 64;  // of a slice: convolved, then multiplied
+constexpr int64_t head_rows = 96;      // patches of a tile; a multiple of every engine's `rows`
+constexpr int64_t head_channels = 64;  // channels of a slice: convolved, then multiplied with W2
 
 inline int64_t slices_of(const MaskHead& p) { return (p.channels + head_channels - 1) / head_channels; }
 
@@ -18,7 +19,7 @@ const T* frame_tokens(const MaskHead& p, int64_t frame) {
     return static_cast<const T*>(p.tokens) + frame / p.frames * p.stride[0] + frame % p.frames * p.stride[1] + p.special * p.stride[2];
 }
 
-// A slice of the channels of one token, in fp32, 0 past the last channel.
+// Loads a slice of the channels of one token as fp32, with 0 past the last channel.
 template <class T>
 inline void load_slice(float* to, const T* from, int64_t stride, int64_t count) {
     if (count == head_channels && stride == 1) {
@@ -33,10 +34,10 @@ int64_t packed_w2(const MaskHead& p) {
     return slices_of(p) * head_channels / E::pair * panels_for<E>(p.hidden).columns();
 }
 
-// Statistics of each slice of each frame, then w2 (hidden, channels) of each slice, transposed into panels.
+// Tasks: the statistics of each slice of each frame, then w2 (hidden, channels) of each slice, transposed into panels.
 inline Plan plan_prepare(const MaskHead& p) { return {(p.batch * p.frames + 1) * slices_of(p), 0}; }
 
-// Two passes over a slice, so that a large mean costs no digits.
+// Two passes over a slice, so that a large mean does not reduce precision.
 template <class T>
 void statistics(const MaskHead& p, HeadWork out, int64_t frame, int64_t first) {
     const int64_t patches = p.height * p.width, count = smaller(head_channels, p.channels - first);
@@ -51,7 +52,7 @@ void statistics(const MaskHead& p, HeadWork out, int64_t frame, int64_t first) {
         load_slice(x, u + i * p.stride[2], p.stride[3], count);
         for (int64_t c = 0; c < head_channels; ++c) {
             const float deviation = x[c] - mean[c];
-            rest[c] += deviation;  // of the mean: the sum above has rounded
+            rest[c] += deviation;  // corrects the mean for rounding in the first pass
             square[c] += deviation * deviation;
         }
     }
@@ -81,7 +82,7 @@ void prepare(const MaskHead& p, HeadWork out, int64_t task) {
             }
 }
 
-// The working space of a tile: a slice of channels at a time, and the hidden layer.
+// Working space of a tile: one slice of channels, and the hidden layer.
 template <class E>
 struct HeadSpace {
     float *z, *hidden, *sums;
@@ -91,7 +92,7 @@ struct HeadSpace {
 
     HeadSpace(const MaskHead& p, char* base, size_t* bytes) {
         panels = panels_for<E>(p.hidden);
-        rows_of_z = head_rows + 2 * p.width + 2;  // a tile of patches with its neighbours above, below and beside
+        rows_of_z = head_rows + 2 * p.width + 2;  // a tile of patches and all their neighbours
         size_t used = 0;
         const auto take = [&](int64_t count) {
             char* place = base ? base + used : nullptr;
@@ -137,7 +138,7 @@ void head(const MaskHead& p, HeadWork made, int64_t task, char* scratch) {
         for (int64_t i = 0; i < rows + 2 * p.width + 2; ++i) {
             const int64_t patch = z_first + i;
             float* z = space.z + i * head_channels;
-            const bool inside = patch >= 0 && patch < patches;  // else 0: the padding comes after the normalisation
+            const bool inside = patch >= 0 && patch < patches;  // else 0: padding is applied after normalisation
             if (inside) load_slice(z, u + patch * p.stride[2] + c0 * p.stride[3], p.stride[3], count);
             for (int64_t c = 0; c < head_channels; ++c) z[c] = inside ? (z[c] - mean[c]) * rstd[c] : 0.0f;
         }
@@ -153,7 +154,7 @@ void head(const MaskHead& p, HeadWork made, int64_t task, char* scratch) {
             int found = 0;
             for (int t = 0; t < 9; ++t) {
                 const int64_t dx = t % 3 - 1, dy = t / 3 - 1;
-                if (x + dx < 0 || x + dx >= p.width) continue;  // rows above and below are zeros in z
+                if (x + dx < 0 || x + dx >= p.width) continue;  // rows outside the grid are zeros in z
                 neighbours[found] = centre + (dy * p.width + dx) * head_channels;
                 weights[found++] = taps[t];
             }

@@ -1,5 +1,5 @@
-// What one instruction-set level provides. Work comes as independent tasks: each writes what no other writes, so results depend neither
-// on the number of threads nor on their order.
+// The functions that one instruction-set level provides. Work is divided into independent tasks. No two tasks write to the same place, so
+// results depend neither on the number of threads nor on the order of tasks.
 #pragma once
 
 #include <cstddef>
@@ -12,14 +12,14 @@ namespace page4d {
 
 struct Plan {
     int64_t tasks;
-    size_t scratch;  // bytes that each thread lends to its tasks, 64-byte aligned
+    size_t scratch;  // bytes of working space per thread, 64-byte aligned
 };
 
-// What the first pass of the mask head leaves for the second.
+// Results of the first pass of the mask head, for the second pass.
 struct HeadWork {
     float* mean;  // per frame and channel
     float* rstd;  // 1 / standard deviation, likewise
-    float* w2;    // as the second pass reads it
+    float* w2;    // packed for the second pass
 };
 
 struct Kernels {
@@ -32,8 +32,8 @@ struct Kernels {
     void (*head)(const MaskHead&, HeadWork, int64_t task, char* scratch);
     Plan (*plan_rope)(const QkNormRope&);
     void (*rope)(const QkNormRope&, int64_t task, char* scratch);
-    double (*products)(DType);  // an amount of work, in FLOP; null for plain loops
-    double (*exponentials)();   // likewise, in values
+    double (*matmuls)(DType);  // returns the work done, in FLOP; null for plain loops
+    double (*exponentials)();  // likewise, in values
 };
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_amx;

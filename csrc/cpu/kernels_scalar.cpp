@@ -1,4 +1,4 @@
-// The three ops in the plainest C++ that is right: what the other levels are read and tested against. Runs on any processor.
+// The three ops as plain loops. This is the reference for the code and the tests of the other levels. It runs on any processor.
 #include <cmath>
 #include <cstring>
 
@@ -51,22 +51,22 @@ void attention(const MaskAttention& p, int64_t task, char* scratch) {
         logit *= p.scale;
         if (p.gate) logit += p.gate[b * p.gate_stride + i] * p.bias[b * p.bias_stride + j];
         if (logit == -INFINITY) continue;
-        if (logit > row_max) {  // never for NaN, which then spreads through `weight`
+        if (logit > row_max) {  // false for NaN, which then propagates through `prob`
             const float rescale = std::exp(row_max - logit);
             for (int64_t d = 0; d < p.head_dim; ++d) sum[d] *= rescale;
             row_sum *= rescale;
             row_max = logit;
         }
-        const float weight = std::exp(logit - row_max);
-        for (int64_t d = 0; d < p.head_dim; ++d) sum[d] += weight * read(p.v, v + j * p.v_stride[2] + d, p.dtype);
-        row_sum += weight;
+        const float prob = std::exp(logit - row_max);
+        for (int64_t d = 0; d < p.head_dim; ++d) sum[d] += prob * read(p.v, v + j * p.v_stride[2] + d, p.dtype);
+        row_sum += prob;
     }
     const int64_t out = b * p.out_stride[0] + h * p.out_stride[1] + i * p.out_stride[2];
     for (int64_t d = 0; d < p.head_dim; ++d) write(p.out, out + d, p.dtype, row_sum == 0.0f ? 0.0f : sum[d] / row_sum);
     p.lse[task] = row_sum == 0.0f ? -INFINITY : row_max + std::log(row_sum);
 }
 
-// --- mask head: a task is one channel of a frame, then one patch ------------------------------------------------------------
+// --- mask head: a task is one channel of a frame (prepare) or one patch (head) ----------------------------------------------
 
 int64_t token(const MaskHead& p, int64_t frame, int64_t patch) {
     return frame / p.frames * p.stride[0] + frame % p.frames * p.stride[1] + (p.special + patch) * p.stride[2];
@@ -95,7 +95,7 @@ Plan plan_head(const MaskHead& p) { return {p.batch * p.frames * p.height * p.wi
 void head(const MaskHead& p, HeadWork in, int64_t task, char* scratch) {
     const int64_t patches = p.height * p.width, frame = task / patches, patch = task % patches, y = patch / p.width, x = patch % p.width;
     const auto z = [&](int64_t row, int64_t column, int64_t c) {
-        if (row < 0 || row >= p.height || column < 0 || column >= p.width) return 0.0f;  // the padding is 0 after normalisation
+        if (row < 0 || row >= p.height || column < 0 || column >= p.width) return 0.0f;  // padding is applied after normalisation
         const float u = read(p.tokens, token(p, frame, row * p.width + column) + c * p.stride[3], p.dtype);
         return (u - in.mean[frame * p.channels + c]) * in.rstd[frame * p.channels + c];
     };
@@ -142,7 +142,7 @@ void rope(const QkNormRope& p, int64_t task, char* scratch) {
             for (int64_t axis = 0; axis < 2; ++axis)  // row, then column
                 for (int64_t m = 0; m < quarter; ++m) {
                     const float c = p.cos[position[axis] * quarter + m], s = p.sin[position[axis] * quarter + m];
-                    const int64_t i = axis * half + m, j = i + quarter;  // a pair of channels, turned
+                    const int64_t i = axis * half + m, j = i + quarter;  // a pair of channels, rotated
                     write(to, row + i, p.dtype, x[i] * c - x[j] * s);
                     write(to, row + j, p.dtype, x[j] * c + x[i] * s);
                 }

@@ -1,5 +1,5 @@
-// The table of one instruction-set level. A kernel file names the level (PAGE4D_ISA), the engine of its bf16 products (PAGE4D_BF16_ENGINE)
-// and includes this.
+// The table of one instruction-set level. A kernel file defines the level (PAGE4D_ISA) and the engine of its bf16 matmuls
+// (PAGE4D_BF16_ENGINE), then includes this file.
 #pragma once
 
 #include "attention.h"
@@ -32,7 +32,7 @@ const Kernels PAGE4D_TABLE(PAGE4D_ISA) = {
     [](const QkNormRope& p, int64_t task, char* scratch) {
         p.dtype == DType::f32 ? rope<float>(p, task, scratch) : rope<uint16_t>(p, task, scratch);
     },
-    [](DType dtype) { return dtype == DType::f32 ? products<EngineF32>() : products<PAGE4D_BF16_ENGINE>(); },
+    [](DType dtype) { return dtype == DType::f32 ? matmuls<EngineF32>() : matmuls<PAGE4D_BF16_ENGINE>(); },
     exponentials,
 };
 

@@ -1,4 +1,4 @@
-// QK-norm + RoPE: a task is a run of tokens; each head of each token is normalised and turned while it is in registers and first-level cache.
+// QK-norm + RoPE. A task is a run of tokens. Each head of each token is normalised and rotated while it is in registers and the L1 cache.
 #pragma once
 
 #include <math.h>
@@ -24,7 +24,7 @@ void rope(const QkNormRope& p, int64_t task, char* scratch) {
         const int64_t patch = n % p.per_frame - p.special;
         const int64_t position[2] = {patch < 0 ? 0 : patch / p.width + 1, patch < 0 ? 0 : patch % p.width + 1};
         for (int64_t axis = 0; axis < 2; ++axis)
-            for (int64_t m = 0; m < quarter; ++m) {  // channel m of an axis turns with channel m + quarter
+            for (int64_t m = 0; m < quarter; ++m) {  // channels m and m + quarter of an axis are rotated together
                 const float c = p.cos[position[axis] * quarter + m], s = p.sin[position[axis] * quarter + m];
                 cos[axis * half + m] = cos[axis * half + quarter + m] = c;
                 sin[axis * half + m] = -s;

@@ -1,7 +1,7 @@
-// Vectors of fp32 for the instruction set this file is compiled for, and the two functions that need care: exp2 and erf.
+// Vectors of fp32 for the instruction set of the including file, and approximations of exp2 and erf.
 //
-// Every kernel file defines PAGE4D_ISA before including this. All code lives in that namespace, so that no function compiled for a newer
-// processor can be linked into a path for an older one; for the same reason nothing here uses templates of the standard library.
+// Every kernel file must define PAGE4D_ISA before including this. All code is in that namespace, so the linker cannot put a function compiled
+// for a newer processor into a path for an older one. For the same reason, nothing here uses templates of the standard library.
 #pragma once
 
 #include <immintrin.h>
@@ -25,18 +25,18 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// The second operand if either is NaN.
+// Returns the second operand if either is NaN.
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// a 2^n for whole n; 0 where that is too small for a float.
+// a * 2^n for integer n. Returns 0 where the result is too small for a float.
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 constexpr float smallest_exponent = -200.0f;
 // Any 64 bytes, as 16 units of 32 bits.
 inline Vec load_units(const void* p) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
-// 16 bf16 values of two rows, interleaved: a pair to a unit.
+// 16 bf16 values of each of two rows, interleaved: each unit holds one value of each row.
 inline Vec load_pairs(const uint16_t* low, const uint16_t* high) {
     const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
     const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
@@ -99,7 +99,7 @@ inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT
 inline Vec scale_by_power(Vec a, Vec n) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
     const __m256 tiny = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.5f), _CMP_LT_OQ);
-    // NaN goes through the product: its exponent is 0 or garbage, its mantissa is in `a`.
+    // NaN is preserved by the multiplication: `a` is NaN, whatever the exponent.
     return {_mm256_andnot_ps(tiny, _mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent)))};
 }
 constexpr float smallest_exponent = -127.0f;
@@ -125,7 +125,8 @@ inline Vec load_bf16(const uint16_t* p) {
 
 #endif
 
-// 2^x for x <= 0, relative error below 2e-7; 0 for x far below, -inf included; NaN stays NaN. Minimax polynomial on [-1/2, 1/2].
+// 2^x for x <= 0, by a minimax polynomial on [-1/2, 1/2]. The relative error is below 2e-7. Returns 0 for very small x, including -inf.
+// NaN stays NaN.
 inline Vec exp2(Vec x) {
     x = max(broadcast(smallest_exponent), x);
     const Vec n = round(x), f = x - n;
@@ -138,7 +139,7 @@ inline Vec exp2(Vec x) {
     return scale_by_power(p, n);
 }
 
-// erf(x), absolute error below 4e-7: x P(x^2) / Q(x^2), minimax on [-3.95, 3.95], +-1 beyond to the same error.
+// erf(x) as x P(x^2) / Q(x^2), minimax on [-3.95, 3.95] and clamped beyond. The absolute error is below 4e-7 everywhere.
 inline Vec erf(Vec x) {
     x = min(broadcast(3.95f), max(broadcast(-3.95f), x));
     const Vec t = x * x;
@@ -165,7 +166,7 @@ inline float from_bf16(uint16_t bits) {
     return x;
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even. NaN stays NaN.
 inline uint16_t to_bf16(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);

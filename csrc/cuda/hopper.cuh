@@ -63,7 +63,7 @@ __device__ __forceinline__ void mbarrier_arrive(Barrier& barrier) {
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(Barrier& barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
 }
-// Waits until the phase of this parity has completed. Returns at once for parity 1 of a new barrier.
+// Waits until the phase of this parity has completed. Parity 1 of a new barrier counts as completed.
 __device__ __forceinline__ void mbarrier_wait(Barrier& barrier, uint32_t parity) {
     asm volatile(
         "{.reg .pred p;\n"
@@ -118,7 +118,7 @@ __device__ __forceinline__ void fence_operand(float (&d)[N]) {
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
     "%59, %60, %61, %62, %63"
 
-// d (64 x 128) = a b^T [+ d]: a (64 x 16) and b (128 x 16) in shared memory, the 16 contiguous.
+// d (64 x 128) = a b^T [+ d]: a (64 x 16) and b (128 x 16) in shared memory, contiguous along the 16.
 #define PAGE4D_WGMMA(TYPE, NAME)                                                                                                             \
     __device__ __forceinline__ void wgmma_ss(TYPE, float (&d)[64], uint64_t a, uint64_t b, bool add) {                                       \
         asm volatile(                                                                                                                        \
@@ -127,7 +127,7 @@ __device__ __forceinline__ void fence_operand(float (&d)[N]) {
             : PAGE4D_F32(d, 0), PAGE4D_F32(d, 32)                                                                                            \
             : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                                                   \
     }                                                                                                                                        \
-    /* d (64 x 64) += a b: a (64 x 16) in registers, b (16 x 64) in shared memory, the 64 contiguous */                                      \
+    /* d (64 x 64) += a b: a (64 x 16) in registers, b (16 x 64) in shared memory, contiguous along the 64 */                                \
     __device__ __forceinline__ void wgmma_rs(TYPE, float (&d)[32], const uint32_t* a, uint64_t b) {                                          \
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " " PAGE4D_R32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"  \
                      : PAGE4D_F32(d, 0)                                                                                                      \

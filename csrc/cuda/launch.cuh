@@ -1,4 +1,4 @@
-// What every CUDA kernel's launch needs: the caller's device for as long as it takes, and errors as text.
+// Shared by all launches: selects the caller's device for the duration of a launch, and keeps the text of errors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,8 +7,8 @@
 
 namespace page4d::cuda {
 
-// This library links the CUDA runtime statically: what that takes for the current device need not be what the caller's runtime does, so
-// the device is set in any case. It is set back only if it was another one, as `before_` may be a default that nobody chose.
+// This library links the CUDA runtime statically. Its current device may differ from that of the caller's runtime, so the device is always
+// set. It is reset only if it was a different one, as `before_` may be a default that nobody chose.
 class OnDevice {
   public:
     explicit OnDevice(int device) : device_(device), before_(device), status_(cudaGetDevice(&before_)) {

@@ -1,4 +1,4 @@
-// Launches mask_attention_sm90.cuh: the schedule, and tensor maps of q, k and v.
+// Launches mask_attention_sm90.cuh. Builds the schedule and the tensor maps of q, k and v.
 #include <cstdio>
 
 #include "hopper.cuh"
@@ -8,7 +8,7 @@
 namespace page4d::cuda {
 namespace {
 
-// From the driver, at run time: the library does not link it, and loads where there is none.
+// Looked up in the driver at run time. The library does not link the driver, so it also loads on machines without one.
 using Encode = decltype(&cuTensorMapEncodeTiled);
 Encode encoder() {
     static const Encode found = [] {
@@ -24,7 +24,7 @@ Encode encoder() {
     return found;
 }
 
-// Sizes and strides in elements of two bytes, the contiguous dimension first, whose stride is not given. Boxes are 64 columns wide.
+// Sizes and strides are in 2-byte elements. The contiguous dimension comes first, and its stride is omitted. Boxes are 64 columns wide.
 template <int RANK>
 Status make_map(TensorMap& map, DType dtype, const void* base, const int64_t (&size)[RANK], const int64_t (&stride)[RANK - 1],
                 const int (&box)[RANK]) {
@@ -32,7 +32,7 @@ Status make_map(TensorMap& map, DType dtype, const void* base, const int64_t (&s
     cuuint64_t sizes[RANK], bytes[RANK - 1];
     cuuint32_t boxes[RANK], ones[RANK];
     for (int i = 0; i < RANK; ++i) sizes[i] = static_cast<cuuint64_t>(size[i]), boxes[i] = static_cast<cuuint32_t>(box[i]), ones[i] = 1;
-    for (int i = 0; i < RANK - 1; ++i) bytes[i] = size[i + 1] == 1 ? 16 : static_cast<cuuint64_t>(stride[i]) * 2;  // of one element any will do
+    for (int i = 0; i < RANK - 1; ++i) bytes[i] = size[i + 1] == 1 ? 16 : static_cast<cuuint64_t>(stride[i]) * 2;  // any stride is valid for size 1
     const auto type = dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const CUresult result = encoder()(&map, type, RANK, const_cast<void*>(base), sizes, bytes, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

@@ -1,7 +1,7 @@
 // Mask-modulated attention for Hopper, forward: softmax(q k^T * scale + r c^T) v. page4d_kernels/triton/mask_attention.py computes the
-// same with the same tiles of rows, without warp specialisation.
+// same with the same row tiles, but without warp specialisation.
 //
-// Blocks are persistent: each takes tiles of query rows one after the other. The producer warpgroup loads Q, K and V into shared memory by
+// Blocks are persistent: each processes several tiles of query rows in sequence. The producer warpgroup loads Q, K and V into shared memory by
 // TMA, from a single thread. The consumer warpgroups compute 64 rows each:
 //
 //   S = Q K_0^T, softmax
@@ -15,7 +15,7 @@
 // Logits, softmax state and sums are fp32. As in the Triton kernel, without a bias the scale is folded into the exponent's factor. With a
 // bias, logits are natural and log2(e) is applied after the maximum is subtracted.
 //
-// Include hopper.cuh first, or csrc/tests/hopper_on_cpu.h, with which it runs on the CPU.
+// Include hopper.cuh first. To run on the CPU, include csrc/tests/hopper_on_cpu.h instead.
 #pragma once
 
 #include "schedule.h"
@@ -35,8 +35,8 @@ struct AttentionTile {
     static_assert(sizeof(T) == 2 && D % 64 == 0);
 };
 
-// 128-byte rows with the 128-byte swizzle: the eight 16-byte chunks of a row are permuted by the row, so that a column of chunks lies in
-// different banks. TMA and wgmma derive the permutation from the address, so every tile starts at a multiple of 1024 bytes.
+// 128-byte rows with the 128-byte swizzle: the row number permutes the eight 16-byte chunks of a row, so a column of chunks is in different
+// banks. TMA and wgmma derive the permutation from the address, so every tile must start at a multiple of 1024 bytes.
 template <class T, int ROWS, int D>
 struct alignas(1024) SwizzledTile {
     T at[D / 64][ROWS][64];
@@ -57,14 +57,14 @@ struct AttentionArguments {
     const float* bias;            // c (B, Nk)
     void* out;                    // (B, H, Nq, D)
     float* lse;                   // (B, H, Nq)
-    float* out_partial;           // (splits, B, H, Nq, D) and
-    float* lse_partial;           // (splits, B, H, Nq), in state of out and lse if the keys are split
+    float* out_partial;           // (splits, B, H, Nq, D): written in place of out if the keys are split
+    float* lse_partial;           // (splits, B, H, Nq): likewise, in place of lse
     int64_t out_stride[3], gate_stride, bias_stride;
     float scale;
     TileScheduler schedule;
 };
 
-// The stage of the n-th tile in the ring, and the parity of the mbarrier phase that it fills.
+// The ring stage of the n-th tile, and the parity of the mbarrier phase that it fills.
 template <int STAGES>
 struct PipelineState {
     static_assert((STAGES & (STAGES - 1)) == 0);
@@ -79,8 +79,9 @@ __device__ inline uint64_t wgmma_descriptor(const void* matrix, uint32_t panel_b
     return swizzle_128 | (block_bytes >> 4) << 32 | static_cast<uint64_t>(panel_bytes >> 4) << 16 | ((shared_address(matrix) & 0x3ffff) >> 4);
 }
 
-// 2^x for x <= 0, without the special-function unit: x = n + f, |f| <= 1/2, and 2^f by a cubic (relative error 8e-5, under bf16's and
-// fp16's rounding). 2^-125 for what is smaller: a row with nothing larger has maximum -inf, and is seen by that.
+// 2^x for x <= 0, without the special-function unit. x = n + f with |f| <= 1/2, and a cubic gives 2^f. The relative error of 8e-5 is below
+// the rounding of bf16 and fp16. Smaller x are clamped to -125, so the sum of a row of -inf is
+// not 0; `fully_masked` therefore also tests the row maximum.
 __device__ inline float exp2_polynomial(float x) {
     constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the lowest bits
     x = max_or_nan(x, -125.0f);
@@ -114,14 +115,14 @@ __device__ void load(const AttentionArguments& p, AttentionShared<T, D>& shared)
                 tma_load_4d(ring[state.stage].at[panel], map, full[state.stage], panel * 64, tile * Tile::keys, work.head, work.batch);
         };
 #pragma unroll 1
-        for (int tile = work.last_key_tile - 1; tile >= work.first_key_tile - 1; --tile) {  // in the order of use: K is one tile ahead of V
+        for (int tile = work.last_key_tile - 1; tile >= work.first_key_tile - 1; --tile) {  // in order of use: K is one tile ahead of V
             if (tile >= work.first_key_tile) fill(p.k, shared.k, shared.k_full, shared.k_empty, loaded_k++, tile);
             if (tile < work.last_key_tile - 1) fill(p.v, shared.v, shared.v_full, shared.v_empty, loaded_v++, tile + 1);
         }
     }
 }
 
-// Lets the consumers issue their wgmmas one after the other, in a ring.
+// The consumers take turns, in a ring, to issue their wgmmas.
 template <int CONSUMERS>
 struct WarpSchedulerBarrier {
     int mine;
@@ -132,18 +133,18 @@ struct WarpSchedulerBarrier {
     __device__ void pass() const { named_barrier_arrive(1 + (mine + 1) % CONSUMERS, 256); }
 };
 
-// What a thread of a consumer holds of its warpgroup's 64 rows: of each row 8-column group j, columns 8 j + 2 (lane % 4) + {0, 1}, of rows
-// lane / 4 and lane / 4 + 8 of its warp's 16. Element i of an accumulator is column i % 2 of row (i / 2) % 2 of group i / 4.
+// A consumer warpgroup computes 64 rows, 16 per warp. Each of its threads holds two of them, rows lane / 4 and lane / 4 + 8 of its warp. Of each
+// 8-column group j it holds columns 8 j + 2 (lane % 4) + {0, 1}. Accumulator element i is column i % 2 of row (i / 2) % 2 of group i / 4.
 template <class T, int D>
 struct Consumer {
     using Tile = AttentionTile<T, D>;
-    static constexpr int logits = Tile::keys / 2;  // of a thread
+    static constexpr int logits = Tile::keys / 2;  // per thread
 
     const AttentionArguments& p;
     AttentionShared<T, D>& shared;
     const int number;  // of the consumer
     const WarpSchedulerBarrier<Tile::consumers> scheduler_barrier;
-    uint32_t tiles_q = 0, tiles_k = 0;  // tiles of queries and of keys consumed so far
+    uint32_t tiles_q = 0, tiles_k = 0;  // tiles of queries and of keys taken from the ring so far
 
     float out[D / 2];
     uint32_t probs[logits / 2];  // P, as wgmma_rs reads it
@@ -153,16 +154,16 @@ struct Consumer {
         : p(p), shared(shared), number(number), scheduler_barrier(number) {}
 
     struct ThreadCoord {
-        int thread, lane, row;  // in the warpgroup and the warp; a thread's first row of the tile, the second one comes 8 later
+        int thread, lane, row;  // thread of the warpgroup, lane of the warp, and the first row of the tile; the second is row + 8
     };
-    // Recomputed for each tile, as the loops over keys have no registers to keep it.
+    // Recomputed for each tile: the loop over keys has no registers left to keep it.
     __device__ static ThreadCoord thread_coord() {
         int thread = threadIdx.x;
         forget(thread);
         return {thread % 128, thread % 32, (thread / 128 - 1) * 64 + thread / 32 % 4 * 16 + thread % 32 / 4};
     }
 
-    // Each warp arrives once when it no longer reads a stage of shared memory.
+    // Each warp arrives once it no longer reads a stage of shared memory.
     __device__ static void release(Barrier& empty) {
         if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
     }
@@ -183,8 +184,8 @@ struct Consumer {
         wgmma_commit();
     }
 
-    // Adds the bias (then logits are natural), masks keys past the end, and updates the running maximum and sum. Leaves exponentials in `s`
-    // and returns in `rescale` the factor of earlier sums.
+    // Adds the bias (logits are then natural), masks keys past the end, and updates the running maximum and sum. Leaves the exponentials in
+    // `s` and the factor for the earlier sums in `rescale`.
     template <bool BIASED>
     __device__ void softmax(float (&s)[logits], int tile, const float* bias, bool ragged, float (&rescale)[2]) {
         const int column = tile * Tile::keys + threadIdx.x % 4 * 2, keys = p.schedule.keys;
@@ -241,7 +242,7 @@ struct Consumer {
         float s[logits], rescale[2];
 
         mbarrier_wait(shared.q_full, tiles_q++ % 2);
-        PipelineState<Tile::stages> current(tiles_k);  // of the key tile whose logits are computed; its values follow one step later
+        PipelineState<Tile::stages> current(tiles_k++);  // stage of the key tile whose logits are computed; its V is used one step later
         mbarrier_wait(shared.k_full[current.stage], current.parity);
         wgmma_fence();
         issue_logits(s, current.stage);
@@ -254,7 +255,7 @@ struct Consumer {
 #pragma unroll 1
         while (--tile >= first_tile) {
             const PipelineState<Tile::stages> previous = current;
-            current = PipelineState<Tile::stages>(++tiles_k);
+            current = PipelineState<Tile::stages>(tiles_k++);
             mbarrier_wait(shared.k_full[current.stage], current.parity);
             scheduler_barrier.wait();
             wgmma_fence();
@@ -263,21 +264,20 @@ struct Consumer {
             wgmma_fence();
             issue_values(previous.stage);
             scheduler_barrier.pass();
-            wgmma_wait<BIASED ? 0 : 1>();  // there are too few registers to run a wgmma under a softmax with a bias
+            wgmma_wait<BIASED ? 0 : 1>();  // registers do not suffice to run a wgmma under a softmax with a bias
             fence_operand(s);
             release(shared.k_empty[current.stage]);
             softmax<BIASED>(s, tile, bias, false, rescale);
             fence_operand(s);
-            if (row_sum[0] + row_sum[1] < 0.0f) __trap();  // never taken: the branch keeps ptxas from moving the wait before the exponentials
+            if (row_sum[0] + row_sum[1] < 0.0f) __trap();  // never taken: keeps ptxas from moving the wait before the exponentials
             wgmma_wait<0>();
             fence_operand(out);
             release(shared.v_empty[previous.stage]);
-            if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f))  // a maximum moved, which soon becomes rare
+            if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f))  // a maximum changed, which soon becomes rare
 #pragma unroll
                 for (int i = 0; i < D / 2; ++i) out[i] *= rescale[i / 2 % 2];
             round_probs(s);
         }
-        ++tiles_k;
 
         release(shared.q_empty);
         mbarrier_wait(shared.v_full[current.stage], current.parity);
@@ -288,11 +288,11 @@ struct Consumer {
         release(shared.v_empty[current.stage]);
     }
 
-    // Divides by the sum and writes the rows of this tile. 16-bit results go through shared memory and leave in runs of 128 bytes.
+    // Divides by the sum and writes the rows of this tile. 16-bit results pass through shared memory to be stored in runs of 128 bytes.
     template <bool BIASED>
     __device__ void epilogue(const WorkTile& work) {
         const TileScheduler& schedule = p.schedule;
-        const ThreadCoord own = thread_coord();
+        const ThreadCoord coord = thread_coord();
         const int64_t head = static_cast<int64_t>(work.batch) * schedule.heads + work.head;
         const int64_t split = static_cast<int64_t>(work.split) * schedule.batch * schedule.heads + head;
         const bool whole = schedule.splits == 1;
@@ -302,15 +302,15 @@ struct Consumer {
             row_sum[row] += __shfl_xor_sync(0xffffffffu, row_sum[row], 2);
             const bool fully_masked = row_sum[row] == 0.0f || (row_max[row] == -INFINITY && row_sum[row] == row_sum[row]);  // all logits -inf
             const float factor = fully_masked ? 0.0f : 1.0f / row_sum[row];
-            const int n = schedule.row(work.tile, own.row + 8 * row);
-            if (n >= 0 && own.lane % 4 == 0) {
+            const int n = schedule.row(work.tile, coord.row + 8 * row);
+            if (n >= 0 && coord.lane % 4 == 0) {
                 const float lse = fully_masked ? -INFINITY : (BIASED ? row_max[row] : row_max[row] * p.scale) + logf(row_sum[row]);
                 (whole ? p.lse + head * schedule.queries : p.lse_partial + split * schedule.queries)[n] = lse;
             }
 #pragma unroll
             for (int i = 2 * row; i < D / 2; i += 4) out[i] *= factor, out[i + 1] *= factor;
             if (!whole && n >= 0) {
-                float* const to = p.out_partial + (split * schedule.queries + n) * D + own.lane % 4 * 2;
+                float* const to = p.out_partial + (split * schedule.queries + n) * D + coord.lane % 4 * 2;
 #pragma unroll
                 for (int i = 2 * row; i < D / 2; i += 4) *reinterpret_cast<float2*>(to + i / 4 * 8) = make_float2(out[i], out[i + 1]);
             }
@@ -318,16 +318,16 @@ struct Consumer {
         if (!whole) return;
 
         const int barrier = 1 + Tile::consumers + number;
-        named_barrier_sync(barrier, 128);  // all threads have read the last tile's rows
+        named_barrier_sync(barrier, 128);  // all threads have read the previous tile's rows
 #pragma unroll
         for (int i = 0; i < D / 2; i += 2) {
-            const int row = own.row + i / 2 % 2 * 8, group = i / 4;
-            *reinterpret_cast<uint32_t*>(shared.out.chunk(group / 8, row, group % 8) + own.lane % 4 * 2) = pack(T{}, out[i], out[i + 1]);
+            const int row = coord.row + i / 2 % 2 * 8, group = i / 4;
+            *reinterpret_cast<uint32_t*>(shared.out.chunk(group / 8, row, group % 8) + coord.lane % 4 * 2) = pack(T{}, out[i], out[i + 1]);
         }
         named_barrier_sync(barrier, 128);
         T* const base = static_cast<T*>(p.out) + work.batch * p.out_stride[0] + work.head * p.out_stride[1];
 #pragma unroll 1
-        for (int i = own.thread; i < 64 * 8; i += 128) {
+        for (int i = coord.thread; i < 64 * 8; i += 128) {
             const int row = 64 * number + i / 8, n = schedule.row(work.tile, row);
             if (n < 0) continue;
 #pragma unroll
@@ -352,13 +352,13 @@ struct Consumer {
             bool biased = schedule.packed(work.tile);
             gate[0] = gate[1] = 0.0f;
             if (p.gate && (biased || schedule.special == 0)) {
-                const ThreadCoord own = thread_coord();
+                const ThreadCoord coord = thread_coord();
 #pragma unroll
                 for (int row = 0; row < 2; ++row) {
-                    const int n = schedule.row(work.tile, own.row + 8 * row);
+                    const int n = schedule.row(work.tile, coord.row + 8 * row);
                     if (n >= 0) gate[row] = p.gate[work.batch * p.gate_stride + n];
                 }
-                // without a layout any row may be gated
+                // without a layout, any row may be gated
                 if (schedule.special == 0) biased = named_barrier_or(gate[0] != 0.0f || gate[1] != 0.0f, 1 + Tile::consumers + number, 128);
             }
             if (biased)
@@ -369,7 +369,7 @@ struct Consumer {
     }
 };
 
-// One block per multiprocessor, or fewer if there are fewer tiles.
+// Launched with one block per multiprocessor, or fewer if there are fewer work tiles.
 template <class T, int D>
 __global__ void __launch_bounds__(AttentionTile<T, D>::threads, 1) mask_attention_fwd_kernel(const __grid_constant__ AttentionArguments p) {
     using Tile = AttentionTile<T, D>;
@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(AttentionTile<T, D>::threads, 1) mask_attentio
         setmaxnreg_inc<Tile::consumer_registers>();
         Consumer<T, D>(p, shared, warpgroup - 1).run();
     }
-    __syncthreads();  // ptxas gives each role its own register count only if the roles meet again
+    __syncthreads();  // ptxas gives each role its own register count only if the roles meet again at the end
 }
 
 constexpr int merge_threads = 128;

@@ -1,11 +1,11 @@
-// The mask head in two passes over the tokens, without a copy of them; page4d_kernels/triton/mask_head.py computes the same.
+// The mask head in two passes over the tokens, without a copy of them. page4d_kernels/triton/mask_head.py computes the same.
 //
-// `statistics` makes mean and 1 / standard deviation of each channel of each frame. `forward` takes 128 patches of a frame at a time, and
-// 32 channels: it normalises these patches and their neighbours into shared memory, convolves and applies GELU there, and multiplies with
-// those columns of W2 (tf32; three products in place of one if the tokens are fp32), which arrive meanwhile. At the end come GELU, the sum
-// over the hidden layer, the channel mean and the sigmoid.
+// `mask_head_fwd_kernel_stats` computes the mean and 1 / standard deviation of each channel of each frame. A block of `mask_head_fwd_kernel`
+// processes 128 patches of a frame in blocks of 32 channels. It normalises the patches and their neighbours into shared memory, convolves
+// them and applies GELU. Then it multiplies with the matching columns of W2, which cp.async loads during the convolution. The MMAs are tf32,
+// three in place of one for fp32 tokens. GELU, the sum over the hidden layer, the channel mean and the sigmoid follow at the end.
 //
-// Include ampere.cuh first, or csrc/tests/ampere_on_cpu.h, with which it runs on the CPU.
+// Include ampere.cuh first. To run on the CPU, include csrc/tests/ampere_on_cpu.h instead.
 #pragma once
 
 #include "page4d/mask_head.h"
@@ -13,7 +13,7 @@
 
 namespace page4d::cuda {
 
-// Mean and sum of squared deviations of `count` values. Merging them costs no digits, however large the mean.
+// Mean and sum of squared deviations of `count` values. Merging does not lose precision, even for a large mean.
 struct Moments {
     float count, mean, m2;
     __device__ void merge(const Moments& other) {
@@ -25,7 +25,7 @@ struct Moments {
     }
 };
 
-// Channels of a token as fp32; 0 past the `available` ones.
+// Loads channels of a token as fp32, with 0 past the `available` ones.
 template <class T>
 __device__ inline void load_channels(float (&x)[Pack<T>::size], const T* from, int64_t stride, int available, bool aligned) {
     if (aligned && available >= Pack<T>::size) {
@@ -36,7 +36,7 @@ __device__ inline void load_channels(float (&x)[Pack<T>::size], const T* from, i
     for (int i = 0; i < Pack<T>::size; ++i) x[i] = i < available ? value(from[i * stride]) : 0.0f;
 }
 
-// Whether channels are neighbours and each token starts at a multiple of 16 bytes.
+// Whether channels are contiguous and each token starts at a multiple of 16 bytes.
 template <class T>
 inline bool aligned(const MaskHead& p) {
     bool all = reinterpret_cast<uintptr_t>(p.tokens) % 16 == 0 && p.stride[3] == 1;
@@ -112,21 +112,21 @@ __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.707
 
 template <int HIDDEN>
 struct HeadTile {
-    static constexpr int patches = 128, channels = 32, threads = 512, pitch = channels + 4;  // a column of 8 rows lies in different banks
-    static constexpr int across = 4, columns = HIDDEN / across / 8;  // warps side by side, and what each has of the hidden layer in 8s
-    // rows of patches with neighbours up to a row and one away
+    static constexpr int patches = 128, channels = 32, threads = 512, pitch = channels + 4;  // 8 rows of a column are in different banks
+    static constexpr int across = 4, columns = HIDDEN / across / 8;  // warps side by side, and groups of 8 hidden units per warp
+    // patches of a tile and their neighbours, up to one row and one column away
     __host__ __device__ static int window(int width) { return patches + 2 * (width + 1); }
     __host__ __device__ static int floats(int width) {
         return HIDDEN * pitch + patches * pitch + window(width) * channels + 2 * 12 * channels + (across + 1) * patches;
     }
 };
 
-// Grid (tiles of patches, batch * frames). Hidden layers up to HIDDEN.
+// Grid (tiles of patches, batch * frames). At most HIDDEN hidden units.
 template <class T, int HIDDEN>
 __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) mask_head_fwd_kernel(const MaskHead p, const HeadStatistics statistics, bool aligned) {
     using Tile = HeadTile<HIDDEN>;
     constexpr int size = Pack<T>::size, C = Tile::channels;
-    constexpr bool three = sizeof(T) == 4;  // products, for all digits of fp32
+    constexpr bool three = sizeof(T) == 4;  // MMAs in place of one, for the precision of fp32
     const int patches = static_cast<int>(p.height * p.width), width = static_cast<int>(p.width), height = static_cast<int>(p.height);
     const int channels = static_cast<int>(p.channels), hidden = static_cast<int>(p.hidden);
     int thread = threadIdx.x;
@@ -141,14 +141,14 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) mask_head_fwd_kerne
     float* const active = w2 + HIDDEN * Tile::pitch;            // [patches][pitch]: after the convolution and GELU
     float* const z = active + Tile::patches * Tile::pitch;      // [window][C]: normalised tokens
     float* const parameters = z + window * C;                   // twice [12][C]: nine taps, bias, mean, rstd
-    float* const sums = parameters + 2 * 12 * C;                // [across][patches]: over each warp's part of the hidden layer
-    float* const totals = sums + Tile::across * Tile::patches;  // [patches]: of z over channels
+    float* const sums = parameters + 2 * 12 * C;                // [across][patches]: sums over each warp's hidden units
+    float* const totals = sums + Tile::across * Tile::patches;  // [patches]: sums of z over channels
 
     const auto load_parameters = [&](int block) {
         float* const to = parameters + block % 2 * 12 * C;
         for (int i = thread; i < 12 * C; i += Tile::threads) {
             const int row = i / C, c = block * C + i % C;
-            float x = 0.0f;  // channels past the end add nothing
+            float x = 0.0f;  // channels past the end contribute 0
             if (c < channels) x = row < 9 ? p.w0[c * 9 + row] : row == 9 ? p.b0[c] : row == 10 ? mean[c] : rstd[c];
             to[i] = x;
         }
@@ -173,14 +173,14 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) mask_head_fwd_kerne
     const int lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int row0 = warp / Tile::across * 32, column0 = warp % Tile::across * Tile::columns * 8;
     float out[2][Tile::columns][4] = {};
-    constexpr int items = Tile::patches * C / 4 / Tile::threads;  // of a thread: four channels of a patch
+    constexpr int items = Tile::patches * C / 4 / Tile::threads;  // per thread, of four channels of a patch each
     float total[items] = {};
 
     load_parameters(0);
     __syncthreads();
     for (int block = 0; block * C < channels; ++block) {
         const float* const own = parameters + block % 2 * 12 * C;
-        forget(thread);  // places of patches and neighbours are more than registers hold from block to block
+        forget(thread);  // registers cannot hold the positions of patches and neighbours between blocks
         for (int i = thread; i < window * (C / size); i += Tile::threads) {
             const int row = i / (C / size), c = i % (C / size) * size, patch = first - before + row;
             float x[size] = {};
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) mask_head_fwd_kerne
 #pragma unroll
             for (int j = 0; j < size; ++j) z[row * C + c + j] = (x[j] - own[10 * C + c + j]) * own[11 * C + c + j];
         }
-        __syncthreads();  // and nobody multiplies any more
+        __syncthreads();  // z is complete, and all MMAs of the previous block are done
         load_w2(block);
         load_parameters(block + 1);
 
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(HeadTile<HIDDEN>::threads) mask_head_fwd_kerne
             for (int tap = 0; tap < 9; ++tap) {
                 const int dy = tap / 3 - 1, dx = tap % 3 - 1;
                 if (patch >= patches || y + dy < 0 || y + dy >= height || x + dx < 0 || x + dx >= width)
-                    continue;  // the padding is 0 after normalisation
+                    continue;  // padding is applied after normalisation
                 const float* const neighbour = z + (before + at + dy * width + dx) * C + c;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) a[j] += own[tap * C + c + j] * neighbour[j];

@@ -1,8 +1,9 @@
-// QK-norm + RoPE in one pass over the projection: csrc/cpu/kernels_scalar.cpp with a group of lanes in place of the loop over channels.
+// QK-norm + RoPE in one pass over the projection. It follows csrc/cpu/kernels_scalar.cpp, with a group of lanes in place of the loop over
+// channels.
 //
-// A lane holds 16 bytes of a head, so a group of D * sizeof(T) / 16 lanes holds all of it: sums over the head dimension are shuffles within
-// the group, and the channel that a channel turns with, a quarter of the head dimension away, sits a quarter of the group away in the same
-// place. A group takes q and k of one token and head: both loads are in flight together and share the angles.
+// Each lane loads 16 bytes, and a group of D * sizeof(T) / 16 lanes holds one head. Sums over the head dimension are warp shuffles within the
+// group. So is the exchange with the RoPE partner: it is D / 4 channels away, which is at the same position of a lane a quarter of the group
+// away. A group processes q and k of one token and head. Both loads are in flight together and share the angles.
 //
 // Included by qk_norm_rope.cu, and by csrc/tests/cuda_rope.cpp, which runs it on the CPU.
 #pragma once
@@ -25,10 +26,10 @@ inline bool aligned(const QkNormRope& p) {
 template <class T, int D>
 struct Group {
     static constexpr int per_lane = Pack<T>::size, lanes = D / per_lane, rows = threads / lanes;
-    static_assert(lanes <= 32 && lanes % 4 == 0 && (lanes & (lanes - 1)) == 0, "a quarter of the head dimension is whole lanes of one warp");
+    static_assert(lanes <= 32 && lanes % 4 == 0 && (lanes & (lanes - 1)) == 0, "a quarter of the head dimension must be whole lanes of one warp");
 };
 
-// Over the lanes of a group; every lane gets the same bits.
+// Sum over the lanes of a group. Every lane gets the same bits.
 template <int LANES>
 __device__ float sum(float x) {
 #pragma unroll
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(threads) qk_norm_rope_fwd_kernel(const QkNormR
     const int lane = threadIdx.x % G::lanes, channel = lane * G::per_lane;
     const int64_t head_of_batch = blockIdx.x / tiles, b = head_of_batch / p.heads, h = head_of_batch % p.heads;
     const int tokens = static_cast<int>(p.tokens), n = blockIdx.x % tiles * G::rows + threadIdx.x / G::lanes;
-    const int here = min(n, tokens - 1);  // lanes past the end compute with the last token, as all lanes take part in shuffles
+    const int here = min(n, tokens - 1);  // lanes past the end repeat the last token, as shuffles need all lanes
 
     const T* from = static_cast<const T*>(p.qkv) + b * p.stride[0] + here * p.stride[1] + h * p.stride[3] + channel;
     float q[G::per_lane], k[G::per_lane];
@@ -74,8 +75,8 @@ __global__ void __launch_bounds__(threads) qk_norm_rope_fwd_kernel(const QkNormR
     load(k, from + p.stride[2], aligned);
 
     const int patch = here % static_cast<int>(p.per_frame) - static_cast<int>(p.special), width = static_cast<int>(p.width);
-    const int axis = channel / (D / 2),
-              first = channel % quarter;  // the first half of the head dimension turns with the row, the rest with the column
+    // the first half of the head dimension is rotated by the row, the second half by the column
+    const int axis = channel / (D / 2), first = channel % quarter;
     const int position = patch < 0 ? 0 : (axis == 0 ? patch / width : patch % width) + 1;
     const float sign = channel % (D / 2) < quarter ? -1.0f : 1.0f;
     const float *cos = p.cos + position * quarter + first, *sin = p.sin + position * quarter + first;

@@ -1,4 +1,4 @@
-// Which rows and keys a block of the attention kernel works on, and how partial results are joined: plain arithmetic, the same on the
+// Which rows and keys a block of the attention kernel processes, and how partial results are merged. The same plain arithmetic runs on the
 // device, in the launch and in the tests.
 #pragma once
 
@@ -18,19 +18,19 @@ namespace page4d::cuda {
 // A tile of query rows of one head, against a range of key tiles.
 struct WorkTile {
     int tile, split, head, batch;
-    int first_key_tile, last_key_tile;  // without the last
+    int first_key_tile, last_key_tile;  // last_key_tile is exclusive
 };
 
-// Which work there is, in order. Query rows of a head come in tiles. With a layout the gated rows, first `special` of each frame, are gathered into
-// packed tiles of whole frames, which come first; the other tiles are contiguous and leave the special rows to the packed ones.
+// The work tiles, in order. The query rows of a head are divided into tiles. With a layout, only the first `special` rows of each frame are gated.
+// Packed tiles gather the gated rows of whole frames and come first. The other tiles are contiguous and skip these rows.
 struct TileScheduler {
     int queries, keys, heads, batch;
     int per_frame, special, frames;  // special = 0: no layout
     int tile_rows, tile_keys, splits;
-    // Derived once on the host: a kernel would keep these in registers.
-    int packed_frames, packed_tiles;       // frames of a packed tile, and how many there are
-    int tiles, key_tiles, key_tiles_each;  // of a head, and of a split
-    int work;                              // in all
+    // Derived once on the host. Computed in the kernel, they would occupy registers.
+    int packed_frames, packed_tiles;       // frames per packed tile, and the number of packed tiles
+    int tiles, key_tiles, key_tiles_each;  // per head (tiles, key_tiles) and per split
+    int work;                              // number of work tiles
 
     PAGE4D_HOST_DEVICE static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -54,7 +54,7 @@ struct TileScheduler {
         work = tiles * splits * heads * batch;
     }
 
-    // Tiles of one head are neighbours, so that blocks share its keys in the L2 cache.
+    // Tiles of one head have consecutive indices, so blocks share its keys in the L2 cache.
     PAGE4D_HOST_DEVICE WorkTile at(int index) const {
         const int tile = index % tiles, rest = index / tiles, split = rest % splits, head = rest / splits;
         const int first = split * key_tiles_each, last = first + key_tiles_each;
@@ -63,7 +63,7 @@ struct TileScheduler {
 
     PAGE4D_HOST_DEVICE bool packed(int tile) const { return tile < packed_tiles; }
 
-    // Sequence position of row i of a tile; -1 where the tile has nothing to write.
+    // Sequence position of row i of a tile, or -1 if the tile does not write this row.
     PAGE4D_HOST_DEVICE int row(int tile, int i) const {
         if (packed(tile)) {
             const int frame = tile * packed_frames + i / special;
@@ -74,20 +74,20 @@ struct TileScheduler {
     }
 };
 
-// The number of splits that have keys when `tiles` are shared by `splits`.
+// The number of non-empty splits when `tiles` are divided among `splits`.
 inline int whole_splits(int tiles, int splits) { return TileScheduler::ceil_div(tiles, TileScheduler::ceil_div(tiles, splits)); }
 
-// Over how many blocks the keys of a tile are split: enough to fill the device, and at least 8 key tiles each.
+// The number of splits of the keys: enough to fill the device, with at least 8 key tiles each.
 inline int splits_for(const TileScheduler& whole, int multiprocessors) {
     const int most = whole.key_tiles / 8, wanted = multiprocessors / whole.work, splits = wanted < most ? wanted : most;
     return splits < 2 ? 1 : whole_splits(whole.key_tiles, splits);
 }
 
-// Joins partial results by their log-sum-exp, in order: out = sum_i exp(lse_i - row_max) out_i / sum_i exp(lse_i - row_max).
+// Merges partial results by their log-sum-exp, in order: out = sum_i exp(lse_i - row_max) out_i / sum_i exp(lse_i - row_max).
 struct Merge {
     float row_max = -INFINITY, row_sum = 0.0f;
 
-    PAGE4D_HOST_DEVICE void see(float lse) { row_max = lse > row_max || lse != lse ? lse : row_max; }  // all of them first; NaN stays
+    PAGE4D_HOST_DEVICE void see(float lse) { row_max = lse > row_max || lse != lse ? lse : row_max; }  // call for all parts first; NaN stays
     PAGE4D_HOST_DEVICE float weight(float lse) {
         const float w = row_max == -INFINITY ? 0.0f : expf(lse - row_max);
         row_sum += w;

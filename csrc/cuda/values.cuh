@@ -1,4 +1,4 @@
-// Reading and writing fp32, fp16 and bf16 alike, 16 bytes at a time; what else kernels share.
+// Helpers that the kernels share: fp32, fp16 and bf16 values, read and written 16 bytes at a time.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct alignas(16) Pack {
     T at[size];
 };
 
-// Consecutive elements as fp32, in one access if they are aligned.
+// Loads consecutive elements as fp32, in one access if they are aligned.
 template <class T>
 __device__ inline void load(float (&x)[Pack<T>::size], const T* from, bool aligned) {
     Pack<T> pack;

@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/ampere.cuh as loops, after the PTX ISA.
+// The functions of csrc/cuda/ampere.cuh as loops that follow the PTX ISA.
 #pragma once
 
 #include "cuda_on_cpu.h"
@@ -7,7 +7,7 @@ namespace page4d::cuda {
 
 inline float to_tf32(float x) { return bits_as<float>((bits_as<uint32_t>(x) + 0x1000) & ~0x1fffu); }
 
-// A product reads tf32: what a kernel did not round before is cut off.
+// The MMA reads tf32: it truncates operands that the kernel did not round.
 inline void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
     struct Lane {
         float *d, a[4], b[2];
@@ -29,7 +29,7 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const float (&a)[4], const float (&b
     });
 }
 
-// As late as may be: when the thread waits.
+// Copies happen as late as possible: when the thread waits.
 inline std::vector<std::function<void()>>& copies_of_thread() {
     static std::vector<std::function<void()>> copies[1024];
     return copies[threadIdx.x];
@@ -37,7 +37,7 @@ inline std::vector<std::function<void()>>& copies_of_thread() {
 template <int BYTES>
 void cp_async(float* to, const float* from, bool valid) {
     if (reinterpret_cast<uintptr_t>(to) % BYTES != 0 || reinterpret_cast<uintptr_t>(from) % BYTES != 0) {
-        std::printf("a copy of %d bytes that are not aligned\n", BYTES);
+        std::printf("a misaligned copy of %d bytes\n", BYTES);
         std::exit(1);
     }
     for (size_t i = 0; i < BYTES / sizeof(float); ++i) to[i] = NAN;

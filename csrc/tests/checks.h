@@ -1,4 +1,4 @@
-// What the tests of CUDA kernels share: random numbers, a count of checks, and the cases of each kernel.
+// Shared by the tests of CUDA kernels: random numbers, the count of checks, and the cases of each kernel.
 #pragma once
 
 #include <cstdio>

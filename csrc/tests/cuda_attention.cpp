@@ -1,5 +1,5 @@
-// csrc/cuda/mask_attention_sm90.cuh and schedule.h: the whole kernel, copies and products included, against plain loops in double
-// precision; the schedule against what it is for.
+// csrc/cuda/mask_attention_sm90.cuh and schedule.h. The whole kernel, including TMA loads and wgmmas, is tested against plain loops in double
+// precision. The schedule is tested to cover every row and key tile once.
 #include <array>
 #include <set>
 
@@ -35,7 +35,7 @@ T rounded(float x) {
 float value(__half x) { return __half2float(x); }
 float value(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// q, k and v are views of one (B, N, 3, H, D) projection if they are as long, as in the model.
+// If queries and keys are equally many, q, k and v are views of one (B, N, 3, H, D) projection, as in the model.
 template <class T, int D>
 void attention_case(const Case& c) {
     using Tile = AttentionTile<T, D>;
@@ -93,7 +93,7 @@ void attention_case(const Case& c) {
 
     bool good = true;
     double worst = 0;
-    std::vector<double> weight(static_cast<size_t>(keys));
+    std::vector<double> probs(static_cast<size_t>(keys));
     for (int b = 0; b < c.batch; ++b)
         for (int h = 0; h < c.heads; ++h)
             for (int n = 0; n < queries; ++n) {
@@ -103,10 +103,10 @@ void attention_case(const Case& c) {
                     for (int d = 0; d < D; ++d) logit += static_cast<double>(at(0, b, h, n, d)) * at(1, b, h, m, d);
                     logit *= p.scale;
                     if (p.gate) logit += static_cast<double>(gate[static_cast<size_t>(b * queries + n)]) * bias[static_cast<size_t>(b * keys + m)];
-                    weight[static_cast<size_t>(m)] = logit, row_max = std::max(row_max, logit);
+                    probs[static_cast<size_t>(m)] = logit, row_max = std::max(row_max, logit);
                 }
                 const bool fully_masked = c.extremes && n == 7;
-                for (double& w : weight) row_sum += w = fully_masked ? 0.0 : std::exp(w - row_max);
+                for (double& prob : probs) row_sum += prob = fully_masked ? 0.0 : std::exp(prob - row_max);
                 const size_t index = (static_cast<size_t>(b) * static_cast<size_t>(c.heads) + static_cast<size_t>(h)) * static_cast<size_t>(queries) +
                                      static_cast<size_t>(n);
                 if (fully_masked)
@@ -118,19 +118,19 @@ void attention_case(const Case& c) {
                 for (int d = 0; d < D; ++d) {
                     double want = 0, size = 0;
                     for (int m = 0; m < keys; ++m) {
-                        const double term = weight[static_cast<size_t>(m)] / row_sum * at(2, b, h, m, d);
+                        const double term = probs[static_cast<size_t>(m)] / row_sum * at(2, b, h, m, d);
                         want += term, size += std::abs(term);
                     }
                     const float got = value(out[static_cast<size_t>((static_cast<int64_t>(b) * queries + n) * c.heads * D + h * D + d)]);
-                    const double epsilon = std::is_same_v<T, __half> ? 6e-4 : 4e-3;  // of the probs, and of the result
+                    const double epsilon = std::is_same_v<T, __half> ? 6e-4 : 4e-3;  // rounding of P and of the result
                     const double error = want != want && got != got ? 0.0 : std::abs(got - want) / (epsilon * (size + std::abs(want)) + 1e-6);
                     good = good && error < 1;  // false for NaN
                     worst = std::max(worst, error);
                 }
             }
     check(good,
-          "mask_attention: %s, head dim %d, batch %d, heads %d, %d frames of %d tokens (%d special), %d keys, gate %d, %d splits: %.2f of what is "
-          "allowed",
+          "mask_attention: %s, head dim %d, batch %d, heads %d, %d frames of %d tokens (%d special), %d keys, gate %d, %d splits: %.2f of the "
+          "tolerance",
           std::is_same_v<T, __half> ? "fp16" : "bf16", D, c.batch, c.heads, c.frames, c.per_frame, c.special, keys, static_cast<int>(c.gate),
           c.splits, worst);
 }
@@ -138,17 +138,17 @@ void attention_case(const Case& c) {
 template <class T, int D>
 void kernel_cases() {
     attention_case<T, D>({1, 1, 1, 1, 0, 0, Gate::none});                         // one row, one key
-    attention_case<T, D>({1, 2, 3, 59, 5, 0, Gate::layout});                      // ragged, gated rows in one tile with room left
-    attention_case<T, D>({2, 1, 2, 128, 1, 0, Gate::layout, 1, 1});               // whole tiles, a batch, one block for all work
+    attention_case<T, D>({1, 2, 3, 59, 5, 0, Gate::layout});                      // ragged; gated rows fill a part of one tile
+    attention_case<T, D>({2, 1, 2, 128, 1, 0, Gate::layout, 1, 1});               // whole tiles, a batch, one block for all work tiles
     attention_case<T, D>({1, 1, 45, 9, 5, 0, Gate::layout, 1, 3, 2.0f});          // gated rows in two tiles
-    attention_case<T, D>({1, 1, 1, 70, 5, 700, Gate::anywhere, 1, 1});            // more keys than stages hold; gates in some warpgroups only
+    attention_case<T, D>({1, 1, 1, 70, 5, 700, Gate::anywhere, 1, 1});            // more keys than the stages hold; gates in some warpgroups only
     attention_case<T, D>({1, 2, 1, 200, 0, 300, Gate::anywhere, 3, 2, 3.0f});     // keys split, the last split ragged
     attention_case<T, D>({2, 1, 2, 40, 5, 0, Gate::layout, 1, 2, 6.0f, 256.0f});  // large logits
-    if (std::is_same_v<T, __nv_bfloat16>)                                         // fp16 does not get to -inf
+    if (std::is_same_v<T, __nv_bfloat16>)                                         // fp16 logits do not reach -inf
         for (const int splits : {1, 2}) attention_case<T, D>({1, 1, 3, 59, 5, 0, Gate::layout, splits, 2, 1.0f, 32.0f, true});
 }
 
-// Every row is written once, by a packed tile if it is special.
+// Every row must be written once, and special rows by packed tiles.
 void schedule_case(int frames, int per_frame, int special, int keys, int splits) {
     const TileScheduler s{frames * per_frame, keys, 2, 3, per_frame, special, special ? frames : 0, 192, 128, splits};
     std::map<std::array<int, 4>, int> written;
@@ -188,9 +188,9 @@ void merge_cases() {
     cuda::Merge merge;
     const float lse[] = {1.0f, -INFINITY, 3.0f};
     for (const float x : lse) merge.see(x);
-    const float probs[] = {merge.weight(lse[0]), merge.weight(lse[1]), merge.weight(lse[2])};
+    const float weights[] = {merge.weight(lse[0]), merge.weight(lse[1]), merge.weight(lse[2])};
     check(std::abs(merge.lse() - std::log(std::exp(1.0f) + std::exp(3.0f))) < 1e-6f, "merge: log-sum-exp %f", merge.lse());
-    check(probs[1] == 0.0f && std::abs(probs[0] * merge.factor() - 1 / (1 + std::exp(2.0f))) < 1e-6f, "merge: probs");
+    check(weights[1] == 0.0f && std::abs(weights[0] * merge.factor() - 1 / (1 + std::exp(2.0f))) < 1e-6f, "merge: weights");
     cuda::Merge fully_masked;
     fully_masked.see(-INFINITY);
     check(fully_masked.weight(-INFINITY) == 0.0f && fully_masked.factor() == 0.0f && fully_masked.lse() == -INFINITY, "merge: no logit is finite");

@@ -1,4 +1,4 @@
-// csrc/cuda/mask_head.cuh, products and copies included, against the plain loops of the compiled library.
+// csrc/cuda/mask_head.cuh, including MMAs and asynchronous copies, against the plain loops of the compiled library.
 #include "ampere_on_cpu.h"
 #include "checks.h"
 //
@@ -9,7 +9,7 @@ namespace {
 
 struct Case {
     int64_t batch, frames, channels, hidden, special, height, width;
-    int64_t slack = 0, offset = 0;  // longer rows, and a first address that is not aligned
+    int64_t slack = 0, offset = 0;  // longer rows, and a misaligned first address
     bool channels_first = false;
     float mean = 0.0f;
 };
@@ -77,7 +77,7 @@ void head_case(DType dtype, const Case& c) {
 template <class T>
 void head_cases(DType dtype) {
     head_case<T>(dtype, {1, 1, 24, 16, 5, 3, 4});
-    head_case<T>(dtype, {2, 1, 40, 16, 0, 1, 2});                     // the fewest patches; channels that do not fill a block
+    head_case<T>(dtype, {2, 1, 40, 16, 0, 1, 2});                     // the fewest patches; fewer channels than a block
     head_case<T>(dtype, {1, 2, 64, 48, 5, 13, 21});                   // more patches than a tile, ragged
     head_case<T>(dtype, {1, 1, 72, 100, 1, 5, 40});                   // a wide grid, a wide hidden layer
     head_case<T>(dtype, {2, 2, 33, 20, 2, 4, 5});                     // an odd number of channels

@@ -1,4 +1,4 @@
-// CUDA kernels on the CPU. Exit code 0 and a summary, or 1.
+// Runs the CUDA kernels on the CPU and prints a summary. The exit code is 0 if all checks passed, else 1.
 #include "checks.h"
 
 using namespace page4d::tests;

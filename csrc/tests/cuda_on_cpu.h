@@ -1,6 +1,6 @@
-// Enough of CUDA to run a kernel's source on the CPU: the threads of a block are fibers of one thread of the host, which takes turns among
-// them at random where they wait for each other, so an order that a kernel relies on without saying so does not hold for long.
-// For tests of indexing, arithmetic and synchronisation; it knows nothing of speed.
+// The part of CUDA that is needed to run a kernel's source on the CPU. The threads of a block are fibers of one host thread. Wherever they
+// wait for each other, the next fiber is chosen at random, which exposes missing synchronisation. For tests of indexing, arithmetic and
+// synchronisation. It says nothing about speed.
 #pragma once
 
 #include <ucontext.h>
@@ -41,12 +41,12 @@ struct Fiber {
     static constexpr size_t stack_bytes = 256 * 1024;
     ucontext_t context;
     std::unique_ptr<unsigned char[]> stack{new unsigned char[stack_bytes]};
-    std::function<bool()> may_go_on;  // empty: yes
+    std::function<bool()> may_go_on;  // empty: true
     bool ended = false;
     void* sanitizer_stack = nullptr;
 };
 
-// One block: runs its threads until all have ended. Work that the machine does on its own, like copies, is a list of closures.
+// Runs the threads of one block until all have ended. Asynchronous work of the device, such as copies, is a list of closures.
 class Block {
   public:
     Block(unsigned threads, unsigned seed, std::function<void()> kernel) : fibers_(threads), random_(seed), kernel_(std::move(kernel)) {}
@@ -62,7 +62,7 @@ class Block {
         }
         std::vector<unsigned> ready;
         for (;;) {
-            // Copies finish at any time, but sometimes only when nothing else can go on.
+            // Asynchronous work completes at any time, sometimes only when no thread can continue.
             while (!in_the_background.empty() && random_() % 8 == 0) finish_one();
             ready.clear();
             bool ended = true;
@@ -87,7 +87,7 @@ class Block {
         current_block() = nullptr;
     }
 
-    // For the running thread: others go on until `condition` holds.
+    // Suspends the running thread until `condition` holds. Other threads continue.
     void wait_until(std::function<bool()> condition) {
         Fiber& fiber = fibers_[threadIdx.x];
         fiber.may_go_on = std::move(condition);
@@ -95,7 +95,7 @@ class Block {
         fiber.may_go_on = nullptr;
     }
 
-    // Waits for `count` threads that name the same meeting; true for the last one to come, before the others go on.
+    // Waits until `count` threads have called this with the same name. The last one to arrive calls `last` before the others continue.
     template <class Last>
     void meet(const std::pair<int, int>& name, int count, Last last) {
         Meeting& meeting = meetings_[name];
@@ -243,7 +243,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-// kernel(arguments...) for each thread of each block. The seed decides who runs when.
+// Runs kernel(arguments...) for each thread of each block. The seed determines the order of threads.
 template <class Kernel, class... Arguments>
 void launch_on_cpu(Index grid, unsigned threads, unsigned seed, Kernel kernel, const Arguments&... arguments) {
     gridDim = grid;

@@ -65,8 +65,8 @@ void rope_cases(DType dtype) {
         rope_case<T>(dtype, 2, 2, 2, 5, 3, 4, 0, 0);                // 34 tokens
         rope_case<T>(dtype, 1, 1, 2, 1, 5, 7, 10, 0);               // rows longer than 3 H D
         rope_case<T>(dtype, 1, 2, 1, 5, 4, 3, 0, 1);                // an odd address
-        rope_case<T>(dtype, 1, 1, 3, 2, 2, 9, 16, 0);               // a longer row that keeps the alignment
-        rope_case<T>(dtype, 2, 1, 2, 1, 2, 3, 10, 0);               // and a batch
+        rope_case<T>(dtype, 1, 1, 3, 2, 2, 9, 16, 0);               // longer rows that stay aligned
+        rope_case<T>(dtype, 2, 1, 2, 1, 2, 3, 10, 0);               // longer rows and a batch
         rope_case<T>(dtype, 2, 2, 3, 1, 3, 2, 0, 0, true);          // (B, 3, H, N, D)
         rope_case<T>(dtype, 2, 2, 3, 1, 3, 2, 4, 0, true);          // with longer rows: aligned in fp32 only
         rope_case<T>(dtype, 1, 1, 2, 1, 3, 2, 0, 0, false, 3e-3f);  // a variance as small as eps

@@ -1,6 +1,6 @@
-// The functions of csrc/cuda/hopper.cuh as loops, after the PTX ISA: where elements lie in shared memory is computed from descriptors and
-// tensor maps alone, by address, and what is asynchronous on the device (products, copies) happens at a random time, results being NaN before,
-// so a missing wait shows, and a place given back too early.
+// The functions of csrc/cuda/hopper.cuh as loops that follow the PTX ISA. Positions in shared memory are computed only from descriptors, tensor
+// maps and addresses. Operations that are asynchronous on the device (wgmmas, TMA loads) complete at a random time, and the results of a wgmma
+// are NaN until then. This detects missing waits and stages that are released too early.
 #pragma once
 
 #include <array>
@@ -22,7 +22,7 @@ inline unsigned char* dynamic_shared() {
     return memory;
 }
 inline uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - dynamic_shared()); }
-// 128-byte swizzle: address bits 4 to 6 are changed by bits 7 to 9.
+// 128-byte swizzle: address bits 4 to 6 are XORed with bits 7 to 9.
 inline unsigned char* swizzled(uint32_t address) {
     address ^= (address >> 7 & 7) << 4;
     if (address >= shared_bytes) fail("an address past shared memory");
@@ -34,7 +34,7 @@ void setmaxnreg_dec() {}
 template <int COUNT>
 void setmaxnreg_inc() {}
 
-// ---- barriers of the block --------------------------------------------------------------------------------------------------------
+// ---- named barriers of the block ---------------------------------------------------------------------------------------------------
 inline void named_barrier_sync(int barrier, int threads) {
     block().meet({at_barrier, barrier}, threads, [] {});
 }
@@ -46,11 +46,11 @@ inline bool named_barrier_or(bool mine, int barrier, int threads) {
     return result[barrier];
 }
 
-// ---- barriers in shared memory ----------------------------------------------------------------------------------------------------
+// ---- mbarriers, in shared memory ---------------------------------------------------------------------------------------------------
 struct Barrier {
     int arrivals, missing;
     int64_t bytes;
-    uint32_t phase;  // parity of the one that is going on
+    uint32_t phase;  // parity of the current phase
 
     void step() {
         if (missing == 0 && bytes == 0) missing = arrivals, phase ^= 1;
@@ -70,7 +70,7 @@ inline void mbarrier_wait(Barrier& barrier, uint32_t parity) {
     block().wait_until([&barrier, parity] { return barrier.phase != parity; });
 }
 
-// ---- tensor copies ----------------------------------------------------------------------------------------------------------------
+// ---- TMA loads --------------------------------------------------------------------------------------------------------------------
 struct TensorMap {
     const void* base;
     int rank;
@@ -81,9 +81,9 @@ inline void prefetch_tensormap(const TensorMap&) {}
 template <class... Index>
 void tma_load(void* to, const TensorMap& map, Barrier& full, Index... index) {
     const std::array<int64_t, sizeof...(Index)> from{index...};
-    if (static_cast<int>(from.size()) != map.rank) fail("a copy has not as many coordinates as its map");
+    if (static_cast<int>(from.size()) != map.rank) fail("a TMA load with another number of coordinates than its tensor map");
     const uint32_t address = shared_address(to);
-    if (address % 1024 != 0) fail("a swizzled copy goes to an address that is not a multiple of 1024");
+    if (address % 1024 != 0) fail("a swizzled TMA load to an address that is not a multiple of 1024");
     block().in_the_background.push_back([=, &map, &full] {
         int64_t count = 1;
         for (int i = 0; i < map.rank; ++i) count *= map.box[i];
@@ -109,8 +109,8 @@ inline void tma_load_5d(void* to, const TensorMap& map, Barrier& full, int x0, i
     tma_load(to, map, full, x0, x1, x2, x3, x4);
 }
 
-// ---- matrix products of a warpgroup -----------------------------------------------------------------------------------------------
-struct Product {
+// ---- warpgroup MMA ----------------------------------------------------------------------------------------------------------------
+struct Wgmma {
     int columns;
     bool half, add, transposed;
     uint64_t a, b;  // descriptors
@@ -119,9 +119,9 @@ struct Product {
     const uint32_t* registers[128] = {};  // each thread's part of A, or null if it is in shared memory
 };
 struct Warpgroup {
-    std::shared_ptr<Product> coming;
-    std::vector<std::shared_ptr<Product>> uncommitted;
-    std::vector<std::vector<std::shared_ptr<Product>>> groups;  // in flight, oldest first
+    std::shared_ptr<Wgmma> coming;
+    std::vector<std::shared_ptr<Wgmma>> uncommitted;
+    std::vector<std::vector<std::shared_ptr<Wgmma>>> groups;  // in flight, oldest first
     bool fenced[128] = {};
 };
 inline Warpgroup& warpgroup() {
@@ -129,7 +129,7 @@ inline Warpgroup& warpgroup() {
     return all[threadIdx.x / 128];
 }
 inline float half_value(bool half, uint16_t bits) { return half ? static_cast<float>(bits_as<_Float16>(bits)) : __bfloat162float({bits}); }
-// Element (row, column) of a matrix whose rows of 64 lie 128 bytes apart, in blocks of 8 rows and panels of 64 columns.
+// Element (row, column) of a matrix in panels of 64 columns and blocks of 8 rows, with rows 128 bytes apart.
 inline float element(bool half, uint64_t descriptor, int row, int column) {
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("a descriptor without the 128-byte swizzle");
     const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
@@ -138,7 +138,7 @@ inline float element(bool half, uint64_t descriptor, int row, int column) {
     std::memcpy(&bits, swizzled(start + column / 64 * panel + row / 8 * rows + row % 8 * 128 + column % 64 * 2), 2);
     return half_value(half, bits);
 }
-inline void compute(const Product& p) {
+inline void compute(const Wgmma& p) {
     float a[64][16], b[16][128];
     for (int k = 0; k < 16; ++k)
         for (int n = 0; n < p.columns; ++n) b[k][n] = p.transposed ? element(p.half, p.b, k, n) : element(p.half, p.b, n, k);
@@ -161,17 +161,17 @@ template <int N>
 void issue(float (&d)[N], bool half, bool add, bool transposed, const uint32_t* registers, uint64_t a, uint64_t b) {
     Warpgroup& group = warpgroup();
     const int thread = static_cast<int>(threadIdx.x % 128);
-    if (!group.coming) group.coming = std::make_shared<Product>(Product{2 * N, half, add, transposed, a, b, {}, {}, {}});
-    Product& p = *group.coming;
+    if (!group.coming) group.coming = std::make_shared<Wgmma>(Wgmma{2 * N, half, add, transposed, a, b, {}, {}, {}});
+    Wgmma& p = *group.coming;
     if (p.columns != 2 * N || p.add != add || p.a != a || p.b != b || p.transposed != transposed)
-        fail("threads of a warpgroup issue different products");
+        fail("threads of a warpgroup issue different wgmmas");
     if (!group.fenced[thread]) fail("a wgmma without a fence before it");
     p.d[thread] = d, p.registers[thread] = registers;
     block().meet({of_warpgroup, static_cast<int>(threadIdx.x / 128)}, 128, [&group] {
         group.uncommitted.push_back(std::move(group.coming));
         group.coming = nullptr;
     });
-    // products of one accumulator are done in order, so only the first finds something to keep
+    // wgmmas with the same accumulator run in order, so only the first one has an earlier value to save
     const auto& newest = group.uncommitted.back();
     bool first = true;
     for (const auto& other : group.uncommitted) first = first && (other == newest || other->d[thread] != d);

@@ -1,5 +1,6 @@
-// The CPU kernels without Python: every level against the scalar one, on shapes and strides that divide nothing, in buffers without slack.
-// Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/packaging/test_sanitizers.py. Exit code 0 and a summary, or 1.
+// The CPU kernels without Python: every level against the scalar one, with shapes and strides that no block size divides, in buffers without
+// slack. tests/packaging/test_sanitizers.py builds it with AddressSanitizer and UndefinedBehaviorSanitizer. Prints a summary. The exit code is
+// 0 if all checks passed, else 1.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -37,7 +38,7 @@ float from_bf16(uint16_t x) {
     return y;
 }
 
-// `count` values of a dtype on the heap, `offset` elements after an aligned address: the sanitizer watches both ends.
+// `count` values of a dtype on the heap, `offset` elements after an aligned address. The sanitizer checks accesses past both ends.
 struct Buffer {
     std::vector<char> bytes;
     int64_t size, offset;

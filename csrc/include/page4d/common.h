@@ -1,9 +1,9 @@
-// What all ops share: dtypes, error codes, instruction-set levels. Plain C++17: no torch, no Python, no CUDA headers.
+// Shared by all ops: dtypes, error codes, instruction-set levels. Plain C++17: no torch, no Python, no CUDA headers.
 #pragma once
 
 #include <cstdint>
 
-// Raised whenever a struct or a function below changes; page4d_kernels/native.py expects the same number.
+// Increment whenever a struct or a function of these headers or csrc/bindings.cpp changes. page4d_kernels/native.py must have the same number.
 #define PAGE4D_INTERFACE 4
 
 namespace page4d {
@@ -26,17 +26,17 @@ inline const char* describe(Status status) {
     return "unknown error";
 }
 
-// Instruction sets, each including those before it.
+// Instruction sets. Each level includes those before it.
 enum class Level : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
-// The highest level of this processor that the library was compiled with; asks the kernel for AMX once.
+// The highest level that this processor supports and the library was compiled with. The first call asks the operating system for AMX.
 Level best_level();
 
-// Keeps every thread busy with independent multiply-adds (`exponentials`: with 2^x) out of registers, for benchmarks to time.
-// Returns the work done, in FLOP or values; 0 for plain loops.
+// Runs independent multiply-adds (`exponentials`: 2^x) on all threads, with all operands in registers, for benchmarks to time.
+// Returns the work done, in FLOP or values, or 0 for plain loops.
 double peak_rate(DType dtype, bool exponentials, int threads, Level level);
 
-// CUDA's words for the last Status::cuda_error of this thread. In libraries with CUDA kernels only.
+// CUDA's message for the last Status::cuda_error of this thread. Only in libraries with CUDA kernels.
 const char* cuda_message();
 
 }  // namespace page4d

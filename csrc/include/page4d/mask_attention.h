@@ -1,4 +1,4 @@
-// softmax(q k^T * scale + r c^T) v, forward, and its log-sum-exp.
+// softmax(q k^T * scale + r c^T) v, forward, and the log-sum-exp of its rows.
 #pragma once
 
 #include "page4d/common.h"
@@ -19,16 +19,17 @@ struct MaskAttention {
     int64_t gate_stride, bias_stride;                              // batch; 1 along the tokens
     float scale;
     DType dtype;
-    int64_t frames, per_frame, special;  // for CUDA: the gate is 0 outside the first `special` of each `per_frame` queries; 0: no such promise
-    int threads;                         // for CPUs, like the level
+    int64_t frames, per_frame, special;  // CUDA only: the gate is 0 outside the first `special` of each `per_frame` queries; 0: no such promise
+    int threads;                         // CPU only, like the level
     Level level;
 };
 
 Status mask_attention(const MaskAttention& problem);
 
-// On Hopper (sm_90), head dims 64 and 128, fp16 and bf16; addresses and strides of q, k, v and out are multiples of 16 bytes. `stream` is a
-// cudaStream_t of that device; nothing waits for the kernel. If few queries leave the device idle the keys are split: then `splits` is
-// more than 1, and the caller brings out_partial (splits, batch, heads, queries, head_dim) and lse_partial (splits, batch, heads, queries), fp32.
+// Serves Hopper (sm_90), head dims 64 and 128, fp16 and bf16. Addresses and strides of q, k, v and out must be multiples of 16 bytes. `stream`
+// must be a cudaStream_t of that device. The call does not wait for the kernel. If there are too few queries to fill the device, the keys are
+// split. Then `splits` is greater than 1, and the caller must allocate out_partial (splits, batch, heads, queries, head_dim) and
+// lse_partial (splits, batch, heads, queries), both fp32.
 Status mask_attention_cuda_splits(const MaskAttention& problem, int device, int& splits);
 Status mask_attention_cuda(const MaskAttention& problem, int splits, float* out_partial, float* lse_partial, int device, void* stream);
 

@@ -5,7 +5,7 @@
 
 namespace page4d {
 
-// Strides are in elements. The parameters are fp32 and contiguous, in their convolution shapes.
+// Strides are in elements. The parameters are fp32 and contiguous, in the shapes of the convolutions.
 struct MaskHead {
     const void* tokens;  // (batch, frames, special + height * width, channels)
     const float* w0;     // (channels, 1, 3, 3)
@@ -32,8 +32,8 @@ inline Status check(const MaskHead& p) {
 
 Status mask_head(const MaskHead& problem);
 
-// sm_80 and newer, any dtype of the enum, hidden layers up to 256 and grids up to 300 wide. `mean` and `rstd` are working space,
-// (batch * frames, channels) fp32. `stream` is a cudaStream_t of that device; nothing waits for the kernel.
+// Serves sm_80 and newer, all values of DType, at most 256 hidden units and grids at most 300 wide. `mean` and `rstd` are working space,
+// (batch * frames, channels) fp32. `stream` must be a cudaStream_t of that device. The call does not wait for the kernel.
 Status mask_head_cuda(const MaskHead& problem, float* mean, float* rstd, int device, void* stream);
 
 }  // namespace page4d

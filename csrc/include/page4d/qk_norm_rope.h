@@ -1,4 +1,4 @@
-// LayerNorm over the head dimension and 2-D rotary embedding of q and k, out of the packed projection.
+// LayerNorm over the head dimension and 2-D rotary embedding of q and k, read from the packed projection.
 #pragma once
 
 #include "page4d/common.h"
@@ -13,11 +13,11 @@ struct QkNormRope {
     const float *cos, *sin;                  // (positions, head_dim / 4)
     void *q, *k;                             // (batch, heads, tokens, head_dim), contiguous
     int64_t batch, tokens, heads, head_dim;  // head_dim is a multiple of 4
-    int64_t per_frame, special, width;       // tokens of a frame, those before its patches, patches of a row
+    int64_t per_frame, special, width;       // tokens per frame, tokens before its patches, patches per row
     int64_t stride[4];                       // batch, token, q/k/v, head
     float eps;
     DType dtype;
-    int threads;  // for CPUs, like the level
+    int threads;  // CPU only, like the level
     Level level;
 };
 
@@ -30,7 +30,8 @@ inline Status check(const QkNormRope& p) {
 
 Status qk_norm_rope(const QkNormRope& problem);
 
-// Head dims 32, 64 and 128; any dtype of the enum. `stream` is a cudaStream_t of that device; nothing waits for the kernel.
+// Serves head dims 32, 64 and 128 and all values of DType. `stream` must be a cudaStream_t of that device. The call does not wait for the
+// kernel.
 Status qk_norm_rope_cuda(const QkNormRope& problem, int device, void* stream);
 
 }  // namespace page4d
