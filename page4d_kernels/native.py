@@ -1,6 +1,6 @@
 """The compiled library, loaded on first use, and the reason when it is absent.
 
-It links neither torch nor CUDA: addresses, sizes and strides go in.
+It does not depend on torch or on an installed CUDA. It takes addresses, sizes and strides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import env
 
-INTERFACE = 4  # of the functions in csrc/bindings.cpp, as csrc/include/page4d/common.h has it
+INTERFACE = 4  # of the functions in csrc/bindings.cpp; must equal PAGE4D_INTERFACE in csrc/include/page4d/common.h
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RECORD = Path(__file__).parent / "build_record.json"
@@ -25,7 +25,7 @@ _REBUILD = "build it again with `pip install -e .`"
 
 
 def build_record() -> dict[str, Any]:
-    """What the build wrote down: built, reason, compiler, levels, left_out. Empty if there was none."""
+    """The record that the build wrote: built, reason, compiler, levels, cuda, left_out. Empty if there is none."""
     try:
         return json.loads(_RECORD.read_text())
     except (OSError, ValueError):
@@ -52,12 +52,12 @@ def why_missing() -> str:
     return _load()[1]
 
 
-# what torch.compiler.assume_constant_result sets, without importing the compiler: loading the library is not to be traced
+# what torch.compiler.assume_constant_result sets, without importing the compiler: dynamo must not trace the loading of the library
 why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def report() -> list[str]:
-    """What `python -m page4d_kernels.info` says about the library."""
+    """The lines about the library in the output of `python -m page4d_kernels.info`."""
     reason, record = why_missing(), build_record()
     if reason:
         return [reason]
@@ -76,7 +76,7 @@ def library() -> ModuleType:
 
 
 def why_no_cuda(function: str) -> str:
-    """Why there is no such CUDA kernel, in words; empty if it was built. Whether a device can run it is not its business."""
+    """Why there is no such CUDA kernel, in words; empty if it was built. Does not test whether a device can run it."""
     module, reason = _load()
     if module is None:
         return reason
@@ -95,7 +95,7 @@ def best_level() -> str:
 
 
 def level() -> int:
-    """The instruction set that kernels use: the best one, or PAGE4D_CPU_LEVEL if that is lower."""
+    """The instruction set that the kernels use: the best one, or PAGE4D_CPU_LEVEL if that is lower."""
     best = int(library().best_level())
     cap = env.get("PAGE4D_CPU_LEVEL")
     if not cap:
@@ -109,23 +109,23 @@ level._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def peak_rate(dtype: torch.dtype, exponentials: bool = False) -> float:
-    """Run multiply-adds (or 2^x) from registers on all threads for a moment. Returns the work done, in FLOP (or values).
+    """Run a fixed number of multiply-adds (or 2^x) on all threads, with operands in registers. Returns the work done, in FLOP (or values).
 
-    Timed, it is the ceiling of this processor at the level in use. 0 if the level is `scalar`.
+    Divided by its run time, this is the peak rate of the processor at the level in use. Returns 0 if the level is `scalar`.
     """
     return library().peak_rate(DTYPES[dtype], exponentials, torch.get_num_threads(), level())
 
 
 def cpu_launch_args(x: Tensor) -> tuple[int, int, int]:
-    """The arguments that every CPU kernel ends with: dtype, threads, level."""
+    """The last arguments of every CPU kernel: dtype, threads, level."""
     return DTYPES[x.dtype], torch.get_num_threads(), level()
 
 
 def cuda_launch_args(x: Tensor) -> tuple[int, int, int]:
-    """The arguments that every CUDA kernel ends with: dtype, device, the current stream."""
+    """The last arguments of every CUDA kernel: dtype, device, the current stream."""
     return DTYPES[x.dtype], x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
 
 
 def fp32(x: Tensor) -> Tensor:
-    """As the kernels read parameters: fp32, contiguous."""
+    """Parameters in the form that the kernels read: fp32, contiguous."""
     return x.detach().to(torch.float32).contiguous()

@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA sources for each architecture: no spills, no local memory, the instructions that should be there."""
+"""The machine code that nvcc generates for each architecture: no spills, no local memory, and the expected instructions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a source may take and what has to appear in its machine code."""
+    """The registers that a source may use and the instructions that its machine code must contain."""
 
     registers: int
     instructions: tuple[str, ...]
@@ -24,15 +24,15 @@ class Plan:
 
 
 PLANS = {
-    "qk_norm_rope": Plan(64, ("LDG.E.128", "STG.E.128")),  # 256 threads, four blocks to a multiprocessor
+    "qk_norm_rope": Plan(64, ("LDG.E.128", "STG.E.128")),  # 256 threads, four blocks per multiprocessor
     "mask_head": Plan(128, ("LDG.E.128", "LDGSTS.E.BYPASS.128", "HMMA.1688.F32.TF32")),  # 512 threads, one block
-    # at launch; 384 and 512 threads, one block: consumers take 240 and 160
+    # registers at launch; 384 and 512 threads, one block: consumers raise them to 240 and 160
     "mask_attention_sm90": Plan(168, ("HGMMA.64x128x16.F32", "HGMMA.64x64x16.F32", "UTMALDG.4D", "UTMALDG.5D", "USETMAXREG"), ("90a",)),
 }
 
 
 def disassembler() -> str | None:
-    """From the CUDA toolkit, or from Triton, which carries one."""
+    """cuobjdump of the CUDA toolkit, or the one that Triton includes."""
     spec = importlib.util.find_spec("triton")
     carried = Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump" if spec else None
     return shutil.which("cuobjdump") or (str(carried) if carried and carried.exists() else None)
@@ -66,8 +66,8 @@ def test_machine_code(source, architecture, tmp_path):
 
 
 def check_overlap(code: str) -> None:
-    """The exponentials run under a wgmma: in each kernel's loop without a bias, 56 of a tile's 64 (seven in eight are on the
-    special-function unit) come between the wait for q k^T and the wait for p v."""
+    """The exponentials run under a wgmma. In each kernel's loop without a bias, the special-function unit computes 56 of the 64
+    exponentials of a tile. They must come between the wait for q k^T and the wait for p v."""
     kernels = [part for part in code.split("Function : ")[1:] if "_merge" not in part.splitlines()[0]]
     assert len(kernels) == 4  # two dtypes, two head dims
     for kernel in kernels:

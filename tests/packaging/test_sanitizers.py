@@ -1,5 +1,8 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven from csrc/tests/main.cpp, with AMX in emulation
-where the processor has the rest of what that level takes; and the CUDA kernels that can be, run on the CPU by csrc/tests/cuda_main.cpp."""
+"""Kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+csrc/tests/main.cpp runs the CPU kernels, including emulated AMX if the processor has AVX-512 BF16. csrc/tests/cuda_main.cpp runs the CUDA
+kernels on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -31,5 +34,5 @@ def test_sanitizers(tmp_path):
     assert cuda.returncode == 0 and " checks, 0 failed" in cuda.stdout, cuda.stdout + cuda.stderr[-4000:]
     result = subprocess.run([str(tmp_path / "page4d_tests")], capture_output=True, text=True)
     best = native.best_level()
-    highest = "amx" if best == "avx512_bf16" else best  # the rest of that level is AVX-512 BF16, and not emulated
+    highest = "amx" if best == "avx512_bf16" else best  # the rest of the amx level is AVX-512 BF16, which is not emulated
     assert result.returncode == 0 and f", 0 failed, levels up to {highest}" in result.stdout, result.stdout + result.stderr[-4000:]
