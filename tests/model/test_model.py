@@ -261,7 +261,7 @@ def test_heads_that_are_not_there(golden_weights):
     ("changes", "words"),
     [
         ({"embed_dim": 131}, "not a multiple of num_heads"),
-        ({"masked_blocks": (10, 30)}, "no range within 24 blocks"),
+        ({"masked_blocks": (10, 30)}, "must be a range within the 24 blocks"),
         ({"mask_after": 12}, "too late"),
         ({"kept_layers": (4, 4, 5, 6)}, "ascending"),
         ({"kept_layers": (4, 11, 17, 24)}, "past the 24 layers"),
