@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
+import re
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,18 +21,33 @@ The public names of `page4d` and `page4d_kernels`, from their docstrings. `pytho
 
 
 def signature(name: str, thing: Any) -> str:
-    return f"{name}{inspect.signature(thing)}".replace("torch.Tensor", "Tensor").replace("'", "")
+    """As it is called: without quotes around annotations, and without the class that a class method gets."""
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(thing)))
+    return f"{name}{text}".replace("torch.Tensor", "Tensor").replace("(cls, ", "(")
 
 
-def block(text: str | None) -> str:
-    return f"\n```text\n{inspect.cleandoc(text)}\n```\n" if text else ""
+def block(text: str | None, language: str = "text") -> str:
+    return f"\n```{language}\n{inspect.cleandoc(text)}\n```\n" if text else ""
+
+
+def fields(cls: type) -> str:
+    """The fields of a dataclass as its source has them, with types, defaults and comments."""
+    if not dataclasses.is_dataclass(cls):
+        return ""
+    source = textwrap.dedent(inspect.getsource(cls))
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    lines = source.splitlines()
+    kept = [line for node in definition.body if isinstance(node, ast.AnnAssign) for line in lines[node.lineno - 1 : node.end_lineno]]
+    return "\nFields:\n" + block("\n".join(kept), "python")
 
 
 def members(cls: type) -> str:
     """Public methods and properties that are defined in the class itself."""
+    defaults = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     found = []
     for name, member in vars(cls).items():
-        if name.startswith("_"):
+        if name.startswith("_") or name in defaults:
             continue
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
         if isinstance(member, property):
@@ -41,8 +59,7 @@ def members(cls: type) -> str:
 
 def entry(name: str, thing: Any) -> str:
     if inspect.isclass(thing):
-        fields = ", ".join(field.name for field in dataclasses.fields(thing)) if dataclasses.is_dataclass(thing) else ""
-        return f"\n### class `{name}`\n" + block(thing.__doc__) + (f"\nFields: {fields}\n" if fields else "") + members(thing)
+        return f"\n### class `{name}`\n" + block(thing.__doc__) + fields(thing) + members(thing)
     if callable(thing):
         return f"\n### `{signature(name, thing)}`\n" + block(thing.__doc__)
     return f"\n### `{name}`\n" + (f"\nOne of: {', '.join(thing)}\n" if isinstance(thing, dict) else "")
