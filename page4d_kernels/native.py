@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import env
 
-INTERFACE = 4  # of the functions in csrc/bindings.cpp; must equal PAGE4D_INTERFACE in csrc/include/page4d/common.h
+INTERFACE = 4  # of the functions in csrc/bindings.cpp; must equal the number in csrc/include/page4d/common.h
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RECORD = Path(__file__).parent / "build_record.json"

@@ -38,7 +38,7 @@ def test_the_model_snippet_runs(tmp_path, monkeypatch):
     names = run(code)
     assert names["cameras"].extrinsics.shape == (1, 16, 3, 4) and names["cameras"].intrinsics.shape == (1, 16, 3, 3)
     assert names["points"].shape == (1, 16, 56, 84, 3) and names["confidence"].shape == (1, 16, 56, 84)
-    assert names["moving"].shape == (1, 16, 4, 6) and names["moving"].any() and not names["moving"].all()
+    assert names["moving"].shape == (1, 16, 8, 12) and names["moving"].any() and not names["moving"].all()
     assert Path("prediction.npz").is_file()
 
 
