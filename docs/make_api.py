@@ -39,7 +39,7 @@ def fields(cls: type) -> str:
     assert isinstance(definition, ast.ClassDef)
     lines = source.splitlines()
     kept = [line for node in definition.body if isinstance(node, ast.AnnAssign) for line in lines[node.lineno - 1 : node.end_lineno]]
-    return "\nFields:\n" + block("\n".join(kept), "python")
+    return block("\n".join(kept), "python")
 
 
 def members(cls: type) -> str:
