@@ -134,7 +134,10 @@ def resize_depth(depth: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def resize_points(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Point maps (S, h, w, 3) resized to `size` (H, W), the size of the truth, by nearest neighbour: blends of surfaces are no surface."""
+    """Point maps (S, h, w, 3) resized to `size` (H, W), the size of the truth, by nearest neighbour.
+
+    A blend of the points of two surfaces would lie on neither.
+    """
     resized = F.interpolate(rearrange(points, "s h w c -> s c h w"), size=size, mode="nearest-exact")
     return rearrange(resized, "s c h w -> s h w c")
 

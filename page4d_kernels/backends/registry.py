@@ -53,6 +53,27 @@ class Backend:
     auto_skips: Callable[[Any], list[str]] = _no_reason  # why "auto" tries the next backend although this one could serve
 
 
+def _check(backend: Backend) -> None:
+    """Raise ValueError for what could not be chosen by name or called later."""
+    if not isinstance(backend, Backend):
+        raise ValueError(f"a backend must be a page4d_kernels.Backend(name, summary, forward), not {backend!r}")
+    if not isinstance(backend.name, str) or not backend.name.isidentifier() or backend.name == AUTO:
+        raise ValueError(f"a backend's name must be letters, digits and underscores, and not 'auto': {backend.name!r} cannot be chosen")
+    for role in ("forward", "backward", "unsupported", "unavailable", "auto_skips"):
+        function = getattr(backend, role)
+        if not callable(function) and not (role == "backward" and function is None):
+            raise ValueError(f"backend {backend.name!r}: {role} must be a function, not {function!r}")
+
+
+def _words(function: Callable[..., list[str]], *problem: Any) -> list[str]:
+    """The reasons that a backend's function gives. One that fails is a reason against its backend alone, not an error of the others."""
+    try:
+        reasons = function(*problem)
+    except Exception as error:
+        return [f"its own check failed with {type(error).__name__}: {error}"]
+    return reasons if isinstance(reasons, list) else [f"its own check returned {reasons!r} instead of a list of reasons"]
+
+
 class Registry:
     """The backends of one op."""
 
@@ -63,6 +84,7 @@ class Registry:
         self.calls: Counter[str] = Counter()  # by backend, for reports
 
     def register(self, backend: Backend) -> None:
+        _check(backend)
         if backend.name in self._backends:
             raise ValueError(f"{self.op} already has a backend named {backend.name!r}")
         self._backends[backend.name] = backend
@@ -81,7 +103,7 @@ class Registry:
     def reasons(self, name: str, problem: Any) -> list[str]:
         """Why `name` cannot serve `problem`, in words. Empty if it can."""
         backend = self.get(name)
-        return backend.unavailable() or backend.unsupported(problem)
+        return _words(backend.unavailable) or _words(backend.unsupported, problem)
 
     def usable(self, problem: Any) -> list[str]:
         return [name for name in self._backends if not self.reasons(name, problem)]
@@ -113,7 +135,7 @@ class Registry:
             return self.get(name)
         refused: list[str] = []
         for candidate in self.order:
-            reasons = self.reasons(candidate, problem) or self.get(candidate).auto_skips(problem)
+            reasons = self.reasons(candidate, problem) or _words(self.get(candidate).auto_skips, problem)
             if not reasons:
                 self._log_once(candidate, refused)
                 return self.get(candidate)
@@ -147,7 +169,7 @@ def register_backend(backend: Backend, op: str = "mask_attention") -> None:
     """Add a backend to an op. Code outside this package may call it. The backend serves by name; "auto" does not try it.
 
     Raises:
-        BackendError: the op does not exist. ValueError: the op has a backend of this name.
+        BackendError: the op does not exist. ValueError: the op has a backend of this name, or the name or a function is unusable.
     """
     _registry(op).register(backend)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import env
 from ..backends.mask_attention import BACKENDS
 from ..backends.mask_attention.problem import AttentionArgs, AttentionProblem
+from ..backends.registry import BackendError
 from ..layout import TokenLayout, to_token_major
 from ..reference import accumulation_dtype
 from ._checks import dtype_name, expect, expect_finite, expect_floats, expect_like, expect_tensor, values_can_be_read, without_autocast
@@ -66,7 +67,11 @@ def mask_attention(
     chosen = BACKENDS.choose(problem, backend)
     if chosen.backward is None:
         with without_autocast(q):  # such a backend refuses `return_lse`
-            return chosen.forward(AttentionArgs(q, k, v, query_gate, key_bias, layout, scale))
+            out = chosen.forward(AttentionArgs(q, k, v, query_gate, key_bias, layout, scale))
+        if not isinstance(out, Tensor) or out.shape != q.shape:
+            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise BackendError(f"mask_attention: backend {chosen.name!r} returned {found} instead of a tensor of shape {tuple(q.shape)}")
+        return out
     packed = None if layout is None else [layout.frames, layout.tokens_per_frame, layout.special_tokens]
     out, lse = torch.ops.page4d.mask_attention(q, k, v, query_gate, key_bias, packed, scale, chosen.name)
     return (out, lse) if return_lse else out

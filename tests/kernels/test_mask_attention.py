@@ -99,6 +99,11 @@ def test_a_backend_that_is_missing_says_why_and_never_falls_back(backend):
         inputs.attend(backend)
 
 
+def test_every_backend_serves_an_ordinary_call(backend, device):
+    """The tests below end early for what a backend refuses, so none may refuse everything."""
+    assert not make(CASES[0], COMMON[device], device).reasons(backend)
+
+
 def allowance(backend: str, dtype: torch.dtype, inputs) -> float:
     """The official arithmetic rounds gate and bias to the input dtype: about 0.12 logits in bf16, which is why it is only a baseline."""
     if backend == "sdpa_augmented" and inputs.query_gate is not None:

@@ -24,6 +24,7 @@ from page4d_kernels import (
 from page4d_kernels.backends.mask_attention import BACKENDS, flash, reference, xformers
 from page4d_kernels.backends.mask_attention.problem import AttentionArgs, AttentionProblem, _import_error
 from page4d_kernels.backends.registry import Registry
+from page4d_kernels.info import report
 from page4d_kernels.ops.mask_attention import describe
 from page4d_kernels.testing import attention_inputs
 
@@ -135,6 +136,54 @@ def test_a_backend_registered_from_outside_serves_by_name_alone(monkeypatch):
         register_backend(Backend("mine", "", forward))
     with pytest.raises(BackendError, match="unknown op 'attention'"):
         register_backend(Backend("mine", "", forward), op="attention")
+
+
+def serves(args):
+    return args.q
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        Backend("auto", "auto stays what it is", serves),
+        Backend("", "no name", serves),
+        Backend("my backend, x", "no word", serves),
+        Backend(3, "a number", serves),
+        Backend("mine", "no function", None),
+        Backend("mine", "no function", serves, unsupported=["a reason"]),
+        "mine",
+        None,
+        Backend,
+    ],
+    ids=str,
+)
+def test_a_backend_that_could_not_be_chosen_or_called_is_not_registered(backend):
+    before = list(registries()["mask_attention"])
+    with pytest.raises(ValueError, match="backend"):
+        register_backend(backend)
+    assert list(registries()["mask_attention"]) == before
+
+
+def test_a_faulty_backend_does_no_harm_to_others(monkeypatch):
+    registry = registries()["mask_attention"]
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+
+    def fails(*problem):
+        raise ZeroDivisionError("boom")
+
+    register_backend(Backend("raises", "its check fails", serves, unsupported=fails))
+    register_backend(Backend("text", "its check returns no list", serves, unavailable=lambda: "not today"))
+    register_backend(Backend("shape", "returns another shape", lambda args: args.q[..., :1]))
+    x = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(BackendError, match="backend 'raises' cannot serve this: its own check failed with ZeroDivisionError: boom"):
+        mask_attention(x, x, x, backend="raises")
+    with pytest.raises(BackendError, match="returned 'not today' instead of a list of reasons"):
+        mask_attention(x, x, x, backend="text")
+    with pytest.raises(BackendError, match=r"backend 'shape' returned \(1, 1, 4, 1\) instead of a tensor of shape \(1, 1, 4, 8\)"):
+        mask_attention(x, x, x, backend="shape")
+    with pytest.raises(BackendError, match="unknown backend"):
+        mask_attention(x, x, x, backend="nosuch")
+    assert "boom" in report() and mask_attention(x, x, x, backend="reference").shape == x.shape
 
 
 def test_info_lists_every_backend_of_every_op():

@@ -131,8 +131,8 @@ def test_plans_get_leaner_until_they_fit(model, monkeypatch):
     assert make_plan(work(model), fast.bytes - 1) != fast
 
 
-def test_pieces_are_only_made_smaller_where_that_saves_memory():
-    """1 000 frames at the official size: what is there for all frames rules, and the host takes some of it off, at any size of pieces."""
+def test_chunks_are_only_made_smaller_where_that_saves_memory():
+    """1 000 frames at the official size: what is there for all frames rules, and the host takes some of it off, at any size of chunks."""
     config = preset("page4d-mask")
     long = Workload(config, 1, 1000, (336, 518), 2, frozenset({"camera", "depth"}), images_on_device=False, results_on_device=False)
     whole = make_plan(long, None)
@@ -192,15 +192,15 @@ def test_a_container_has_a_limit_of_its_own(folder, files, cache, tmp_path):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_pieces_change_nothing(model, batch):
+def test_chunks_change_nothing(model, batch):
     """A frame at a time, the mask head and the encoder too."""
     images = torch.rand(batch, 5, 3, 56, 84)
     outputs = ["camera", "depth", "mask"]
     model.set_compute_dtype(torch.float32)
     with torch.no_grad():
-        whole, pieces = (model(images, outputs=outputs, mask_strength=8.0, memory_budget=budget) for budget in (1 << 40, 0))
+        whole, chunked = (model(images, outputs=outputs, mask_strength=8.0, memory_budget=budget) for budget in (1 << 40, 0))
     for name, value in whole.tensors().items():
-        torch.testing.assert_close(pieces.tensors()[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(chunked.tensors()[name], value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_pieces_change_nothing(model, batch):
 )
 @pytest.mark.parametrize("frames", [1, 2, 3])
 def test_out_of_memory_in_spite_of_the_plan(model, frames, error, monkeypatch, caplog):
-    """What does not fit is done again in smaller pieces, with the same result; nothing is done twice."""
+    """What does not fit is done again in smaller chunks, with the same result; nothing is done twice."""
     images = torch.rand(7, 3, 56, 84)
     model.set_compute_dtype(torch.float32)
     block, most = model.aggregator.global_blocks[3].mlp, frames * 29
@@ -223,9 +223,9 @@ def test_out_of_memory_in_spite_of_the_plan(model, frames, error, monkeypatch, c
         whole = model(images)
         monkeypatch.setattr(block, "forward", forward)
         with caplog.at_level(logging.WARNING):
-            pieces = model(images)
+            chunked = model(images)
     for name, value in whole.tensors().items():
-        torch.testing.assert_close(pieces.tensors()[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(chunked.tensors()[name], value, rtol=1e-5, atol=1e-5)
     warnings = [record.message for record in caplog.records]
     assert len(warnings) == {1: 2, 2: 2, 3: 1}[frames]  # 7, 3, 1 frames at a time
     assert all(line.startswith("out of memory in spite of the plan: going on with 0.") for line in warnings)
@@ -247,9 +247,9 @@ def test_a_head_without_room_is_tried_again_with_fewer_frames(model, most, monke
         whole = model(images)
         monkeypatch.setattr(head, "forward", forward)
         with caplog.at_level(logging.WARNING):
-            pieces = model(images)
+            chunked = model(images)
     for name, value in whole.tensors().items():
-        torch.testing.assert_close(pieces.tensors()[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(chunked.tensors()[name], value, rtol=1e-5, atol=1e-5)
     assert [record.message.split("with ")[1] for record in caplog.records] == [
         f"{frames} frames at a time in this head" for frames in ((2,) if most == 2 else (2, 1))
     ]
