@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from .preprocess import Processed, Size, check_size, preprocess, stack
+from ..prediction import EqualByValue
+from . import deep
+from .images import Page, is_image, pages, read, shown_range, times
+from .preprocess import Processed, Size, check_memory, check_size, preprocess, stack
+from .sources import resolve
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
-
-@dataclass(frozen=True)
-class Frames:
+@dataclass(frozen=True, eq=False)
+class Frames(EqualByValue):
     """S preprocessed frames of H x W pixels, their origin, and the map between their pixels and those of the originals.
 
     processed = original * scale + offset, in continuous coordinates (the corner of the first pixel is 0).
@@ -75,12 +77,15 @@ def load_frames(
     max_frames: int | None = None,
     stride: int | None = None,
     fps: float | None = None,
+    value_range: str = "auto",
     progress: bool = False,
 ) -> Frames:
-    """Read one video, one folder of images (in natural order), or image files in the given order.
+    """Read one video, one animation, one folder of images (in natural order), or image files in the given order.
+
+    docs/inputs.md has all rules: which files are read, how they are turned, cropped, padded and stretched, and what is refused.
 
     Args:
-        inputs: one video, one folder, or image files.
+        inputs: one video, one folder, or image files. A pattern such as "photos/*.jpg" stands for the files that match it.
         size: the size of the frames; sides must be multiples of 14. An int W (default 518), or (H, W).
         mode: "crop" or "pad".
             With an int W, "crop" resizes to width W and a height in proportion, rounded to a multiple of 14, and cuts rows beyond W; "pad"
@@ -90,6 +95,8 @@ def load_frames(
         stride: keep every stride-th frame.
         fps: keep about this many frames per second of video.
         max_frames: keep at most this many of these frames, evenly spaced, with the first and the last among them.
+        value_range: for pictures of more than 8 bits. "full": 0 to 65535 is black to white. "auto": likewise, but if the clip uses less
+            than half of that range, or other values, then the range that it uses.
         progress: show a progress bar.
 
     Frames that are not kept are neither converted nor stored.
@@ -99,29 +106,43 @@ def load_frames(
     """
     size = check_size(size, mode)
     _check_sampling(max_frames, stride, fps)
-    paths = _resolve(inputs)
+    if value_range not in deep.RULES:
+        raise InputError(f"unknown value range {value_range!r}: use 'auto' or 'full'")
+    paths = resolve(inputs)
+
+    count = 1
 
     def select(timestamps: list[float]) -> list[int]:
-        return sample(timestamps, max_frames=max_frames, stride=stride, fps=fps)
+        nonlocal count
+        chosen = sample(timestamps, max_frames=max_frames, stride=stride, fps=fps)
+        count = len(chosen)
+        return chosen
 
     def convert(image: Image.Image) -> Processed:
-        return preprocess(image, size=size, mode=mode)
+        result = preprocess(image, size=size, mode=mode)
+        check_memory(count, *result.pixels.shape[:2])
+        return result
 
     with tqdm(desc="reading frames", unit="frame", disable=None if progress else True) as bar:
-        if _is_video(paths):
+        if len(paths) == 1 and not is_image(paths[0]):
             from .video import read_video
 
             processed, indices, timestamps = read_video(paths[0], select, convert, bar.update)
             names = [f"frame_{index:06d}" for index in indices]
         else:
-            if fps is not None:
+            found = [page for path in paths for page in pages(path)]
+            animation = len(paths) == 1 and len(found) > 1
+            seconds = times(found) if animation else None
+            if fps is not None and seconds is None:
                 raise InputError("fps needs a video, as image files have no timestamps: use stride or a frame count")
-            indices = select([float(i) for i in range(len(paths))])
-            processed, timestamps = [], [float(i) for i in indices]
-            for index in indices:
-                processed.append(_read_image(paths[index], convert))
+            indices = select(seconds or [float(i) for i in range(len(found))])
+            chosen = [found[index] for index in indices]
+            shown, processed = shown_range(chosen, value_range), []
+            for page in chosen:
+                processed.append(read(page, convert, shown))
                 bar.update()
-            names = _unique_names([paths[index] for index in indices])
+            timestamps = [seconds[i] if seconds else float(i) for i in indices]
+            names = [f"frame_{index:06d}" for index in indices] if animation else _unique_names(found, indices)
     sizes = [p.original_size for p in processed]
     images, scale, offset = stack(processed)
     return Frames(images, names, timestamps, sizes, scale, offset)
@@ -146,6 +167,11 @@ def sample(timestamps: list[float], *, max_frames: int | None, stride: int | Non
 def _check_sampling(max_frames: int | None, stride: int | None, fps: float | None) -> None:
     if stride is not None and fps is not None:
         raise InputError("stride and fps exclude each other: give only one of them")
+    for name, value in (("stride", stride), ("the number of frames", max_frames)):
+        if value is not None and not isinstance(value, Integral):
+            raise InputError(f"{name} must be a whole number, not {value!r}")
+    if fps is not None and not isinstance(fps, Real):
+        raise InputError(f"fps must be a number, not {fps!r}")
     if stride is not None and stride < 1:
         raise InputError(f"stride must be 1 or more, not {stride}")
     if fps is not None and not 0 < fps < float("inf"):
@@ -154,59 +180,14 @@ def _check_sampling(max_frames: int | None, stride: int | None, fps: float | Non
         raise InputError(f"the number of frames must be 1 or more, not {max_frames}")
 
 
-def _resolve(inputs: Sequence[str | Path]) -> list[Path]:
-    """The files to read: one video, or images."""
-    if isinstance(inputs, (str, Path)):
-        inputs = [inputs]
-    paths = [Path(entry).expanduser() for entry in inputs]
-    if not paths:
-        raise InputError("nothing to read: give a video, a folder of images or image files")
-    for path in paths:
-        if not os.path.exists(path):
-            raise InputError(f"{str(path)!r} does not exist: check the path")
-        if len(paths) > 1 and path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise InputError(f"{str(path)!r} is not an image file: give one video, one folder, or image files only")
-    return _list_folder(paths[0]) if len(paths) == 1 and paths[0].is_dir() else paths
+def _unique_names(found: list[Page], indices: list[int]) -> list[str]:
+    """File stems of the chosen pages, with the page's number behind if the file has several, and a number in front if two are equal.
 
-
-def _list_folder(folder: Path) -> list[Path]:
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise InputError(f"cannot open the folder {str(folder)!r} ({error.strerror}): check its permissions") from error
-    images = [folder / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
-    if not images:
-        known = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        raise InputError(f"no images in the folder {str(folder)!r}: it should hold files of the types {known}")
-    return sorted(images, key=lambda path: _natural(path.name))
-
-
-def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
-    """A sort key that puts image2 before image10. The name itself breaks ties such as 1 and 01."""
-    parts = re.split(r"(\d+)", name.lower())
-    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], name
-
-
-def _is_video(paths: list[Path]) -> bool:
-    """Whether the input is a single file without an image suffix. The decoder then decides whether it is a video."""
-    return len(paths) == 1 and paths[0].suffix.lower() not in IMAGE_SUFFIXES
-
-
-def _read_image(path: Path, convert: Callable[[Image.Image], Processed]) -> Processed:
-    try:
-        with Image.open(path) as image:
-            return convert(ImageOps.exif_transpose(image))
-    except InputError as error:
-        raise InputError(f"{str(path)!r}: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise InputError(f"{str(path)!r} is not an image that can be read: remove it or copy it again") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises these for damaged files
-        raise InputError(f"cannot read the image {str(path)!r} ({error}): remove it or copy it again") from error
-
-
-def _unique_names(paths: list[Path]) -> list[str]:
-    """File stems, with a number in front if two of them are equal. Output files use these names."""
-    stems = [path.stem for path in paths]
+    Output files use these names.
+    """
+    several = Counter(page.path for page in found)
+    chosen = [found[index] for index in indices]
+    stems = [page.path.stem + (f"_{page.index:06d}" if several[page.path] > 1 else "") for page in chosen]
     if len({stem.lower() for stem in stems}) == len(stems):
         return stems
     return [f"{i:06d}_{stem}" for i, stem in enumerate(stems)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
+from ..system import budget_of
+from . import deep
 
 PATCH = 14
 DEFAULT_SIZE = 518
+LARGEST_SIDE = 65534  # a multiple of 14; image libraries stop there too
 
 Size = int | tuple[int, int]  # a width (longer side in pad mode), or (height, width)
 
@@ -34,22 +38,44 @@ class Processed:
     offset: tuple[float, float]  # x, y
 
 
-def check_size(size: Size | None, mode: str) -> Size:
-    """The size to use (None = 518). Raises InputError with a size that would work, or for an unknown mode."""
+def check_size(size: object, mode: str) -> Size:
+    """The size to use (None = 518). Whole numbers of any type count, such as np.int64(84) or 84.0.
+
+    Raises:
+        InputError: a side is not a positive multiple of 14 (the message has one that is) or too large, or the mode is unknown.
+    """
     if mode not in ("crop", "pad"):
         raise InputError(f"unknown preprocessing mode {mode!r}: use 'crop' or 'pad'")
-    size = DEFAULT_SIZE if size is None else size
-    for side in (size,) if isinstance(size, int) else size:
-        if side < PATCH or side % PATCH:
-            nearest = max(PATCH, round(side / PATCH) * PATCH)
-            raise InputError(f"size {side} does not work: sides must be positive multiples of {PATCH}, for example {nearest}")
-    return size
+    if size is None:
+        return DEFAULT_SIZE
+    if isinstance(size, (tuple, list)):
+        if len(size) != 2:
+            raise InputError(f"size {size!r} does not work: give a width, or (height, width)")
+        return _check_side(size[0]), _check_side(size[1])
+    return _check_side(size)
+
+
+def _check_side(value: Any) -> int:
+    try:
+        side = int(value)
+        whole = not isinstance(value, (str, bool)) and side == value
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise InputError(f"size {value!r} does not work: give a width, or (height, width), as whole numbers")
+    if side > LARGEST_SIDE:
+        raise InputError(f"size {side if side < 10**12 else '(very large)'} does not work: sides are at most {LARGEST_SIDE} pixels")
+    if side < PATCH or side % PATCH:
+        nearest = max(PATCH, round(side / PATCH) * PATCH)
+        raise InputError(f"size {side} does not work: sides must be positive multiples of {PATCH}, for example {nearest}")
+    return side
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image in 8-bit RGB, with transparent pixels on white. InputError if the range of its greys is unknown."""
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_to_8_bit(image))
+        greys = np.asarray(image)
+        image = Image.fromarray(deep.to_8_bit(greys, deep.shown_range([greys], "full")))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image.convert("RGBA"))
     return image.convert("RGB")
@@ -134,15 +160,18 @@ def _round_to_patch(side: float, image: Image.Image) -> int:
     return rounded
 
 
-def _to_8_bit(image: Image.Image) -> NDArray[np.uint8]:
-    """16-bit greys as 8-bit (H, W). Pillow opens some such files in a 32-bit mode, and would itself clip them to white."""
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise InputError("its grey values are fractions or have more than 16 bits: convert it to 8 or 16 bit first")
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def check_memory(frames: int, height: int, width: int) -> None:
+    """InputError if `frames` frames of this size, in 8 bits and in fp32, do not fit into the free memory."""
+    need, free = frames * height * width * 3 * (1 + 4), budget_of(torch.device("cpu"))
+    if free is not None and need > free:
+        raise InputError(
+            f"{frames} frame(s) of {height} x {width} pixels need {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free: "
+            "use fewer frames or a smaller size"
+        )
 
 
 def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> NDArray[np.uint8]:
+    check_memory(1, size[1], size[0])
     return np.array(image.resize(size, Image.Resampling.BICUBIC, box=box))
 
 

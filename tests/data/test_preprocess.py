@@ -178,13 +178,21 @@ def test_mixed_sizes_are_centred_on_white_with_a_warning(caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize(
     "options", [{"size": 100}, {"size": 0}, {"size": -14}, {"size": (28, 30)}, {"mode": "stretch"}, {"stride": 0}, {"fps": 0.0},
-                {"fps": float("nan")}, {"max_frames": 0}, {"stride": 2, "fps": 3.0}]
+                {"fps": float("nan")}, {"max_frames": 0}, {"stride": 2, "fps": 3.0}, {"size": "84"}, {"size": True}, {"size": (28, 42, 3)},
+                {"size": float("nan")}, {"size": 10**400}, {"size": 84.5}, {"stride": "2"}, {"max_frames": 2.5}, {"fps": "x"}]
 )  # fmt: skip
 def test_options_that_cannot_work_are_errors(options: dict, tmp_path: Path) -> None:
     gradient(40, 30).save(tmp_path / "a.png")
     with pytest.raises(InputError) as error:
         load_frames([tmp_path], **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [84, 84.0, np.int64(84), np.float32(84), torch.tensor(84)])
+def test_whole_numbers_of_any_type_are_sizes(size: object, tmp_path: Path) -> None:
+    gradient(84, 56).save(tmp_path / "a.png")
+    assert load_frames([tmp_path], size=size).images.shape == (1, 3, 56, 84)
+    assert load_frames([tmp_path], size=(size, size)).images.shape == (1, 3, 84, 84)
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])

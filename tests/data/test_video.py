@@ -91,19 +91,19 @@ def test_frames_that_are_not_chosen_are_never_converted(clip: Path, monkeypatch:
     class Spy:
         def __init__(self, index: int, frame: av.VideoFrame) -> None:
             self.index, self.frame = index, frame
-            self.time, self.rotation = frame.time, frame.rotation  # any other attribute is an error
+            self.time, self.side_data = frame.time, frame.side_data  # any other attribute is an error
 
         def to_image(self) -> Image.Image:
             converted.append(self.index)
             return self.frame.to_image()
 
-    decode = video._frames
+    decode = video.frames
 
     def spied(*args) -> Iterator[Spy]:
         for index, frame in enumerate(decode(*args)):
             yield Spy(index, frame)
 
-    monkeypatch.setattr(video, "_frames", spied)
+    monkeypatch.setattr(video, "frames", spied)
     load_frames([clip], size=SIZE, max_frames=3)
     assert converted == [0, 14, 29]
 
@@ -210,7 +210,7 @@ def test_a_truncated_video_gives_the_frames_it_has(tmp_path: Path) -> None:
 
 
 def test_a_wrong_frame_count_is_corrected(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "_packet_timestamps", lambda path: [i / 10 for i in range(60)])
+    monkeypatch.setattr(video, "_list", lambda path: ([i / 10 for i in range(60)], ""))
     assert indices(load_frames([clip], size=SIZE, max_frames=3)) == [0, 14, 29]
-    monkeypatch.setattr(video, "_packet_timestamps", lambda path: [])
+    monkeypatch.setattr(video, "_list", lambda path: ([], ""))
     assert indices(load_frames([clip], size=SIZE, max_frames=3)) == [0, 14, 29]

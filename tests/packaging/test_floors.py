@@ -18,7 +18,7 @@ FLOORS = [
     {"model"},
     {"data", "execution"},
     {"layers", "prediction"},
-    {"config", "files"},
+    {"config", "files", "system"},
     {"errors", "geometry"},
 ]
 

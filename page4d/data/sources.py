@@ -1,0 +1,111 @@
+"""What an input names: one video, or the pictures to read, in order. What is not read is said."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..errors import InputError
+from .images import IMAGE_SUFFIXES, is_image
+
+NOT_READ = {  # pictures and videos that a folder may hold beside those that are read
+    *(".jxl", ".jp2", ".j2k", ".exr", ".hdr", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+    *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".mts", ".m2ts", ".ts"),
+}
+
+log = logging.getLogger(__name__)
+
+
+def resolve(inputs: Sequence[str | Path]) -> list[Path]:
+    """The files to read: one video, or images.
+
+    Raises:
+        InputError: an input is empty, a URL, missing, or neither a file nor a folder; or there is nothing to read.
+    """
+    if isinstance(inputs, (str, bytes, os.PathLike)):
+        inputs = [inputs]
+    if not isinstance(inputs, Iterable) or not all(isinstance(entry, (str, bytes, os.PathLike)) for entry in inputs):
+        raise InputError(f"inputs must be paths, not {inputs!r:.60}")
+    paths = [path for entry in inputs for path in _expand(entry)]
+    if not paths:
+        raise InputError("nothing to read: give a video, a folder of images or image files")
+    if len(paths) == 1:
+        return list_folder(paths[0]) if paths[0].is_dir() else paths
+    for path in paths:
+        if path.is_dir() or not is_image(path):
+            raise InputError(f"{str(path)!r} is not an image file: give one video, one folder, or image files only")
+    return paths
+
+
+def _expand(entry: str | Path) -> list[Path]:
+    """The paths that one input names: itself, or the matches of a pattern that the shell has left alone, in natural order."""
+    text = os.fsdecode(entry)
+    if not text.strip():
+        raise InputError("an input is empty: give a video, a folder of images or image files")
+    try:
+        path = Path(text).expanduser()
+        if os.path.exists(path):
+            _check_kind(path)
+            return [path]
+        found = glob.glob(str(path), recursive=True) if glob.has_magic(text) else []
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, or an unknown home folder
+        raise InputError(f"{text!r} is not a usable path ({error}): check it") from error
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise InputError(f"{text!r} is a URL, not a path: download it first")
+    if found:
+        matches = sorted(map(Path, found), key=_natural)
+        return [match for match in matches if match.is_file()] or matches
+    if os.path.islink(path):
+        raise InputError(f"{text!r} is a link to {os.readlink(path)!r}, which does not exist")
+    raise InputError(
+        f"{text!r} does not exist" + (", and no file matches it as a pattern" if glob.has_magic(text) else "") + ": check the path"
+    )
+
+
+def _check_kind(path: Path) -> None:
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise InputError(f"{str(path)!r} is {kind}, not a file: save what it gives to a file first")
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """The images of a folder, in natural order. One warning says which pictures and videos in it are not read."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise InputError(f"cannot open the folder {str(folder)!r} ({error.strerror}): check its permissions") from error
+    images, left, folders = [], Counter[str](), 0
+    for name in names:
+        path, suffix = folder / name, Path(name).suffix.lower()
+        if os.path.isdir(path):
+            folders += 1
+        if suffix in IMAGE_SUFFIXES and os.path.isfile(path):
+            images.append(path)
+        elif suffix in IMAGE_SUFFIXES:
+            problem = "is a folder" if os.path.isdir(path) else "is a dangling link" if os.path.islink(path) else "is no regular file"
+            log.warning("%s: left out, as it %s", path, problem)
+        elif suffix in NOT_READ:
+            left[suffix] += 1
+    if left:
+        listing = ", ".join(f"{count} {suffix}" for suffix, count in left.items())
+        log.warning("%s: not read are %s (only images of a folder are read)", folder, listing)
+    if not images:
+        known = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        below = "; folders in it are not searched" if folders else ""
+        raise InputError(f"no images in the folder {str(folder)!r}: it should hold files of the types {known}{below}")
+    return sorted(images, key=_natural)
+
+
+def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """A sort key that puts image2 before image10. The name itself breaks ties such as 1 and 01."""
+    parts = re.split(r"(\d+)", path.name.lower())
+    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], str(path)
