@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,25 @@ from .files import AtomicFiles
 from .geometry import decode_pose, unproject
 
 
-@dataclass(frozen=True)
-class Cameras:
+class EqualByValue:
+    """A dataclass that is equal to another of its class if all fields are: tensors by shape, dtype and values, on any device."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(_same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))  # type: ignore[arg-type]
+
+    __hash__ = None  # type: ignore[assignment]  # tensors can be changed
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+    return type(a) is type(b) and bool(a == b)
+
+
+@dataclass(frozen=True, eq=False)
+class Cameras(EqualByValue):
     """OpenCV pinhole cameras: x_cam = R x_world + t, pixels = K x_cam / z."""
 
     extrinsics: Tensor  # (B, S, 3, 4) camera-from-world; the world is (by training) the first camera
@@ -31,14 +49,15 @@ class Cameras:
         return torch.cat([self.extrinsics[..., :3].transpose(-1, -2), self.centers[..., None]], -1)
 
 
-@dataclass(frozen=True)
-class Prediction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Prediction(EqualByValue):
     """Outputs for B sequences of S frames of H x W pixels, patch grid h x w. Heads that were not run are None.
 
     Lengths are in the scene's own unit: the model normalises by the mean distance of the scene points.
     """
 
     images: Tensor  # (B, S, 3, H, W) in [0, 1], as the network saw them
+    valid: Tensor | None = None  # (B, S, H, W) bool: pixels that show the original, not padding; only in files that `export` writes
     mask: Tensor | None = None  # (B, S, h, w) in (-1/2, 1/2): the key bias of each patch; low = the camera tokens attend less to it
     pose_enc: Tensor | None = None  # (B, S, 9): translation, quaternion x y z w, fov_h, fov_w (radians)
     pose_enc_list: Tensor | None = None  # (4, B, S, 9): the refinement iterations, the last one is pose_enc
@@ -82,13 +101,20 @@ class Prediction:
         raise ValueError(f"unknown point source {source!r}: use 'depth' or 'head'")
 
     def to(self, *args, **kwargs) -> Prediction:
-        """Every tensor through `Tensor.to`."""
-        return replace(self, **{name: value.to(*args, **kwargs) for name, value in self.tensors().items()})
+        """Every tensor through `Tensor.to`; `valid` changes its device alone."""
+        moved = {name: value.to(*args, **kwargs) for name, value in self.tensors().items()}
+        if self.valid is not None:
+            moved["valid"] = self.valid.to(moved["images"].device)
+        return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are present, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if value is not None}
+
+    def __repr__(self) -> str:
+        """Names and shapes, not values."""
+        return f"Prediction({', '.join(f'{name}={tuple(value.shape)}' for name, value in self.tensors().items())})"
 
     def save(self, path: str | Path) -> Path:
         """Write every present field to a compressed .npz; the file appears whole or not at all."""
@@ -108,4 +134,4 @@ class Prediction:
 def _numpy(value: Tensor) -> np.ndarray:
     """The tensor as a numpy array. numpy has no bf16, so half precision becomes fp32."""
     value = value.detach().cpu()
-    return (value if value.dtype == torch.float64 else value.float()).numpy()
+    return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()

@@ -44,7 +44,7 @@ def _number(value: float) -> str:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON to `path` atomically. Numbers that are not finite become null."""
     with AtomicFiles() as files:
-        files.add(path).write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+        files.add(path).write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

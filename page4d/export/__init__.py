@@ -11,6 +11,7 @@ from ..data.frames import Frames
 from ..errors import InputError
 from ..files import check_writable
 from ..prediction import Prediction
+from ._manifest import Manifest
 from ._views import check
 from .depth import write_depth
 from .mask import write_mask
@@ -20,7 +21,7 @@ from .ply import write_ply
 from .tracks import write_tracks
 from .trajectory import write_trajectory
 
-__all__ = ["EXPORTERS", "NEEDED", "available", "export"]
+__all__ = ["EXPORTERS", "FOLDERS", "NEEDED", "available", "export"]
 
 Exporter = Callable[[Prediction, Frames, Path], list[Path]]
 
@@ -45,6 +46,9 @@ NEEDED: dict[str, tuple[str, ...]] = {  # fields of the prediction that a format
 }
 
 
+FOLDERS = ("", "depth", "depth/preview", "mask", "mask/raw", "tracks")  # of an output folder, that files are written to
+
+
 def available(prediction: Prediction) -> list[str]:
     """The formats whose required outputs are in this prediction."""
     return [name for name, needed in NEEDED.items() if all(getattr(prediction, field) is not None for field in needed)]
@@ -54,6 +58,8 @@ def export(
     prediction: Prediction, frames: Frames, out_dir: str | Path, formats: Sequence[str] | None = None, progress: bool = False
 ) -> list[Path]:
     """Write `formats` into `out_dir`, which is created if needed. Returns the paths of the files.
+
+    Files that an earlier export of the same formats left there are removed, see `Manifest`.
 
     Args:
         prediction: one sequence (B = 1).
@@ -75,11 +81,15 @@ def export(
             raise InputError(f"cannot export {name!r}: {error}") from error
     out_dir = Path(out_dir)
     check_writable(out_dir)
+    manifest = Manifest(out_dir)
     written: list[Path] = []
     try:
         for name in tqdm(names, desc="exporting", unit="format", disable=None if progress else True):
-            written += EXPORTERS[name](prediction, frames, out_dir)
+            files = EXPORTERS[name](prediction, frames, out_dir)
+            manifest.replace(name, files)
+            written += files
     except OSError as error:
         path = error.filename2 or error.filename or out_dir  # a failed rename has the final path second
         raise InputError(f"cannot write {str(path)!r} ({error.strerror or error}): choose another output folder") from error
+    manifest.report(names)
     return written

@@ -55,9 +55,9 @@ def frame_pixels(prediction: Prediction, index: int) -> Pixels:
     return to_uint8(prediction.images[0, index].detach().cpu().float().numpy()).transpose(1, 2, 0)
 
 
-def inverse_depth_range(depth: NDArray[Any], inside: NDArray[np.bool_]) -> tuple[float, float]:
+def inverse_depth_range(depth: NDArray[Any]) -> tuple[float, float]:
     """Percentiles 2 and 98 of 1 / depth over the valid pixels of the clip, so that all frames share one scale."""
-    valid = inside & np.isfinite(depth) & (depth > 0)
+    valid = np.isfinite(depth) & (depth > 0)
     if not valid.any():
         return 0.0, 1.0
     low, high = np.percentile(1 / depth[valid], (2, 98))
@@ -71,10 +71,17 @@ def depth_picture(depth: NDArray[Any], limits: tuple[float, float]) -> Pixels:
     return colormap((inverse - low) / max(high - low, 1e-12))
 
 
-def motion_maps(prediction: Prediction) -> NDArray[np.float32]:
-    """The motion (S, H, W), bilinearly resized to the frames."""
+def depth_maps(prediction: Prediction, frames: Frames) -> NDArray[Any]:
+    """The depth (S, H, W), NaN in padding."""
+    assert prediction.depth is not None
+    return np.where(frames.inside().numpy(), array(prediction.depth)[..., 0], np.nan)
+
+
+def motion_maps(prediction: Prediction, frames: Frames) -> NDArray[np.float32]:
+    """The motion (S, H, W), bilinearly resized to the frames, 0 in padding."""
     motion = prediction.motion[0].detach().cpu().float()
-    return torch.nn.functional.interpolate(motion[:, None], size=prediction.images.shape[-2:], mode="bilinear")[:, 0].numpy()
+    resized = torch.nn.functional.interpolate(motion[:, None], size=prediction.images.shape[-2:], mode="bilinear")[:, 0]
+    return torch.where(frames.inside(), resized, 0).numpy()
 
 
 def motion_picture(pixels: Pixels, motion: NDArray[np.float32]) -> Pixels:

@@ -11,20 +11,19 @@ from PIL import Image
 from ..data.frames import Frames
 from ..files import AtomicFiles
 from ..prediction import Prediction
-from ._views import array, check, depth_picture, inverse_depth_range
+from ._views import check, depth_maps, depth_picture, inverse_depth_range
 
 
 def write_depth(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
     """Write `depth/<name>.png`, `depth/preview/<name>.png` and `depth/depth.json`, at the network's resolution. Returns the paths.
 
-    depth = value * scale, in scene units along the camera's z. Every frame has its own scale, and value 0 means no valid depth. All
-    previews of a clip share one colour range, near = warm.
+    depth = value * scale, in scene units along the camera's z. Every frame has its own scale, and value 0 means no valid depth, as in
+    padding. All previews of a clip share one colour range, near = warm.
     """
     check(prediction, frames, "depth")
-    assert prediction.depth is not None
     folder = Path(out_dir) / "depth"
-    depth = array(prediction.depth)[..., 0]
-    limits = inverse_depth_range(depth, frames.inside().numpy())
+    depth = depth_maps(prediction, frames)
+    limits = inverse_depth_range(depth)
     entries = []
     with AtomicFiles() as files:
         for name, frame in zip(frames.names, depth, strict=True):
@@ -36,5 +35,6 @@ def write_depth(out_dir: str | Path, prediction: Prediction, frames: Frames) -> 
             Image.fromarray(depth_picture(frame, limits)).save(files.add(folder / "preview" / f"{name}.png"))
             entries.append({"name": name, "file": f"{name}.png", "scale": scale, "min": low, "max": high})
         note = "depth = value * scale along the camera's z, in scene units; value 0 = invalid"
-        files.add(folder / "depth.json").write_text(json.dumps({"convention": note, "frames": entries}, indent=1) + "\n")
+        text = json.dumps({"convention": note, "frames": entries}, indent=1)
+        files.add(folder / "depth.json").write_text(text + "\n", encoding="utf-8")
     return files.paths

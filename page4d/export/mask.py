@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from ..data.frames import Frames
@@ -18,10 +20,13 @@ def write_mask(out_dir: str | Path, prediction: Prediction, frames: Frames) -> l
 
     `mask/<name>.png`: `Prediction.motion` as a red overlay at the network's resolution, transparent up to 0.5 and full at 1.
     `mask/raw/<name>.png`: the motion as 8-bit grey at the size of the patch grid, value = 255 * motion.
+    Padding has no overlay, and patches of padding alone are 0.
     """
     check(prediction, frames, "mask")
     folder = Path(out_dir) / "mask"
-    maps, raw = motion_maps(prediction), to_uint8(array(prediction.motion))
+    grid = (prediction.motion.shape[-2], prediction.motion.shape[-1])
+    shown = torch.nn.functional.adaptive_max_pool2d(frames.inside().float(), grid).numpy() > 0  # patches that show any of the picture
+    maps, raw = motion_maps(prediction, frames), np.where(shown, to_uint8(array(prediction.motion)), 0).astype(np.uint8)
     with AtomicFiles() as files:
         for i, name in enumerate(frames.names):
             image = Image.fromarray(motion_picture(frame_pixels(prediction, i), maps[i]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..data.frames import Frames
@@ -10,6 +11,6 @@ from ._views import check
 
 
 def write_npz(path: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """Write the file of `Prediction.save`, which `Prediction.load` reads. Returns its path."""
+    """Write the file of `Prediction.save`, which `Prediction.load` reads, with `valid` from the frames' padding. Returns its path."""
     check(prediction, frames)
-    return [prediction.save(path)]
+    return [replace(prediction, valid=frames.inside()[None]).save(path)]

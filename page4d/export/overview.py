@@ -18,6 +18,7 @@ from ._views import (
     MOTION_TITLE,
     array,
     check,
+    depth_maps,
     depth_picture,
     font,
     frame_pixels,
@@ -86,14 +87,15 @@ def overview(prediction: Prediction, frames: Frames) -> Image.Image:
 def _rows(prediction: Prediction, frames: Frames, columns: list[int]) -> Iterator[Row]:
     pixels = {i: frame_pixels(prediction, i) for i in columns}
     names = f"{frames.names[columns[0]]} to {frames.names[columns[-1]]}" if len(columns) > 1 else frames.names[0]
+    names = names.encode("utf-8", "replace").decode()  # names of files may hold what is no text
     yield f"frames: {names if len(names) < 60 else names[:57] + '...'}", [Image.fromarray(pixels[i]) for i in columns]
     if prediction.depth is not None:
-        depth = array(prediction.depth)[..., 0]
-        limits = inverse_depth_range(depth, frames.inside().numpy())
+        depth = depth_maps(prediction, frames)
+        limits = inverse_depth_range(depth)
         far, near = (f"{1 / value:.3g}" if value > 0 else "-" for value in limits)
         yield f"depth: {near} (red) to {far} (blue), scene units", [Image.fromarray(depth_picture(depth[i], limits)) for i in columns]
     if prediction.mask is not None:
-        maps = motion_maps(prediction)
+        maps = motion_maps(prediction, frames)
         yield f"dynamics mask: {MOTION_TITLE}", [Image.fromarray(motion_picture(pixels[i], maps[i])) for i in columns]
     if prediction.track is not None:
         yield f"tracks: {prediction.track.shape[2]} points, rings where hidden", [track_picture(prediction, i) for i in columns]

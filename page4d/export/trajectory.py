@@ -62,9 +62,9 @@ def write_trajectory(out_dir: str | Path, prediction: Prediction, frames: Frames
         for i in range(len(frames))
     ]
     with AtomicFiles() as files:
-        files.add(Path(out_dir) / "trajectory.tum").write_text("\n".join(lines) + "\n")
+        files.add(Path(out_dir) / "trajectory.tum").write_text("\n".join(lines) + "\n", encoding="utf-8")
         text = json.dumps({"convention": CONVENTION, "frames": entries}, indent=1, allow_nan=False)
-        files.add(Path(out_dir) / "cameras.json").write_text(text + "\n")
+        files.add(Path(out_dir) / "cameras.json").write_text(text + "\n", encoding="utf-8")
     return files.paths
 
 

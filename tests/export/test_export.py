@@ -45,9 +45,10 @@ def test_all_formats_are_written_by_default(
     assert available(prediction) == list(EXPORTERS) == list(NEEDED)
     written = export(prediction, frames, out, list(EXPORTERS), progress=True)
     assert capsys.readouterr().err == "", "no progress bar where stderr is not a terminal"
-    assert {str(path.relative_to(out)) for path in written} == files_under(out)
+    assert {str(path.relative_to(out)) for path in written} == files_under(out) - {"manifest.json"}
     assert files_under(out) == {
         *("predictions.npz", "points.ply", "trajectory.tum", "cameras.json", "tracks.npz", "overview.png", "depth/depth.json"),
+        "manifest.json",
         *(f"{kind}/{name}.png" for kind in ("depth", "mask", "tracks") for name in frames.names),
         *(f"{kind}/{name}.png" for kind in ("depth/preview", "mask/raw") for name in frames.names),
     }
@@ -98,16 +99,16 @@ def test_ply_without_points_is_valid(prediction: Prediction, frames: Frames, tmp
 
 def test_depth_pngs_and_their_scales_give_the_depth(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     assert prediction.depth is not None
-    prediction.depth[0, 1, 5, 6:9, 0] = torch.tensor([float("nan"), -1.0, 0.0])
+    prediction.depth[0, 1, 15, 6:9, 0] = torch.tensor([float("nan"), -1.0, 0.0])
     prediction.depth[0, 2] = float("nan")
     write_depth(tmp_path, prediction, frames)
     meta = json.loads((tmp_path / "depth" / "depth.json").read_text())["frames"]
     assert [entry["name"] for entry in meta] == frames.names
-    for entry, depth in zip(meta, prediction.depth[0, ..., 0].numpy(), strict=True):
+    for entry, depth, inside in zip(meta, prediction.depth[0, ..., 0].numpy(), frames.inside().numpy(), strict=True):
         image = Image.open(tmp_path / "depth" / entry["file"])
         assert image.mode == "I;16" and image.size == (W, H)
         values = np.asarray(image)
-        valid = np.isfinite(depth) & (depth > 0)
+        valid = np.isfinite(depth) & (depth > 0) & inside
         assert np.array_equal(values > 0, valid)
         if valid.any():
             assert np.abs(values[valid] * entry["scale"] - depth[valid]).max() <= 0.51 * entry["scale"]
@@ -133,7 +134,8 @@ def test_a_name_that_ends_in_preview_overwrites_nothing(prediction: Prediction, 
     assert len(set(written)) == len(written) == 2 * S + 1
     entries = json.loads((tmp_path / "depth" / "depth.json").read_text())["frames"]
     for entry, depth in zip(entries, prediction.depth[0, ..., 0].numpy(), strict=True):
-        assert np.allclose(np.asarray(Image.open(tmp_path / "depth" / entry["file"])) * entry["scale"], depth, atol=entry["scale"])
+        values = np.asarray(Image.open(tmp_path / "depth" / entry["file"]))[8:-8] * entry["scale"]
+        assert np.allclose(values, depth[8:-8], atol=entry["scale"])
 
 
 def test_mask_is_red_where_things_move(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
@@ -141,7 +143,8 @@ def test_mask_is_red_where_things_move(prediction: Prediction, frames: Frames, t
     mask[:, :, :, 4:] = -0.49  # low key bias = moving
     write_mask(tmp_path, replace(prediction, mask=mask, images=torch.full_like(prediction.images, 0.5)), frames)
     picture = np.asarray(Image.open(tmp_path / "mask" / f"{frames.names[0]}.png")).astype(int)
-    assert (picture[:, 75, 0] > 200).all() and (picture[:, 75, 1] < 80).all(), "a label that does not fit is left out"
+    assert (picture[8:-8, 75, 0] > 200).all() and (picture[8:-8, 75, 1] < 80).all(), "a label that does not fit is left out"
+    assert (np.ptp(picture[:8], axis=-1) < 3).all() and (np.ptp(picture[-8:], axis=-1) < 3).all(), "padding does not move"
     assert (np.ptp(picture[:, 10], axis=-1) < 3).all()
 
 
@@ -166,7 +169,7 @@ def test_raw_masks_are_the_motion(prediction: Prediction, frames: Frames, tmp_pa
 
 def test_large_masks_are_labelled(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     images, mask = torch.full((1, S, 3, 252, 336), 0.5), torch.full((1, S, 18, 24), 0.3)
-    write_mask(tmp_path, replace(prediction, mask=mask, images=images), frames)
+    write_mask(tmp_path, replace(prediction, mask=mask, images=images), replace(frames, images=images[0]))
     picture = np.asarray(Image.open(tmp_path / "mask" / f"{frames.names[0]}.png"))
     assert np.ptp(picture[:200]) == 0 and np.ptp(picture[230:, :150]) > 50
 
@@ -313,7 +316,14 @@ def test_overview_says_height_and_width(frames: Frames, tmp_path: Path, monkeypa
         return write(self, xy, text, *args, **kwargs)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", spied)
-    fewer = replace(frames, images=frames.images[:count], names=frames.names[:count], original_sizes=[(80, 168)] * count)
+    fewer = replace(
+        frames,
+        images=frames.images[:count],
+        names=frames.names[:count],
+        original_sizes=[(80, 168)] * count,
+        scale=frames.scale[:count],
+        offset=frames.offset[:count],
+    )
     mask = torch.zeros(1, count, H // 14, W // 14)
     write_overview(tmp_path / "o.png", Prediction(images=fewer.images[None], mask=mask), fewer)
     assert ("1 frame of 56 x 84" if count == 1 else "2 frames of 56 x 84") in texts
@@ -405,7 +415,7 @@ def test_names_may_be_as_long_as_the_file_system_allows(prediction: Prediction, 
 def test_missing_permission_is_an_error(prediction: Prediction, frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated, as root ignores permissions. The error names the file, not its temporary name."""
 
-    def refuse(self: Path, text: str) -> None:
+    def refuse(self: Path, text: str, **options: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "write_text", refuse)

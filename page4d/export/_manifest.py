@@ -1,0 +1,60 @@
+"""What earlier exports wrote into a folder, so that a later one leaves none of their files beside its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from ..files import AtomicFiles
+
+NAME = "manifest.json"
+
+log = logging.getLogger(__name__)
+
+
+class Manifest:
+    """The files of each format in an output folder, kept in the file `manifest.json`: {"files": {format: {path: [bytes, mtime in ns]}}}.
+
+    A file is ours as long as its size and time are those that were written down. Whatever the user put there or changed stays.
+    """
+
+    def __init__(self, out_dir: Path):
+        self._folder = out_dir
+        self._files: dict[str, dict[str, list[int]]] = {}
+        with suppress(OSError, ValueError, AttributeError, TypeError):  # none yet, or not one of ours
+            found = json.loads((out_dir / NAME).read_text(encoding="utf-8"))["files"]
+            self._files = {str(name): {str(path): list(mark) for path, mark in files.items()} for name, files in found.items()}
+
+    def replace(self, name: str, written: list[Path]) -> None:
+        """Note the files of a format that were just written, and remove those of earlier exports of that format."""
+        marks = {path.relative_to(self._folder).as_posix(): _mark(path) for path in written}
+        changed = []
+        for relative, mark in self._files.get(name, {}).items():
+            path = self._folder / relative
+            if relative in marks or ".." in path.parts or Path(relative).is_absolute() or not path.is_file():
+                continue
+            if _mark(path) == mark:
+                path.unlink()
+                with suppress(OSError):  # not empty
+                    path.parent.rmdir()
+            else:
+                changed.append(relative)
+        if changed:
+            log.warning("%s: %d file(s) of an earlier run were changed since and stay, such as %s", self._folder, len(changed), changed[0])
+        self._files[name] = marks
+        with AtomicFiles() as files:
+            text = json.dumps({"files": self._files}, indent=1)
+            files.add(self._folder / NAME).write_text(text + "\n", encoding="utf-8")
+
+    def report(self, names: list[str]) -> None:
+        """Say which formats of earlier exports are still in the folder."""
+        old = [name for name in self._files if name not in names and any((self._folder / path).is_file() for path in self._files[name])]
+        if old:
+            log.warning("%s: still holds %s of an earlier run", self._folder, ", ".join(old))
+
+
+def _mark(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
