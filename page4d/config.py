@@ -91,11 +91,15 @@ class Page4DConfig:
         return 1 + self.register_tokens
 
     def __post_init__(self) -> None:
+        for name, kind in _NESTED.items():
+            value = getattr(self, name)
+            _expect(
+                isinstance(value, kind) or (value is None and name != "encoder"),
+                f"{name} must be of type {kind.__name__}, not {_short(value)}",
+            )
         _check_numbers(self, "")
         for name, heads in (("num_heads", self.num_heads), ("encoder.num_heads", self.encoder.num_heads)):
             _expect(self.embed_dim % heads == 0, f"embed_dim {self.embed_dim} is not a multiple of {name} {heads}")
-        pair = self.image_size is None or (isinstance(self.image_size, tuple) and len(self.image_size) == 2)
-        _expect(pair, f"image_size must be (height, width), not {self.image_size!r}")
         head_dim = self.embed_dim // self.num_heads
         _expect(head_dim % 4 == 0, f"the head dim {head_dim} must be a multiple of 4 for 2-D RoPE")
         first, end = self.masked_blocks
@@ -132,9 +136,12 @@ class Page4DConfig:
     def from_json(cls, text: str) -> Page4DConfig:
         try:
             return _from_dict(cls, json.loads(text))
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+        except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
             raise ConfigError(f"not a model configuration: {error}") from None
 
+
+MOST_LAYERS, MOST, MOST_REAL = 1000, 1 << 16, 1e9  # of depths, iterations and levels; of other whole numbers; of fractions
+LAYERS = ("depth", "iterations", "levels", "masked_blocks", "mask_after", "kept_layers", "radius")
 
 FROM_ZERO = (
     "register_tokens",
@@ -156,13 +163,31 @@ def _check_numbers(config: Any, prefix: str) -> None:
         if value is None and "None" in entry.type:
             continue
         number = float if entry.type == "float" else int
-        values = value if entry.type.startswith("tuple") and isinstance(value, tuple) else (value,)
+        values: tuple[Any, ...] = (value,)
+        if entry.type.startswith("tuple"):
+            length = entry.type.split("]")[0].count(",") + 1
+            wanted_tuple = "(height, width)" if entry.name == "image_size" else f"{length} whole numbers"
+            _expect(isinstance(value, tuple) and len(value) == length, f"{name} must be {wanted_tuple}, not {_short(value)}")
+            values = value
         wanted = "a finite number" if number is float else "a whole number"
         for x in values:
             typed = isinstance(x, int) or (number is float and isinstance(x, float) and math.isfinite(x))
-            _expect(typed and not isinstance(x, bool), f"{name} must be {wanted}, not {value!r}")
+            _expect(typed and not isinstance(x, bool), f"{name} must be {wanted}, not {_short(value)}")
             least = 0 if entry.name in FROM_ZERO else 1 if number is int else 1e-9
-            _expect(x >= least, f"{name} must be {'at least 0' if least == 0 else 'positive'}, not {value!r}")
+            _expect(x >= least, f"{name} must be {'at least 0' if least == 0 else 'positive'}, not {_short(value)}")
+            most = MOST_REAL if number is float else MOST_LAYERS if entry.name in LAYERS else MOST
+            _expect(x <= most, f"{name} must be at most {most:g}, not {_short(value)}")
+        if number is float:
+            object.__setattr__(config, entry.name, float(value))  # JSON writes 1.0 as 1
+
+
+def _short(value: object) -> str:
+    """The value, abbreviated. The largest whole numbers cannot be printed at all."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) < 60 else f"{text[:30]}..."
 
 
 _NESTED = {

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(ValueError):
-    """The base class. White space in the message, line breaks included, becomes single spaces."""
+    """The base class. White space and control characters in the message, line breaks included, become single spaces."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(" ".join(_CONTROL.sub(" ", str(message)).split()))
+
+
+_CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f-\x9f]")  # with the colour codes of terminals
 
 
 class InputError(UserError):

@@ -8,6 +8,7 @@ head, and asking for its output is an error. Any other missing, unexpected or mi
 from __future__ import annotations
 
 import pickle
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from ..config import PRESETS, Page4DConfig, preset
 from ..errors import CheckpointError, ConfigError
 from ..files import AtomicFiles
+from .wrappers import find_state, strip
 
+MOST_TENSORS = 50_000  # the official model has 1803
 ALIGNMENT = 64  # bytes, as of memory that torch allocates
 CONFIG_KEY = "page4d_config"
 UNREADABLE = (safetensors.SafetensorError, OSError, ValueError)  # raised for damaged safetensors files
@@ -92,7 +95,9 @@ def read_pretrained(name_or_path: str | Path, config: Page4DConfig | None = None
     else:
         path = local_file(name_or_path)
     state, stored = read_file(path)
-    return _fit_heads(config or stored or preset("page4d"), state), state
+    config = config or stored or preset("page4d")
+    _check_stacks(config, state, path.name)
+    return _fit_heads(config, state), state
 
 
 def assign_weights(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
@@ -123,7 +128,7 @@ def local_file(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    problem = "is a directory" if path.is_dir() else "does not exist"
+    problem = "is a directory" if path.is_dir() else "is a pipe or device" if path.exists() else "does not exist"
     advice = f"random:{path} gives that preset random weights" if str(path) in PRESETS else f"or one of {', '.join([*BUNDLED, *HUB])}"
     raise CheckpointError(f"weights {str(path)!r}: the file {problem}; give a .pt or .safetensors file, {advice}")
 
@@ -134,6 +139,23 @@ def stored_config(name_or_path: str | Path) -> Page4DConfig | None:
         return preset(str(name_or_path))
     path = local_file(name_or_path)
     return _config_in(path, _metadata(path)) if path.suffix == ".safetensors" else None
+
+
+def _check_stacks(config: Page4DConfig, state: dict[str, Tensor], name: str) -> None:
+    """Compare depth and width of the trunk before any module is made: a wrong configuration could ask for an endless model."""
+    stacks = (
+        ("depth", "aggregator.frame_blocks.", config.depth),
+        ("depth", "aggregator.global_blocks.", config.depth),
+        ("encoder.depth", "aggregator.patch_embed.blocks.", config.encoder.depth),
+    )
+    for field, prefix, wanted in stacks:
+        found = len({key[len(prefix) :].split(".", 1)[0] for key in state if key.startswith(prefix)})
+        if found != wanted:
+            raise CheckpointError(f"{name} does not fit the model: {field} {found} (by {prefix}*) instead of {wanted}")
+    token = state.get("aggregator.camera_token")
+    width = token.shape[-1] if token is not None and token.dim() else config.embed_dim
+    if width != config.embed_dim:
+        raise CheckpointError(f"{name} does not fit the model: embed_dim {width} instead of {config.embed_dim}")
 
 
 def _fit_heads(config: Page4DConfig, state: dict[str, Tensor]) -> Page4DConfig:
@@ -158,16 +180,13 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], Page4DConfig | None]:
     except pickle.UnpicklingError as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{path.name} is no plain weights file: it is not a checkpoint, or holds pickled Python objects, "
-            f"which are not executed ({first[:120]}); save its state dict alone"
+            f"{path.name} is not a weights file: it is not a checkpoint, or holds pickled Python objects such as a whole module, "
+            f"which are not executed ({first[:120]}); save its state_dict() alone"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path.name} cannot be read as a checkpoint, it may be truncated ({first[:120]}); fetch it again") from None
-    state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
-        raise CheckpointError(f"{path.name} holds no state dict: expected names and tensors, bare or under 'model'")
-    return _weights(path, state), None
+    return strip(_weights(path, find_state(content, path.name)), path.name), None
 
 
 def _weights(path: Path, state: dict[Any, Tensor]) -> dict[str, Tensor]:
@@ -184,12 +203,12 @@ def zipfile_format(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Page4DConfig | None]:
-    metadata = _metadata(path)
+    config = _config_in(path, _metadata(path))
     try:
         state = safetensors.torch.load_file(path)
     except UNREADABLE as error:
         raise _damaged(path, error) from None
-    return _weights(path, state), _config_in(path, metadata)
+    return strip(_weights(path, state), path.name), config
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -199,7 +218,12 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 def _metadata(path: Path) -> dict[str, str]:
     try:
         with safetensors.safe_open(path, "pt") as file:
+            count = len(file.keys())
+            if count > MOST_TENSORS:
+                raise CheckpointError(f"{path.name} holds {count} tensors, more than any PAGE-4D model has")
             return file.metadata() or {}
+    except CheckpointError:
+        raise
     except UNREADABLE as error:
         raise _damaged(path, error) from None
 
@@ -220,9 +244,10 @@ def _download(name: str) -> Path:
         return Path(hf_hub_download(file.repository, file.filename, repo_type=file.kind))
     except (OSError, HfHubHTTPError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        kind = "" if file.kind == "model" else f"{file.kind}s/"
         raise CheckpointError(
-            f"weights {name!r}: {file.filename} of {file.repository} could not be fetched from the Hugging Face hub "
-            f"({first[:160]}); check the connection, or download the file and give its path"
+            f"weights {name!r} could not be fetched from the Hugging Face hub ({textwrap.shorten(first, 100, placeholder='...')}): "
+            f"check the connection, or download the file and give its path: {file.filename} of https://huggingface.co/{kind}{file.repository}"
         ) from None
 
 

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from page4d_kernels.ops import _checks
 from page4d_kernels.profiling import stage
 
 from ..config import Page4DConfig
@@ -23,6 +24,7 @@ from .heads import CameraHead, DenseHead, TrackHead
 from .heads.dense import Allocate
 from .heads.track import UpdateFormer
 
+RANGE_SLACK = 0.5
 OUTPUTS = ("camera", "depth", "points", "mask")  # tracks come with query points
 
 
@@ -125,7 +127,7 @@ class Page4D(nn.Module):
         """Run the trunk once and the heads that are asked for.
 
         Args:
-            images: (B, S, 3, H, W) or (S, 3, H, W) in [0, 1], RGB, H and W multiples of the patch size.
+            images: (B, S, 3, H, W) or (S, 3, H, W) in [0, 1], RGB, H and W multiples of the patch size. Numpy arrays count too.
             query_points: (B, N, 2) or (N, 2), x and y in pixels of frame 0 (pixel centres at integers). Given, the prediction has tracks.
                 A point that is not finite has no finite track.
             outputs: any of "camera", "depth", "points", "mask". Default: all that the model has a head for.
@@ -137,10 +139,13 @@ class Page4D(nn.Module):
                 gradients only.
 
         Raises:
-            InputError (a ValueError): images or query points do not fit, or the model has no head for an output.
+            InputError (a ValueError): images or query points do not fit or are not finite, images are far out of [0, 1], or the model has
+                no head for an output.
         """
         if memory_budget is not None and memory_budget < 0:
             raise InputError(f"memory_budget must be a number of bytes, at least 0, not {memory_budget}")
+        images = _tensor(images, "images")
+        query_points = None if query_points is None else _tensor(query_points, "query_points")
         if images.dim() == 4:
             images = images.unsqueeze(0)
         if query_points is not None and query_points.dim() == 2:
@@ -248,6 +253,7 @@ class Page4D(nn.Module):
             raise InputError(f"images must be (B, S, 3, H, W) or (S, 3, H, W), not {tuple(images.shape)}")
         if not images.is_floating_point():
             raise InputError(f"images must be floating point in [0, 1], not {images.dtype}: convert and divide by 255")
+        _check_values(images)
         batch, frames, _, height, width = images.shape
         if batch == 0 or frames == 0:
             raise InputError(f"there is no frame in images of shape {tuple(images.shape)}")
@@ -307,6 +313,31 @@ class Page4D(nn.Module):
                 found["track_list"], found["vis"], found["conf"] = self.track_head(layers, special, size, queries, frames_per_chunk)
                 found["track"] = found["track_list"][-1]
         return found
+
+
+def _tensor(value: object, name: str) -> Tensor:
+    """A tensor of an array. The caller's tensor itself if it is one."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be a tensor or a numpy array, not {type(value).__name__} ({error})") from None
+
+
+def _check_values(images: Tensor) -> None:
+    """InputError unless images on the CPU are finite and about in [0, 1], as resampling may overshoot.
+
+    Values on a GPU are looked at with PAGE4D_DEBUG=1 alone, as that waits for the device.
+    """
+    if not images.numel() or not _checks.values_can_be_read(images):
+        return
+    least, most = (float(x) for x in torch.aminmax(images.detach()))  # NaN if any value is
+    if not math.isfinite(least) or not math.isfinite(most):
+        raise InputError(f"images must be finite, in [0, 1]: found values from {least:g} to {most:g}")
+    if least < -RANGE_SLACK or most > 1 + RANGE_SLACK:
+        advice = "divide them by 255" if least >= 0 and most <= 256 else "give them without mean and standard deviation applied"
+        raise InputError(f"images must be in [0, 1], found values from {least:g} to {most:g}: {advice}")
 
 
 def default_device() -> torch.device:
