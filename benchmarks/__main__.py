@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from page4d.cli.parser import Parser, interruptible
 from page4d_kernels.profiling import peak_bytes, reset_peak
 
 from . import report
@@ -105,7 +106,7 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog, description="Speed and memory of the kernels and the model against their baselines.")
+    parser = Parser(prog, description="Speed and memory of the kernels and the model against their baselines.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report", help="write RESULTS.md and the plots from the committed result files")
     commands.add_parser("list", help="list the cases, and their variants on this machine")
@@ -124,6 +125,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    return interruptible(lambda: _main(argv, prog))
+
+
+def _main(argv: Sequence[str] | None, prog: str | None) -> int:
     prog = prog or "python -m benchmarks"
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser(prog).parse_args(argv)
@@ -135,6 +140,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print("\n".join(f"{case.name}: {', '.join(variant.name for variant in variants(case, device))}" for case in cases()))
         return 0
     if args.command == "peak":
+        known = {case.name: [variant.name for variant in variants(case, "cpu")] for case in cases()}
+        if args.variant not in known.get(args.case, []):
+            print(f"error: {args.case} {args.variant} is no case with its variant: see `{prog} list`", file=sys.stderr)
+            return 2
         print(_own_peak(args.case, args.variant))
         return 0
     return _run(args, prog, " ".join([prog, *argv]))
@@ -154,13 +163,17 @@ def _run(args: argparse.Namespace, prog: str, command: str) -> int:
     official = None if args.official is None else (args.official.resolve(), args.official_class)
     results: dict[str, Any] = {"provenance": provenance(args.device, command), "limits": limits(args.device), "startup": startup()}
     results["rows"] = []
-    for case in chosen:
-        torch.compiler.reset()  # FlexAttention compiles for every shape and stops after eight
-        results["rows"] += measure(case, args.device, args.seconds, results["limits"], official)
-        if args.out:
-            save(results, args.out)  # after every case, so that an interrupted run keeps its results
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
+    try:
+        for case in chosen:
+            torch.compiler.reset()  # FlexAttention compiles for every shape and stops after eight
+            results["rows"] += measure(case, args.device, args.seconds, results["limits"], official)
+            if args.out:
+                save(results, args.out)  # after every case, so that a run that is cut off keeps its results
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        print(report.table(results))
+        raise
     print(report.table(results))
     return 0
 

@@ -1,6 +1,7 @@
 """Times the official release from a user's own clone, in a separate process, with the same weights and images as our model.
 
-The clone is never part of this repository. The process loads the model once. It runs one forward pass for every line on its standard
+The clone is never part of this repository. It needs einops, matplotlib and huggingface_hub. The process
+loads the model once. It runs one forward pass for every line on its standard
 input, so that its calls can be interleaved with ours.
 """
 
@@ -24,7 +25,8 @@ from .measure import CHECKOUT
 from .model import ModelInputs, joined, random_model
 
 NAME = "official release"
-CLASS = "vggt.models.vggt:VGGT"
+CLASS = "page.models.vggt:VGGT"  # in the folder model/ of the release's clone
+OLDER_CLASS = "vggt.models.vggt:VGGT"  # at the root of clones of VGGT
 OPTIONS = {
     "enable_track": False,
     "mask_hold_start": 0,
@@ -83,7 +85,9 @@ class Official(contextlib.AbstractContextManager):
 
 def serve(clone: str, name: str, device: str, folder: Path) -> None:
     """Main function of the process: one pass per line of standard input. Writes outputs and memory of the first pass to `folder`."""
-    sys.path.insert(0, clone)
+    sys.path[:0] = [clone, f"{clone}/model"]
+    if name == CLASS and not any(Path(folder, "page").is_dir() for folder in sys.path[:2]):
+        name = OLDER_CLASS
     module, _, attribute = name.partition(":")
     inputs = torch.load(folder / "inputs.pt", weights_only=True)
     images, dtype = inputs["images"].to(device), inputs["dtype"]

@@ -31,7 +31,7 @@ layout = TokenLayout(frames=2, tokens_per_frame=53, special_tokens=5)
 q, k, v = torch.randn(3, 1, 4, layout.tokens, 64)
 gate = layout.only_special(torch.full((1, layout.tokens), 64.0))
 bias = torch.rand(1, layout.tokens) - 0.5
-with use_backend("mine"):  # every call in the block, for example those of a whole model
+with use_backend("mine"):  # every call in the block, for example in the trunk of a model
     out = mask_attention(q, k, v, gate, bias, layout=layout)
 expected = mask_attention(q, k, v, gate, bias, layout=layout, backend="reference")  # this call names another
 error = float((out - expected).abs().max())

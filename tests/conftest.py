@@ -9,6 +9,10 @@ for _name in [name for name in os.environ if name.startswith("PAGE4D_")]:
     del os.environ[_name]  # the suite chooses backends itself
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full-fuzz", action="store_true", help="run tests/fuzz with all its cases: half an hour")
+
+
 def pytest_collection_modifyitems(config, items):
     """Deselect what needs CUDA where there is none."""
     if torch.cuda.is_available():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from ..errors import InputError, UserError
 from ..execution.memory import is_out_of_memory
 from ..model import Page4D, default_device
 from ..model.checkpoint import stored_config
+from .parser import accept_all_names, forget_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM, RANDOM_PRESET = "random", "small"
@@ -36,7 +36,8 @@ def parse_size(text: str) -> int | tuple[int, int]:
         sides = [int(side) for side in text.lower().split("x")]
         return sides[0] if len(sides) == 1 else (sides[0], sides[1]) if len(sides) == 2 else int("")
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give a width such as 518, or HEIGHTxWIDTH such as 336x518") from None
+        shown = text if len(text) < 40 else f"{text[:20]}... ({len(text)} characters)"
+        raise argparse.ArgumentTypeError(f"{shown!r} is not a size: give a width such as 518, or HEIGHTxWIDTH such as 336x518") from None
 
 
 def parse_bytes(text: str) -> int:
@@ -56,6 +57,7 @@ def parse_names(text: str) -> list[str]:
 
 def run_command(run: Callable[[], str], save_memory: str = "use fewer --frames or a smaller --size") -> int:
     """Print the report that `run` returns, and return the exit code. A user's mistake is one line, never a traceback."""
+    accept_all_names()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         report = run()
@@ -71,8 +73,13 @@ def run_command(run: Callable[[], str], save_memory: str = "use fewer --frames o
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    with contextlib.suppress(BrokenPipeError):  # the reader has gone, but the files are written
+    try:
         print(report, flush=True)
+    except BrokenPipeError:  # the reader has gone, but the files are written
+        forget_output()
+    except OSError as error:
+        print(f"error: the report cannot be printed ({error.strerror}), but the work is done", file=sys.stderr)
+        return 1
     return 0
 
 

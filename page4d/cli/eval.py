@@ -20,10 +20,11 @@ from ..evaluation.report import table, write_json
 from ..files import check_writable
 from ..model import default_dtype
 from .common import DEFAULT_WEIGHTS, DTYPES, WEIGHTS_HELP, check_weights, open_device, open_model, parse_names, parse_size, run_command
+from .parser import Parser
 
 
 def build_parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog,
         description="Metrics of cameras, depth, points, tracks and the motion mask against ground truth.",
     )

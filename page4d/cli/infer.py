@@ -17,10 +17,13 @@ from page4d_kernels.profiling import Recording, peak_bytes, record, stage
 
 from ..config import Page4DConfig
 from ..data import Frames, bundled_clip, load_frames
+from ..data.deep import RULES
+from ..data.images import is_image
 from ..data.preprocess import DEFAULT_SIZE
+from ..data.sources import resolve
 from ..errors import InputError
 from ..execution.memory import budget_of
-from ..export import EXPORTERS, NEEDED, export
+from ..export import EXPORTERS, FOLDERS, NEEDED, export
 from ..files import AtomicFiles, check_writable, on_disk
 from ..model import OUTPUTS, Page4D, default_dtype
 from .common import (
@@ -36,12 +39,13 @@ from .common import (
     run_command,
     say,
 )
+from .parser import Parser
 
 DEFAULT_FRAMES = 32
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog, description="Cameras, depth, points, tracks and the dynamics mask of a video.")
+    parser = Parser(prog, description="Cameras, depth, points, tracks and the dynamics mask of a video.")
     parser.add_argument("input", nargs="*", help="a video, a folder of images, or image files (default: the bundled clip)")
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=WEIGHTS_HELP)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
@@ -54,6 +58,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--size", type=parse_size, help="network input: a width, or HEIGHTxWIDTH; multiples of 14 (default: by the weights)"
     )
     parser.add_argument("--fit", choices=("crop", "pad"), default="crop", help="fit pictures to the size by cropping or white padding")
+    parser.add_argument(
+        "--range", choices=RULES, default="auto", help="pictures of more than 8 bits: the range that the clip uses, or all (docs/inputs.md)"
+    )
     parser.add_argument("--device", help="cuda, cpu or mps (default: the best available)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the trunk's matmuls (default: half precision on cuda, else fp32)")
     parser.add_argument(
@@ -145,19 +152,35 @@ def _frames(args: argparse.Namespace, config: Page4DConfig) -> Frames:
         inputs = [bundled_clip()]
         say("no input given: using the bundled clip, a rendered scene with a moving camera and moving objects")
         default = BUNDLED_SIZE
+    paths = resolve(inputs)
+    _check_out(args.out, paths)
     with stage("preprocess"):
         size = (config.image_size or default) if args.size is None else args.size
-        frames = load_frames(inputs, size=size, mode=args.fit, max_frames=limit, stride=args.stride, fps=args.fps, progress=True)
+        frames = load_frames(
+            paths, size=size, mode=args.fit, max_frames=limit, stride=args.stride, fps=args.fps, value_range=args.range, progress=True
+        )
     height, width = frames.images.shape[-2:]
     say(f"{count(frames)} at {height} x {width}{_cut(frames)}")
     return frames
 
 
+def _check_out(out: Path, paths: list[Path]) -> None:
+    """InputError if results would be written among the pictures that are read: a later run would read them, or this one replace them."""
+    written = {(out / folder).resolve() for folder in FOLDERS}
+    for path in paths:
+        if is_image(path) and path.resolve().parent in written:
+            raise InputError(f"the results would be written among the input's pictures, in {str(path.parent)!r}: choose another --out")
+
+
 def _cut(frames: Frames) -> str:
-    """A note on how much of the first frame is cropped."""
-    (height, width), scale = frames.original_sizes[0], frames.scale[0]
-    seen = min(1.0, frames.images.shape[-1] / (width * float(scale[0]))) * min(1.0, frames.images.shape[-2] / (height * float(scale[1])))
-    return f"; {1 - seen:.0%} of each picture is cropped (--fit pad keeps it)" if seen < 0.95 else ""
+    """A note on how much of the worst frame is cropped."""
+    size = torch.tensor(frames.original_sizes, dtype=torch.float64).flip(1) * frames.scale  # (S, 2) width, height before the crop
+    seen = (torch.tensor(frames.images.shape[:-3:-1]) / size).clamp(max=1).prod(1)
+    worst = int(seen.argmin())
+    if seen[worst] >= 0.95:
+        return ""
+    which = "each picture" if seen.max() - seen.min() < 0.01 else f"the picture {frames.names[worst]!r}, the most of all,"
+    return f"; {1 - float(seen[worst]):.0%} of {which} is cropped (--fit pad keeps it)"
 
 
 BUNDLED_SIZE = 336  # the clip's own width

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from page4d_kernels.info import report
 
 from .common import run_command
+from .parser import Parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog,
         description="Versions, devices, environment variables, and every backend with the reasons why it cannot serve here.",
     )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from .parser import Parser, interruptible
 
 COMMANDS = {  # each is a module of this package with `main(argv, prog)`
     "infer": "cameras, depth, points, tracks and the dynamics mask of a video",
@@ -22,7 +23,7 @@ COMMANDS = {  # each is a module of this package with `main(argv, prog)`
 def build_parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="page4d",
         usage="page4d [--help] [--version] COMMAND ...",
         description=f"PAGE-4D: cameras, depth, points, tracks and a dynamics mask from video.\n\ncommands:\n{listing}",
@@ -30,18 +31,23 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"page4d {__version__}")
-    parser.add_argument("command", help=argparse.SUPPRESS, metavar="COMMAND")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS, metavar="COMMAND")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.command not in COMMANDS:
-        parser.error(f"unknown command {args.command!r}: choose one of {', '.join(COMMANDS)} (a video goes to `page4d infer VIDEO`)")
-    command = importlib.import_module(f".{args.command}", __package__)
-    return command.main(args.arguments, prog=f"page4d {args.command}")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in COMMANDS else ("", [])
+    if not name:
+        parser = build_parser()
+        wrong = parser.parse_args(arguments[:1]).command
+        problem = f"unknown command {wrong!r}: choose" if wrong else "no command: give"
+        parser.error(f"{problem} one of {', '.join(COMMANDS)} (a video goes to `page4d infer VIDEO`)")
+
+    def run() -> int:
+        return importlib.import_module(f".{name}", __package__).main(rest, prog=f"page4d {name}")
+
+    return interruptible(run)
 
 
 if __name__ == "__main__":

@@ -21,26 +21,27 @@ from ..errors import InputError
 from ..export._color import colormap, distinct, to_uint8
 from ..files import AtomicFiles, check_writable
 from .common import parse_size, run_command
+from .parser import Parser
 
 FPS = 8
 
 
 def build_parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog, description="Render synthetic scenes with exact ground truth: preview.png and preview.mp4.")
+    parser = Parser(prog, description="Render synthetic scenes with exact ground truth: preview.png and preview.mp4.")
     parser.add_argument(
         "--preview", action="store_true", help=argparse.SUPPRESS
     )  # accepted for `python -m page4d.data.synthetic --preview`
-    parser.add_argument("--kind", choices=KINDS, default="mixed")
-    parser.add_argument("--sequences", type=int, default=6)
-    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--kind", choices=KINDS, default="mixed", help="kind of scene (default: mixed)")
+    parser.add_argument("--sequences", type=int, default=6, help="number of scenes (default: 6)")
+    parser.add_argument("--frames", type=int, default=16, help="frames per scene (default: 16)")
     parser.add_argument("--size", type=parse_size, default=(112, 154), help="HEIGHTxWIDTH (default: 112x154)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first scene (default: 0)")
     parser.add_argument("--photographs", type=Path, help="a folder of images to use as textures as well")
     parser.add_argument("--motion-blur", type=int, default=1, metavar="N", help="instants averaged per frame (default: 1, no blur)")
     parser.add_argument(
         "--noise", type=float, default=0.0, help="standard deviation of image noise, as a fraction of full scale (default: 0)"
     )
-    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for preview.png and preview.mp4 (default: out)")
     return parser
 
 

@@ -10,15 +10,18 @@ import torch
 from ..training.config import load_config
 from ..training.trainer import WEIGHTS, Trainer, own_device
 from .common import open_device, run_command, say
+from .parser import Parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(prog, description="Train or fine-tune a model on synthetic scenes.")
-    parser.add_argument("config", help="a YAML file, see configs/")
+    parser = Parser(prog, description="Train or fine-tune a model on synthetic scenes.")
+    parser.add_argument("config", nargs="?", help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as steps=2000 data.seed=3")
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
     parser.add_argument("--device", help="cuda or cpu (default: the best available)")
     args = parser.parse_intermixed_args(argv)  # overrides may follow options
+    if args.config is None:
+        parser.error("no configuration: give a YAML file such as configs/nano.yaml")
     return run_command(lambda: run(args), save_memory="set a smaller data.images or data.size, or checkpoint_activations=true")
 
 

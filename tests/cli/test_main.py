@@ -43,6 +43,26 @@ def test_an_unknown_command_is_one_line_that_names_the_commands(capsys):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "unknown command 'video.mp4': choose one of infer, info, bench" in line and "page4d infer VIDEO" in line
     assert exit_code() == 2
+    assert "error: no command: give one of infer, info, bench" in capsys.readouterr().err
+    assert exit_code("--nonsense") == 2
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+    assert exit_code("train") == 2
+    assert "error: no configuration: give a YAML file" in capsys.readouterr().err
+
+
+def test_the_output_may_be_cut_off_or_interrupted(monkeypatch, capsys):
+    command = f"{sys.executable} -m page4d info"
+    gone = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert "Traceback" not in gone.stderr and "Exception ignored" not in gone.stderr
+    if Path("/dev/full").exists():
+        full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, cwd=ROOT)
+        assert full.returncode == 1 and "the report cannot be printed" in full.stderr and "Traceback" not in full.stderr
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupt)
+    assert main(["info"]) == 130 and "interrupted" in capsys.readouterr().err
 
 
 def test_options_go_to_the_command(capsys):

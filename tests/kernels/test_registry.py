@@ -155,7 +155,7 @@ def serves(args):
         None,
         Backend,
     ],
-    ids=str,
+    ids=["auto", "no name", "no word", "a number", "no function", "no function of reasons", "a string", "nothing", "a class"],
 )
 def test_a_backend_that_could_not_be_chosen_or_called_is_not_registered(backend):
     before = list(registries()["mask_attention"])

@@ -1,0 +1,49 @@
+"""The argument parser of all commands. It is apart from `common`, which imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from ..errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint about wrong arguments is one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        accept_all_names()
+        print(f"error: {UserError(message)}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def accept_all_names() -> None:
+    """From now on print characters that the console cannot encode, such as those of file names, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def interruptible(run: Callable[[], int]) -> int:
+    """The exit code of `run`. Neither Ctrl-C nor a reader of the output that has gone leaves a traceback."""
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # such as `page4d bench list | head -1`
+        forget_output()
+        return 0
+
+
+def forget_output() -> None:
+    """Send standard output nowhere: its reader has gone, and Python flushes once more at exit."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
