@@ -9,7 +9,12 @@ class UserError(ValueError):
     """The base class. White space and control characters in the message, line breaks included, become single spaces."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(" ".join(_CONTROL.sub(" ", str(message)).split()))
+        super().__init__(one_line(str(message)))
+
+
+def one_line(text: str) -> str:
+    """The text without control characters, and with single spaces."""
+    return " ".join(_CONTROL.sub(" ", text).split())
 
 
 _CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f-\x9f]")  # with the colour codes of terminals

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -49,6 +50,12 @@ def parse_bytes(text: str) -> int:
     if size <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory: give bytes, or a number with K, M or G such as 6G")
     return size
+
+
+def parse_folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give the name of a folder")
+    return Path(text)
 
 
 def parse_names(text: str) -> list[str]:

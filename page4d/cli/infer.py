@@ -21,7 +21,7 @@ from ..data.deep import RULES
 from ..data.images import is_image
 from ..data.preprocess import DEFAULT_SIZE
 from ..data.sources import resolve
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..execution.memory import budget_of
 from ..export import EXPORTERS, FOLDERS, NEEDED, export
 from ..files import AtomicFiles, check_writable, on_disk
@@ -34,6 +34,7 @@ from .common import (
     open_device,
     open_model,
     parse_bytes,
+    parse_folder,
     parse_names,
     parse_size,
     run_command,
@@ -48,7 +49,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = Parser(prog, description="Cameras, depth, points, tracks and the dynamics mask of a video.")
     parser.add_argument("input", nargs="*", help="a video, a folder of images, or image files (default: the bundled clip)")
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=WEIGHTS_HELP)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
+    parser.add_argument("--out", type=parse_folder, default=Path("out"), help="folder for the results (default: out)")
     parser.add_argument(
         "--frames", type=int, help=f"at most this many frames, evenly spaced (default: {DEFAULT_FRAMES}, or all with --stride or --fps)"
     )
@@ -168,7 +169,7 @@ def _check_out(out: Path, paths: list[Path]) -> None:
     """InputError if results would be written among the pictures that are read: a later run would read them, or this one replace them."""
     written = {(out / folder).resolve() for folder in FOLDERS}
     for path in paths:
-        if is_image(path) and path.resolve().parent in written:
+        if is_image(path) and {path.resolve().parent, path.parent.resolve()} & written:
             raise InputError(f"the results would be written among the input's pictures, in {str(path.parent)!r}: choose another --out")
 
 
@@ -278,11 +279,11 @@ def summary(frames: Frames, recording: Recording, seconds: float, device: torch.
     peak = peak_bytes(device) / 2**30
     lines.append(f"{count(frames)} in {seconds:.2f} s ({len(frames) / seconds:.2f} frames/s) on {device}, peak {peak:.2f} GiB {kind}")
     lines.append(", ".join(facts))
-    lines.append(f"{len(files)} files in {files[0].parent}:" if files else "no files written")
+    lines.append(one_line(f"{len(files)} files in {files[0].parent}:") if files else "no files written")
     folders: dict[Path, list[str]] = {}
     for file in files:
         folders.setdefault(file.parent, []).append(file.name)
     for folder, names in folders.items():
         shown = ", ".join(names[:8]) + (f" ... ({len(names)})" if len(names) > 8 else "")
-        lines.append(f"  {folder}: {shown}")
+        lines.append("  " + one_line(f"{folder}: {shown}"))
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from ..data.video import write_video
 from ..errors import InputError
 from ..export._color import colormap, distinct, to_uint8
 from ..files import AtomicFiles, check_writable
-from .common import parse_size, run_command
+from .common import parse_folder, parse_size, run_command
 from .parser import Parser
 
 FPS = 8
@@ -41,7 +41,7 @@ def build_parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--noise", type=float, default=0.0, help="standard deviation of image noise, as a fraction of full scale (default: 0)"
     )
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for preview.png and preview.mp4 (default: out)")
+    parser.add_argument("--out", type=parse_folder, default=Path("out"), help="folder for preview.png and preview.mp4 (default: out)")
     return parser
 
 

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 NOT_THE_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
+PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"v=0", b"#!IMF")  # their first bytes
 ASPECTS = (0.1, 10.0)  # a pixel's width / height; what lies outside is a mistake in the file
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its video stream. Every FFmpeg error becomes an InputError."""
+    _refuse_playlist(path)
     try:
         # An absolute path, because FFmpeg reads 'name:rest' as a protocol.
         with av.open(os.path.abspath(path), metadata_errors="replace") as container:
@@ -52,6 +55,14 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise InputError(f"{str(path)!r} is empty (0 bytes): copy or download it again") from error
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {str(path)!r} as a video ({reason}): the file is damaged or of another kind") from error
+
+
+def _refuse_playlist(path: Path) -> None:
+    """FFmpeg follows a playlist to other files, and waits for the next part of one without an end."""
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t")
+        if start.startswith(PLAYLISTS) or (start.startswith(b"<") and b"<MPD" in start):
+            raise InputError(f"{str(path)!r} is a playlist, not a video: give the video itself")
 
 
 def _importance(stream: VideoStream) -> tuple[bool, bool, int]:
@@ -90,7 +101,11 @@ def _missing(stream: VideoStream, times: list[float], discarded: int) -> str:
     interval = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0
     if not stream.frames and times[-1] + 3 * interval < promised:
         return f"the file ends at {times[-1]:.2f} s of {promised:.2f} s"
-    return ""
+    intervals = [later - earlier for earlier, later in pairwise(times)]
+    usual = sorted(intervals)[len(intervals) // 2] if intervals else 0.0
+    steady = sum(abs(interval - usual) < 0.1 * usual for interval in intervals) >= 0.8 * len(intervals)
+    lost = sum(round(interval / usual) - 1 for interval in intervals if interval > 2.5 * usual) if steady and usual > 0 else 0
+    return f"about {lost} frames are missing within, by its timestamps" if lost else ""
 
 
 def _seconds(text: str) -> float:

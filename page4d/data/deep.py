@@ -18,6 +18,7 @@ from ..errors import InputError
 
 FULL = (0.0, 65535.0)
 PERCENTILES = (0.1, 99.9)  # without dead and hot pixels
+TIFF_BITS, TIFF_FORMAT = 258, 339  # tags; format 1 is unsigned, which Pillow reads as signed
 RULES = ("auto", "full")
 
 Range = tuple[float, float]  # shown as black and white
@@ -32,7 +33,11 @@ def is_deep(image: Image.Image, page: int = 0) -> bool:
 
 def values(image: Image.Image, path: Path) -> NDArray[Any]:
     """Greys (H, W) or colours (H, W, 3) of a deep picture, as stored in the file."""
-    return _color_values(path) if image.mode == "RGB" else np.asarray(image.copy())  # as in `images.read`
+    if image.mode == "RGB":
+        return _color_values(path)
+    greys = np.asarray(image.copy())  # a copy as in `images.read`
+    bits, kind = (getattr(image, "tag_v2", {}).get(tag, (0,)) for tag in (TIFF_BITS, TIFF_FORMAT))
+    return greys.view(np.uint32) if greys.dtype == np.int32 and bits == (32,) and kind == (1,) else greys
 
 
 def shown_range(pictures: Iterable[NDArray[Any]], rule: str) -> Range:
@@ -88,5 +93,6 @@ def _is_deep_color(image: Image.Image) -> bool:
 def _color_values(path: Path) -> NDArray[Any]:
     import av
 
-    with av.open(str(path.absolute())) as container:
+    # An open file, because FFmpeg takes a name with '%d' for a series of files.
+    with open(path, "rb") as file, av.open(file, "r") as container:
         return next(container.decode(video=0)).to_ndarray(format="rgb48le")

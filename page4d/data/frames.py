@@ -174,7 +174,7 @@ def _check_sampling(max_frames: int | None, stride: int | None, fps: float | Non
         raise InputError(f"fps must be a number, not {fps!r}")
     if stride is not None and stride < 1:
         raise InputError(f"stride must be 1 or more, not {stride}")
-    if fps is not None and not 0 < fps < float("inf"):
+    if fps is not None and not 0 < fps <= 1e6:
         raise InputError(f"fps must be a positive number, not {fps:g}")
     if max_frames is not None and max_frames < 1:
         raise InputError(f"the number of frames must be 1 or more, not {max_frames}")

@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = {
     *HEIF_SUFFIXES,
 }
 ANIMATED_FORMATS = {"PNG", "WEBP", "GIF", "AVIF"}
-ANIMATED = {".png", ".apng", ".webp", ".tif", ".tiff", ".gif", ".avif"}  # may hold several pages; other types hold one picture and previews
+SINGLE = (b"\xff\xd8\xff", b"BM", b"P5", b"P6")  # JPEG, BMP and PPM hold one picture, and perhaps previews
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis"}
 PNG = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
@@ -64,9 +64,10 @@ def pages(path: Path) -> list[Page]:
 
     A file that cannot be opened counts as one page: reading it gives the reason.
     """
-    if path.suffix.lower() not in ANIMATED:
-        return [Page(path)]
     try:
+        with open(path, "rb") as file:
+            if file.read(3).startswith(SINGLE):
+                return [Page(path)]
         with _opened(path) as image:
             count = getattr(image, "n_frames", 1)
             if count > 1 and image.format == "TIFF":
@@ -182,12 +183,12 @@ def _take_orientation(image: Image.Image, path: Path) -> int:
     """
     try:
         with _no_warnings():
+            for name in ("xmp", "XML:com.adobe.xmp"):  # which Pillow takes for EXIF where there is none
+                image.info.pop(name, None)
             exif = image.getexif()
             value = exif.get(EXIF_ORIENTATION, UPRIGHT)
             if EXIF_ORIENTATION in exif:
                 del exif[EXIF_ORIENTATION]
-            for name in ("xmp", "XML:com.adobe.xmp"):  # where Pillow would find it again
-                image.info.pop(name, None)
     except Exception as error:
         log.warning("%s: its EXIF metadata cannot be read (%s), the picture is taken as it is stored", path, type(error).__name__)
         return UPRIGHT

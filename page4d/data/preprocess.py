@@ -112,6 +112,11 @@ def stack(processed: list[Processed]) -> tuple[Tensor, Tensor, Tensor]:
 def _to_width(image: Image.Image, width: int) -> Processed:
     """Resize to `width`, with the height rounded to a multiple of 14. Rows beyond a square are cut off at top and bottom."""
     height = _round_to_patch(image.height * (width / image.width), image)
+    scale = _scale(image, width, height)
+    if height > 8 * width:  # most of it is cut off: resample the rest alone
+        start = (height - width) // 2
+        pixels = _resize(image, (width, width), (0, start / scale[1], image.width, (start + width) / scale[1]))
+        return Processed(pixels, (image.height, image.width), scale, (0.0, float(-start)))
     pixels = _resize(image, (width, height))
     start = max(0, (height - width) // 2)
     return Processed(pixels[start : start + width], (image.height, image.width), _scale(image, width, height), (0.0, float(-start)))

@@ -23,7 +23,7 @@ class Manifest:
     def __init__(self, out_dir: Path):
         self._folder = out_dir
         self._files: dict[str, dict[str, list[int]]] = {}
-        with suppress(OSError, ValueError, AttributeError, TypeError):  # none yet, or not one of ours
+        with suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):  # none yet, or not one of ours
             found = json.loads((out_dir / NAME).read_text(encoding="utf-8"))["files"]
             self._files = {str(name): {str(path): list(mark) for path, mark in files.items()} for name, files in found.items()}
 

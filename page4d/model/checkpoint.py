@@ -183,7 +183,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], Page4DConfig | None]:
             f"{path.name} is not a weights file: it is not a checkpoint, or holds pickled Python objects such as a whole module, "
             f"which are not executed ({first[:120]}); save its state_dict() alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError, RecursionError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path.name} cannot be read as a checkpoint, it may be truncated ({first[:120]}); fetch it again") from None
     return strip(_weights(path, find_state(content, path.name)), path.name), None
@@ -191,7 +191,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], Page4DConfig | None]:
 
 def _weights(path: Path, state: dict[Any, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
-        if not isinstance(key, str) or not value.is_floating_point() or value.layout != torch.strided:
+        if not isinstance(key, str) or not value.is_floating_point() or value.layout != torch.strided or value.is_meta or value.is_nested:
             raise CheckpointError(f"{path.name}: {key!r} ({value.dtype}, {value.layout}) is not a named floating-point weight")
     return state
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from .heads.dense import Allocate
 from .heads.track import UpdateFormer
 
 RANGE_SLACK = 0.5
+MOST_STRENGTH = 1e9
 OUTPUTS = ("camera", "depth", "points", "mask")  # tracks come with query points
 
 
@@ -251,6 +253,8 @@ class Page4D(nn.Module):
     def _check(self, images: Tensor, query_points: Tensor | None) -> None:
         if images.dim() != 5 or images.shape[2] != 3:
             raise InputError(f"images must be (B, S, 3, H, W) or (S, 3, H, W), not {tuple(images.shape)}")
+        if images.layout != torch.strided:
+            raise InputError(f"images must be a dense tensor, not {images.layout}")
         if not images.is_floating_point():
             raise InputError(f"images must be floating point in [0, 1], not {images.dtype}: convert and divide by 255")
         _check_values(images)
@@ -272,8 +276,8 @@ class Page4D(nn.Module):
             raise InputError(f"tracking needs images of at least {smallest} x {smallest} pixels, not {height} x {width}: use a larger size")
 
     def _check_mask(self, images: Tensor, strength: float, wanted: bool) -> None:
-        if not 0 <= strength < math.inf:
-            raise InputError(f"mask_strength must be at least 0 and finite, not {strength}")
+        if not 0 <= strength <= MOST_STRENGTH:
+            raise InputError(f"mask_strength must be at least 0 and finite, at most {MOST_STRENGTH:g}, not {strength}")
         if strength > 0 and self.aggregator.spatial_mask_head is None:
             raise InputError(f"mask_strength {strength} needs a mask head, and this model has none: use 0")
         if strength > 0 and self.config.masked_blocks[0] == self.config.masked_blocks[1]:
@@ -320,7 +324,9 @@ def _tensor(value: object, name: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
     try:
-        return torch.as_tensor(value)
+        if not isinstance(value, np.ndarray):
+            raise TypeError("give an array")
+        return torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))  # a copy, of any strides
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} must be a tensor or a numpy array, not {type(value).__name__} ({error})") from None
 

@@ -69,6 +69,7 @@ BAD_OPTIONS = [
     (["--weights", "random:huge"], "unknown preset 'huge'"),
     (["--weights", "nowhere.pt"], "does not exist"),
     (["--mask-strength", "-1"], "at least 0"),
+    (["--mask-strength", "1e308"], "at most 1e+09"),
     (["--memory-budget", "lots"], "'lots' is not an amount of memory: give bytes, or a number with K, M or G such as 6G"),
     (["--memory-budget", "0"], "not an amount of memory"),
     (["--memory-budget", "-1G"], "expected one argument"),
@@ -218,3 +219,14 @@ def test_results_never_go_among_the_input(folder, image, tmp_path, capsys):
     assert "choose another --out" in refuse(capsys, out / folder, "--out", out)
     assert "choose another --out" in refuse(capsys, out / folder / "picture.png", "--out", tmp_path / "x" / ".." / "out")
     assert [path.name for path in out.rglob("*") if path.is_file()] == ["picture.png"]
+
+
+def test_links_to_pictures_count_where_they_lie_and_where_they_point(image, tmp_path, capsys):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.png").symlink_to(image)
+    for out in (tmp_path / "links", image.parent):
+        assert "choose another --out" in refuse(capsys, tmp_path / "links", "--out", out)
+
+
+def test_an_empty_output_folder_is_an_error(image, capsys):
+    assert "argument --out: it is empty" in refuse(capsys, image, "--out", "")

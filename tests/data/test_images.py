@@ -143,6 +143,14 @@ def test_all_frames_of_an_animation_are_read(suffix: str, options: dict, tmp_pat
     assert load_frames([tmp_path], size=SIZE).names == ["a_000000", "a_000001", "a_000002", "a_000003", "b"]
 
 
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif", "avif"])
+@pytest.mark.parametrize("name", ["an", "an.dat", "an.jpg"])
+def test_an_animation_is_one_whatever_its_name(name: str, suffix: str, tmp_path: Path) -> None:
+    first, *rest = stills()
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=rest, duration=200)
+    assert len(load_frames([(tmp_path / f"a.{suffix}").rename(tmp_path / name)], size=SIZE)) == 4
+
+
 def test_the_still_of_an_animated_png_and_previews_are_no_frames(tmp_path: Path) -> None:
     first, *rest = stills()
     first.save(tmp_path / "a.png", save_all=True, append_images=rest, default_image=True)
@@ -248,6 +256,36 @@ def test_deep_colours_are_stretched_too(tmp_path: Path) -> None:
 def test_fractions_without_any_number_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none of its values is finite"):
         load_frames([deep(tmp_path / "a.tif", np.full(SIZE, np.nan, np.float32))], size=SIZE)
+
+
+def test_a_name_is_never_a_pattern_of_the_decoder(tmp_path: Path) -> None:
+    """FFmpeg would read x_0.png for x_%d.png."""
+    for name, level in (("x_0.png", 65535), ("x_%d.png", 30000)):
+        values = np.full((56, 84, 3), level, np.uint16)
+        with av.open(str(tmp_path / "made.png"), "w", format="image2") as container:
+            stream = container.add_stream("png", rate=1)
+            stream.width, stream.height, stream.pix_fmt = 84, 56, "rgb48be"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(values, format="rgb48le").reformat(format="rgb48be")))
+            container.mux(stream.encode(None))
+        (tmp_path / "made.png").rename(tmp_path / name)
+    assert load_frames([tmp_path / "x_%d.png"], size=SIZE, value_range="full").images.max() < 0.5
+
+
+def test_unsigned_32_bits_do_not_wrap(tmp_path: Path) -> None:
+    values = np.linspace(0, 4.0e9, 56 * 84).astype(np.uint32).reshape(56, 84)
+    data = bytearray(deep(tmp_path / "a.tif", values.view(np.int32)).read_bytes())
+    data[data.index(struct.pack("<HHI", 339, 3, 1)) + 8] = 1  # SampleFormat: unsigned
+    (tmp_path / "a.tif").write_bytes(data)
+    images = load_frames([tmp_path / "a.tif"], size=SIZE).images
+    assert images[0, 0, 0, 0] < 0.02 and images[0, 0, -1, -1] > 0.98
+
+
+def test_a_tall_picture_is_cut_before_it_is_resized(tmp_path: Path) -> None:
+    y = np.linspace(0, 255, 20_000).astype(np.uint8)
+    frames = load_frames([_saved(Image.fromarray(np.repeat(y[:, None], 10, 1)), tmp_path / "tall.png")], size=518)
+    assert frames.images.shape == (1, 3, 518, 518) and abs(float(frames.images.mean()) - 0.5) < 0.02
+    middle = frames.points_to_original(torch.tensor([[[258.5, 258.5]]], dtype=torch.float64))[0, 0]
+    assert middle.tolist() == pytest.approx([4.5, 9999.5], abs=0.02)
 
 
 def test_an_unknown_range_rule_is_an_error(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -238,3 +239,27 @@ def test_flipped_bytes_never_end_in_a_traceback(small_clip: Path, seed: int) -> 
         assert len(load_frames([path], size=SIZE, max_frames=8))
     except InputError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "text", ["#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:2,\nt.ts\n", "ffconcat version 1.0\nfile t.ts\n", "v=0\nm=video 9 RTP/AVP 96\n"]
+)
+def test_a_playlist_is_refused_at_once(text: str, tmp_path: Path) -> None:
+    write(tmp_path / "t.ts", textured(5), codec="mpeg2video")
+    (tmp_path / "list.m3u8").write_text(text)
+    with pytest.raises(InputError, match="is a playlist, not a video"):
+        load_frames([tmp_path / "list.m3u8"], size=SIZE)
+
+
+def test_gaps_in_steady_timestamps_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuvj420p"
+        for i in [*range(20), *range(35, 50)]:
+            frame = av.VideoFrame.from_ndarray(picture(), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert len(load_frames([path], size=SIZE)) == 35
+    assert "about 15 frames are missing within, by its timestamps" in caplog.text

@@ -186,7 +186,8 @@ def test_arrays_whose_meaning_is_plain_are_accepted(nano: Page4D) -> None:
     images = torch.rand(2, 3, 28, 42)
     with torch.inference_mode():
         expected = nano(images)
-        assert nano(images.numpy()) == expected and isinstance(nano(images.double().numpy()), Prediction)
+        assert nano(images.numpy()) == expected and nano(images.numpy()[::-1]) == nano(images.flip(0))
+        assert nano(images.numpy().astype(">f4")) == expected and isinstance(nano(images.double().numpy()), Prediction)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +198,11 @@ def test_arrays_whose_meaning_is_plain_are_accepted(nano: Page4D) -> None:
         (torch.full((2, 3, 28, 42), float("nan")), "must be finite"),
         ((torch.rand(2, 3, 28, 42) * 255).byte().numpy(), "must be floating point"),
         (torch.rand(2, 28, 42, 3).numpy(), r"must be \(B, S, 3, H, W\)"),
+        (torch.rand(2, 3, 28, 42).to_sparse(), "must be a dense tensor"),
         ("images.png", "must be a tensor or a numpy array, not str"),
         ([[1, 2], [3]], "must be a tensor or a numpy array, not list"),
     ],
-    ids=["0 to 255", "normalised", "NaN", "bytes", "channels last", "a name", "a ragged list"],
+    ids=["0 to 255", "normalised", "NaN", "bytes", "channels last", "sparse", "a name", "a ragged list"],
 )
 def test_arrays_that_cannot_be_images_say_what_was_found(images: object, words: str, nano: Page4D) -> None:
     with pytest.raises(InputError, match=words):
