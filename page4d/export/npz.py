@@ -11,6 +11,7 @@ from ._views import check
 
 
 def write_npz(path: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
-    """Write the file of `Prediction.save`, which `Prediction.load` reads, with `valid` from the frames' padding. Returns its path."""
+    """Write the file of `Prediction.save`, which `Prediction.load` reads, with `valid` if the frames have padding. Returns its path."""
     check(prediction, frames)
-    return [replace(prediction, valid=frames.inside()[None]).save(path)]
+    inside = frames.inside()[None]
+    return [(prediction if inside.all() else replace(prediction, valid=inside)).save(path)]
