@@ -10,7 +10,7 @@ for _name in [name for name in os.environ if name.startswith("PAGE4D_")]:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full-fuzz", action="store_true", help="run tests/fuzz with all its cases: half an hour")
+    parser.addoption("--full-fuzz", action="store_true", help="run tests/fuzz with all its cases: a minute")
 
 
 def pytest_collection_modifyitems(config, items):
