@@ -57,7 +57,6 @@ class Prediction(EqualByValue):
     """
 
     images: Tensor  # (B, S, 3, H, W) in [0, 1], as the network saw them
-    valid: Tensor | None = None  # (B, S, H, W) bool: pixels that show the original; `export` writes it if there is padding
     mask: Tensor | None = None  # (B, S, h, w) in (-1/2, 1/2): the key bias of each patch; low = the camera tokens attend less to it
     pose_enc: Tensor | None = None  # (B, S, 9): translation, quaternion x y z w, fov_h, fov_w (radians)
     pose_enc_list: Tensor | None = None  # (4, B, S, 9): the refinement iterations, the last one is pose_enc
@@ -70,6 +69,7 @@ class Prediction(EqualByValue):
     track_list: Tensor | None = None  # (4, B, S, N, 2): the refinement iterations
     vis: Tensor | None = None  # (B, S, N) in (0, 1): probability of being visible
     conf: Tensor | None = None  # (B, S, N) in (0, 1): confidence of the track
+    valid: Tensor | None = None  # (B, S, H, W) bool: pixels that show the original; `export` writes it if there is padding
 
     @property
     def cameras(self) -> Cameras:

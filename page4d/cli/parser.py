@@ -1,4 +1,4 @@
-"""The argument parser of all commands. It is apart from `common`, which imports torch."""
+"""The argument parser of all commands, and how they end: no usage, no traceback, any console."""
 
 from __future__ import annotations
 
