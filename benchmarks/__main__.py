@@ -18,10 +18,11 @@ import torch
 
 from page4d.cli.parser import Parser, interruptible
 from page4d_kernels.profiling import peak_bytes, reset_peak
+from page4d_kernels.timing import interleaved
 
 from . import report
 from .cases import QUICK, Case, cases, gate, make_inputs, prepare, variants
-from .measure import CHECKOUT, interleaved, limits, provenance, startup
+from .measure import CHECKOUT, limits, provenance, startup
 from .model import MODELS, OUTPUTS, ours
 from .official import CLASS, NAME, Official, OfficialError
 

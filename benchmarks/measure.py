@@ -1,4 +1,4 @@
-"""Interleaved timing, peak memory and the measured peak rates of the device."""
+"""The measured peak rates of the device, start-up times, and what a measurement must name."""
 
 from __future__ import annotations
 
@@ -9,75 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from page4d_kernels import native
+from page4d_kernels.timing import Clock
+from page4d_kernels.versions import cpu_name, version
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-FLUSH_BYTES = 256 << 20  # larger than any GPU's L2 cache
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median and quartiles in seconds, and the peak bytes that one call allocates beyond what was allocated before (CUDA only)."""
-
-    median: float
-    lower: float
-    upper: float
-    calls: int
-    peak_bytes: int | None
-
-
-class Clock:
-    """Times single calls on a device. On a GPU, the L2 cache is flushed before each call."""
-
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if self.cuda else None
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        if self._flush is None:
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        self._flush.zero_()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    def peak_bytes(self, run: Callable[[], object]) -> int | None:
-        if not self.cuda:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-
-def interleaved(runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Timing]:
-    """Time the variants in turn, in 3 to 100 rounds that take about `seconds` in total."""
-    clock = Clock(device)
-    peaks = {name: clock.peak_bytes(run) for name, run in runs.items()}  # this also warms up
-    round_seconds = sum(clock.seconds(run) for run in runs.values())
-    rounds = max(3, min(100, int(seconds / max(round_seconds, 1e-6))))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            samples[name].append(clock.seconds(run))
-    timings = {}
-    for name, values in samples.items():
-        lower, median, upper = statistics.quantiles(values, n=4)
-        timings[name] = Timing(median, lower, upper, rounds, peaks[name])
-    return timings
 
 
 def limits(device: str) -> dict[str, float]:
@@ -137,23 +78,13 @@ def provenance(device: str, command: str) -> dict[str, Any]:
         result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=CHECKOUT)
         return result.stdout.strip() if result.returncode == 0 else "unknown"
 
-    import page4d_kernels.info as info
-
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": info.version("triton"),
+        "triton": version("triton"),
         "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
         "date": time.strftime("%Y-%m-%d"),
         "command": command,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 
 import torch
 
 from . import env, native
 from .backends.registry import registries
+from .qualify import record
+from .qualify.report import describe
+from .versions import cpu_name, version
 
 PACKAGES = ("page4d", "torch", "triton", "flash-attn", "xformers", "numpy", "av")
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def devices() -> list[str]:
-    found = [f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"]
+    found = [f"cpu: {cpu_name()}, {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
@@ -45,7 +40,19 @@ def report() -> str:
             reasons = registry.reasons(backend.name, registry.typical(device))
             state = f"no: {'; '.join(reasons)}" if reasons else "usable"
             lines.append(f"  {backend.name:<15} {backend.summary}\n  {'':<15} {state}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "qualified kernels", *(f"  {line}" for line in _qualified(device))])
+
+
+def _qualified(kind: str) -> list[str]:
+    """What "auto" follows on this device, or why it follows nothing."""
+    if record.mode() == "off":
+        return ["PAGE4D_QUALIFY=off: no record is read"]
+    if kind not in ("cpu", "cuda"):
+        return [f"there are no records on {kind}"]
+    entry = record.current(kind)
+    if entry is not None:
+        return describe(entry).splitlines()
+    return [f"{record.stored(torch.device(kind))[1]}: run `page4d qualify`"]
 
 
 if __name__ == "__main__":

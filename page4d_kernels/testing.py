@@ -26,7 +26,10 @@ def devices_of(backend: str) -> tuple[str, ...]:
     """The device types that a backend of this name can serve, the default first."""
     if backend == "cpu" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
         return ("cpu",)
-    return ("cuda",) if backend in ("triton", "cuda", "flash", "xformers") else ("cpu", "cuda")
+    only_cuda = backend in ("triton", "cuda", "flash", "xformers") or (
+        backend.startswith("sdpa_") and backend not in ("sdpa_augmented", "sdpa_rows")
+    )
+    return ("cuda",) if only_cuda else ("cpu", "cuda")
 
 
 def default_device(backend: str) -> str:
@@ -134,12 +137,14 @@ def assert_within_budget(name: str, result: Tensor, oracle: Tensor, plain: Tenso
 
 @torch.no_grad()
 def gradient_slack(exact: AttentionInputs, out: Tensor, lse: Tensor, d_out: Tensor, scale: float) -> dict[str, float]:
-    """A bound on the fp32 rounding error of each gradient: the backward formulas with every term replaced by its magnitude.
+    """A bound on the rounding error of each gradient: the backward formulas with every term replaced by its magnitude.
 
-    dS = P (dP - rowsum(dO O)) suffers from cancellation, and the rounding of lse affects every value of P = exp(logit - lse).
+    dS = P (dP - rowsum(dO O)) suffers from cancellation, and the fp32 rounding of lse affects every value of P = exp(logit - lse). The
+    gradients of gate and bias also sum the rounding of O, which has the dtype of `d_out`, over all keys.
     """
     q, k, v, r, c = (None if x is None else x.detach().abs() for x in exact.tensors())
     assert q is not None and k is not None and v is not None
+    rounding_of_out = torch.finfo(d_out.dtype).eps / 2
     d_out = d_out.double().abs()
     logits = exact.q @ exact.k.transpose(-1, -2) * scale
     if exact.query_gate is not None and exact.key_bias is not None:
@@ -147,11 +152,13 @@ def gradient_slack(exact: AttentionInputs, out: Tensor, lse: Tensor, d_out: Tens
     p = torch.exp(logits - lse.unsqueeze(-1))
     terms = p * (d_out @ v.transpose(-1, -2) + (d_out * out.abs()).sum(-1, keepdim=True))
     sizes = {"q": terms @ k * scale, "k": terms.transpose(-1, -2) @ q * scale, "v": p.transpose(-1, -2) @ d_out}
-    if r is not None and c is not None:
-        over_heads = terms.sum(1)
-        sizes |= {"query_gate": (over_heads * c.unsqueeze(1)).sum(-1), "key_bias": (over_heads * r.unsqueeze(2)).sum(1)}
     rounding = torch.finfo(torch.float32).eps * (4 + float(lse.abs().max()))
-    return {name: rounding * float(size.max()) for name, size in sizes.items()}
+    slack = {name: rounding * float(size.max()) for name, size in sizes.items()}
+    if r is not None and c is not None:
+        of_delta = p * (d_out * out.abs()).sum(-1, keepdim=True) * rounding_of_out
+        over_heads = (rounding * terms + of_delta).sum(1)
+        slack |= {"query_gate": float((over_heads @ c.unsqueeze(2)).max()), "key_bias": float((r.unsqueeze(1) @ over_heads).max())}
+    return slack
 
 
 def attention_gradients(out: Tensor, inputs: AttentionInputs, d_out: Tensor) -> dict[str, Tensor]:

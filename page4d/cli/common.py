@@ -12,6 +12,7 @@ import torch
 
 from page4d_kernels import BackendError
 from page4d_kernels.env import VariableError
+from page4d_kernels.qualify.errors import QualifyError
 
 from ..config import Page4DConfig, preset
 from ..errors import InputError, UserError
@@ -68,7 +69,7 @@ def run_command(run: Callable[[], str], save_memory: str = "use fewer --frames o
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         report = run()
-    except (UserError, BackendError, VariableError, OSError) as error:
+    except (UserError, BackendError, QualifyError, VariableError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:

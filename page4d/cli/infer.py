@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from page4d_kernels import env, mask_attention, registries, use_backend
 from page4d_kernels.profiling import Recording, peak_bytes, record, stage
+from page4d_kernels.qualify.__main__ import first_run
 
 from ..config import Page4DConfig
 from ..data import Frames, bundled_clip, load_frames
@@ -105,6 +106,10 @@ def run(args: argparse.Namespace) -> str:
         frames = _frames(args, config)
         model = open_model(args.weights, device, DTYPES[args.dtype] if args.dtype else default_dtype(device))
         queries = _query_points(args, frames)
+        if registries()["mask_attention"].requested() == "auto":
+            judged = first_run(device, model.aggregator.compute_dtype)
+            if judged:
+                say(judged)
         outputs = _outputs(model, args.export, queries is not None)
         strength = model.config.mask_strength if args.mask_strength is None else args.mask_strength
         calls = registries()["mask_attention"].calls

@@ -1,7 +1,8 @@
 """Which backend serves an op. An op describes its arguments as a *problem*, and backends say why they cannot serve it.
 
 A backend named by the argument, `use_backend` or the op's environment variable (in this order) never falls back: it serves or raises
-with its reasons. "auto" takes the first backend in the registry's order without a reason against it, and logs the choice once.
+with its reasons. "auto" takes the fastest backend that has qualified on this machine for the problem's class (docs/qualification.md). For
+a class without a record, it takes the first backend in the registry's order without a reason against it. It logs the choice once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 
 from .. import env
+from ..qualify import record
+from ..qualify.classes import class_of
 
 logger = logging.getLogger("page4d_kernels")
 
@@ -51,6 +54,7 @@ class Backend:
     unsupported: Callable[[Any], list[str]] = _no_reason  # why it cannot serve this problem
     unavailable: Callable[[], list[str]] = _available  # why it cannot serve any problem on this machine
     auto_skips: Callable[[Any], list[str]] = _no_reason  # why "auto" tries the next backend although this one could serve
+    automatic: bool = True  # False: "auto" never takes it, such as a baseline; `page4d qualify` judges it only by name
 
 
 def _check(backend: Backend) -> None:
@@ -77,8 +81,8 @@ def _words(function: Callable[..., list[str]], *problem: Any) -> list[str]:
 class Registry:
     """The backends of one op."""
 
-    def __init__(self, op: str, variable: str, order: tuple[str, ...], typical: Callable[[str], Any]):
-        self.op, self.variable, self.order, self.typical = op, variable, order, typical
+    def __init__(self, op: str, variable: str, order: tuple[str, ...], safe: tuple[str, ...], typical: Callable[[str], Any]):
+        self.op, self.variable, self.order, self.safe, self.typical = op, variable, order, safe, typical
         self._backends: dict[str, Backend] = {}
         self._logged: set[str] = set()
         self.calls: Counter[str] = Counter()  # by backend, for reports
@@ -133,40 +137,59 @@ class Registry:
                 could = ", ".join(self.usable(problem)) or "none"
                 raise BackendError(f"{self.op}: backend {name!r} cannot serve this: {'; '.join(reasons)} (backends that could: {could})")
             return self.get(name)
+        advice = record.advice(self.op, problem.device, class_of(problem))
         refused: list[str] = []
-        for candidate in self.order:
-            reasons = self.reasons(candidate, problem) or _words(self.get(candidate).auto_skips, problem)
+        for candidate in (*(name for name, _ in advice.faster if name in self._backends), *(self.safe if advice.timed else self.order)):
+            reasons = self.reasons(candidate, problem)
+            if candidate in advice.failed and candidate not in self.safe:
+                reasons = ["it failed here: see `page4d info`"]
+            elif not advice.timed:
+                reasons = reasons or _words(self.get(candidate).auto_skips, problem)
             if not reasons:
-                self._log_once(candidate, refused)
+                self._log_once(candidate, refused, dict(advice.faster).get(candidate))
                 return self.get(candidate)
             refused.append(f"{candidate}: {'; '.join(reasons)}")
         raise BackendError(f"{self.op}: no backend can serve this: {' | '.join(refused)}")
 
-    def _log_once(self, name: str, refused: list[str]) -> None:
+    def qualified(self, problem: Any) -> list[str]:
+        """The backends that were faster than the safe one in the problem's class on this machine and serve it, the fastest first."""
+        faster = record.advice(self.op, problem.device, class_of(problem)).faster
+        return [name for name, _ in faster if name in self._backends and not self.reasons(name, problem)]
+
+    def safe_choice(self, problem: Any) -> str:
+        """The backend that "auto" takes where nothing faster has qualified: PyTorch's own."""
+        for name in self.safe:
+            if not self.reasons(name, problem):
+                return name
+        raise BackendError(f"{self.op}: none of {', '.join(self.safe)} can serve this")
+
+    def _log_once(self, name: str, refused: list[str], factor: float | None) -> None:
         if torch.compiler.is_compiling():  # a logging call would break the graph
             return
-        message = f"{self.op}: auto takes {name}" + (f" (not {' | '.join(refused)})" if refused else "")
+        why = "" if factor is None else f", which was {factor:.2f} times as fast as the safe backend on this machine"
+        message = f"{self.op}: auto takes {name}{why}" + (f" (not {' | '.join(refused)})" if refused else "")
         if message not in self._logged:
             self._logged.add(message)
             logger.info(message)
 
 
-def declare(op: str, variable: str, order: tuple[str, ...], typical: Callable[[str], Any]) -> Registry:
+def declare(op: str, variable: str, order: tuple[str, ...], safe: tuple[str, ...], typical: Callable[[str], Any]) -> Registry:
     """Create the registry of a new op, for `use_backend` and `info`.
 
     Args:
         op: name of the op.
         variable: its environment variable.
-        order: the backends that "auto" tries, in this order.
+        order: the backends that "auto" tries for a class without a record, in this order.
+        safe: those of them that need no proof, PyTorch's own. Others are compared with them, and "auto" falls back to them.
         typical: makes the problem of an inference call at the official size on a given device, such as "cuda". Used in reports.
     """
     env.VARIABLES[variable] = f"backend of {op}: auto (default) or a name from `page4d info`"
-    _registries[op] = Registry(op, variable, order, typical)
+    _registries[op] = Registry(op, variable, order, safe, typical)
     return _registries[op]
 
 
 def register_backend(backend: Backend, op: str = "mask_attention") -> None:
-    """Add a backend to an op. Code outside this package may call it. The backend serves by name; "auto" does not try it.
+    """Add a backend to an op. Code outside this package may call it. The backend serves by name; "auto" takes it where it has qualified.
 
     Raises:
         BackendError: the op does not exist. ValueError: the op has a backend of this name, or the name or a function is unusable.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from page4d_kernels import BackendError, TokenLayout, mask_attention
-from page4d_kernels.backends.mask_attention import BACKENDS, chunked
+from page4d_kernels.backends.mask_attention import BACKENDS, chunked, sdpa_rows
 from page4d_kernels.testing import (
     assert_within_budget,
     attention_gradients,
@@ -23,7 +23,7 @@ from page4d_kernels.testing import (
 UNAVAILABLE = [backend.name for backend in BACKENDS if backend.unavailable()]
 # FlexAttention is compiled per case, seconds each: it has a test of its own below
 NAMES = [backend.name for backend in BACKENDS if backend.name not in (*UNAVAILABLE, "flex")]
-NO_FLOAT64 = ("triton", "cpu")
+NO_FLOAT64 = ("triton", "cpu", "sdpa_rows")
 COMMON = {"cpu": torch.float32, "cuda": torch.bfloat16}  # what most backends serve
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -253,6 +253,19 @@ def test_chunked_over_many_tiles(case, monkeypatch):
     found = torch.autograd.grad([out, lse], leaves, [d_out, d_lse])
     for x, y in zip(found, torch.autograd.grad([expected, expected_lse], leaves, [d_out, d_lse]), strict=True):
         assert torch.allclose(x, y, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_sdpa_rows_over_split_keys(splits, dtype, monkeypatch):
+    """Splits that divide the keys, and that leave some over. The six products hold a gate of 100.3 to the rounding of fp32."""
+    monkeypatch.setattr(sdpa_rows, "_splits", lambda q, keys: splits)
+    inputs = make(dataclasses.replace(CASES[1], promise=False, strength=100.3), dtype, "cpu")
+    oracle, oracle_lse = oracle_attention(inputs, 0.125)
+    out, lse = inputs.attend("sdpa_rows", return_lse=True)
+    assert_within_budget("out", out, oracle, plain_attention(inputs, 0.125))
+    assert (lse - oracle_lse).abs().max() < 1e-4
+    assert (out.double() - oracle).norm() < (1e-4 if dtype == torch.float32 else 4e-3) * oracle.norm()
 
 
 def test_strided_gate_and_bias(backend, device):

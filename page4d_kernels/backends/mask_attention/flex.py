@@ -61,5 +61,10 @@ def _forward(args: AttentionArgs) -> Tensor:
 
 
 BACKEND = Backend(
-    "flex", "FlexAttention with a rank-1 score_mod", _forward, unsupported=all_of(no_lse, _unsupported), unavailable=_unavailable
+    "flex",
+    "FlexAttention with a rank-1 score_mod",
+    _forward,
+    unsupported=all_of(no_lse, _unsupported),
+    unavailable=_unavailable,
+    automatic=False,  # it is compiled anew for every length
 )

@@ -29,6 +29,17 @@ class AttentionProblem:
     need_lse: bool = False
     aligned: bool = True  # the strides of q, k and v are multiples of 16 bytes
 
+    @property
+    def length(self) -> int:
+        """Tokens, by which `qualify` sorts problems into classes."""
+        return self.keys
+
+    @property
+    def kind(self) -> str:
+        """Head dim, and how the rows see the mask, for the same purpose."""
+        mask = "no mask" if not self.biased else "mask with layout" if self.layout is not None else "mask without layout"
+        return f"head dim {self.head_dim}, {mask}"
+
     @classmethod
     def typical(cls, device: str) -> AttentionProblem:
         """Inference at the official size: 2 frames of 336 x 518 pixels, 24 x 37 patches and 5 special tokens each."""

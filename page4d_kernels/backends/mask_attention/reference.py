@@ -15,4 +15,4 @@ def _backward(args: AttentionArgs, out, lse, d_out, d_lse):
     return mask_attention_backward(q, k, v, query_gate, key_bias, out, lse, d_out, d_lse, scale)
 
 
-BACKEND = Backend("reference", "plain PyTorch, N x N logits in memory", _forward, _backward)
+BACKEND = Backend("reference", "plain PyTorch, N x N logits in memory", _forward, _backward, automatic=False)

@@ -43,4 +43,5 @@ BACKEND = Backend(
     "the official head-dim trick: bias rounded to the input dtype; a baseline",
     _forward,
     unsupported=all_of(no_lse, _head_dim),
+    automatic=False,
 )

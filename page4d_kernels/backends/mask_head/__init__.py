@@ -4,6 +4,6 @@ from ..registry import declare
 from . import cpu, cuda, reference, triton
 from .problem import MaskHeadProblem
 
-BACKENDS = declare("mask_head", "PAGE4D_MASK_HEAD", order=("cpu", "reference"), typical=MaskHeadProblem.typical)
+BACKENDS = declare("mask_head", "PAGE4D_MASK_HEAD", order=("cpu", "reference"), safe=("reference",), typical=MaskHeadProblem.typical)
 for _module in (reference, cpu, triton, cuda):
     BACKENDS.register(_module.BACKEND)

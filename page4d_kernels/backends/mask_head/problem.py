@@ -19,6 +19,12 @@ class MaskHeadProblem:
     hidden: int
     needs_grad: bool = False  # of any parameter
 
+    kind = ""  # with `length`, how `qualify` sorts problems into classes
+
+    @property
+    def length(self) -> int:
+        return self.frames * (self.special_tokens + self.grid[0] * self.grid[1])
+
     @classmethod
     def typical(cls, device: str) -> MaskHeadProblem:
         """Inference at the official size: 2 frames of 336 x 518 pixels, 24 x 37 patches and 5 special tokens each."""

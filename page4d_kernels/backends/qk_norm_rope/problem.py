@@ -19,6 +19,15 @@ class QkNormRopeProblem:
     special_tokens: int
     needs_grad: bool = False  # of the projection or any parameter
 
+    @property
+    def length(self) -> int:
+        """Tokens, by which `qualify` sorts problems into classes."""
+        return self.tokens
+
+    @property
+    def kind(self) -> str:
+        return f"head dim {self.head_dim}"
+
     @classmethod
     def typical(cls, device: str) -> QkNormRopeProblem:
         """Inference at the official size: 2 frames of 336 x 518 pixels, 24 x 37 patches and 5 special tokens each."""

@@ -4,6 +4,6 @@ from ..registry import declare
 from . import reference, triton
 from .problem import ResidualNormProblem
 
-BACKENDS = declare("residual_norm", "PAGE4D_RESIDUAL_NORM", order=("reference",), typical=ResidualNormProblem.typical)
+BACKENDS = declare("residual_norm", "PAGE4D_RESIDUAL_NORM", order=("reference",), safe=("reference",), typical=ResidualNormProblem.typical)
 for _module in (reference, triton):
     BACKENDS.register(_module.BACKEND)

@@ -15,6 +15,12 @@ class ResidualNormProblem:
     channels: int
     needs_grad: bool = False
 
+    kind = ""  # with `length`, how `qualify` sorts problems into classes
+
+    @property
+    def length(self) -> int:
+        return self.rows
+
     @classmethod
     def typical(cls, device: str) -> ResidualNormProblem:
         """Inference at the official size: 2 frames of 336 x 518 pixels, 24 x 37 patches and 5 special tokens each."""

@@ -1,0 +1,133 @@
+"""`python -m page4d_kernels.qualify`, the same as `page4d qualify`: judge the backends on this machine and write the record."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from ..backends.registry import BackendError
+from . import record
+from .classes import DTYPES, FORWARD, TRAINING
+from .errors import QualifyError
+from .record import Entry
+from .report import describe
+from .run import Job, jobs, qualify
+
+SECONDS = {"cuda": 60.0, "cpu": 15.0}  # of the run that `page4d infer` starts by itself
+BY_HAND = {"cuda": 600.0, "cpu": 120.0}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given several times (default: all)")
+    parser.add_argument("--backend", metavar="NAME", help="only this backend, also one that auto never takes (default: all that may serve)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    parser.add_argument("--dtypes", metavar="NAMES", help="such as float32,bfloat16 (default: all that a backend serves)")
+    parser.add_argument("--head-dims", default="64", metavar="NUMBERS", help="such as 64,128 (default: 64, of all published weights)")
+    parser.add_argument("--forward-only", action="store_true", help="leave training out")
+    parser.add_argument("--force", action="store_true", help="judge again what the record already holds")
+    parser.add_argument("--seconds", type=float, help="stop after about this many (default: 600 on a GPU, 120 on a CPU)")
+    parser.add_argument("--seed", type=int, help="of the random lengths, to repeat a run (default: drawn)")
+    parser.add_argument(
+        "--import", dest="modules", action="append", default=[], metavar="MODULE", help="where a backend of yours registers"
+    )
+
+
+def run(args: argparse.Namespace) -> str:
+    """Judge by the options, save, and return the report.
+
+    Raises:
+        QualifyError, BackendError: in one line.
+    """
+    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise QualifyError("there is no CUDA device here: use --device cpu")
+    if args.seconds is not None and not 1 <= args.seconds <= 86400:
+        raise QualifyError(f"--seconds must be from 1 to 86400, not {args.seconds:g}")
+    dtypes = _names("--dtypes", args.dtypes, [name for name in DTYPES.values() if name != "float64"])
+    head_dims = [int(x) for x in args.head_dims.split(",") if x.strip().isdecimal()]
+    if not head_dims or len(head_dims) != len(args.head_dims.split(",")) or min(head_dims) < 1:
+        raise QualifyError(f"--head-dims {args.head_dims}: give numbers separated by commas, such as 64,128")
+    for module in args.modules:
+        try:
+            __import__(module)
+        except ImportError as error:
+            raise QualifyError(f"--import {module}: {error}") from None
+    device = torch.device(kind)
+    todo = jobs(device, args.op, args.backend, args.modules)
+    known, _ = record.stored(device)
+    if known is not None and not args.force and not args.backend:
+        todo = [job for job in todo if job.backend not in known.ops.get(job.op, record.OpRecord()).backends]
+        if not todo:
+            return describe(known) + "\neverything is in the record: --force judges it again"
+    directions = [FORWARD] if args.forward_only else [FORWARD, TRAINING]
+    entry, missed = judge(device, todo, args.seconds or BY_HAND[kind], dtypes, directions, head_dims, args.seed)
+    lines = [save(device, entry), *(f"no time was left for {name}" for name in missed)]
+    current = record.current(kind)
+    return "\n".join([describe(current or entry), *lines])
+
+
+def judge(
+    device: torch.device,
+    todo: Sequence[Job],
+    seconds: float,
+    dtypes: Sequence[str],
+    directions: Sequence[str] = (FORWARD,),
+    head_dims: Sequence[int] = (64,),
+    seed: int | None = None,
+) -> tuple[Entry, list[str]]:
+    """`qualify` with a progress bar."""
+    with tqdm(total=len(todo), desc="qualify kernels", unit="backend") as bar:
+
+        def progress(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
+
+        return qualify(device, todo, seconds, dtypes=dtypes, directions=directions, head_dims=head_dims, seed=seed, progress=progress)
+
+
+def save(device: torch.device, entry: Entry) -> str:
+    """Save the entry, or keep it for this process. Returns what was done, in words."""
+    try:
+        return f"saved in {record.save(device, entry)}"
+    except QualifyError as error:
+        record.keep_in_process(device, entry)
+        return f"{error}: this process follows it, the next will not"
+
+
+def first_run(device: torch.device, dtype: torch.dtype) -> str:
+    """What `page4d infer` does once per device and environment: judge what it will use. Returns a line for the user, or nothing."""
+    if device.type not in SECONDS or record.mode() == "off" or record.stored(device)[0] is not None:
+        return ""
+    with record.only_one(device) as alone:
+        if not alone:
+            return "kernels: another process is judging the backends; this run takes the safe ones"
+        entry, _ = judge(device, jobs(device), SECONDS[device.type], [DTYPES[dtype]])
+        where = save(device, entry)
+    return f"kernels: judged once on this machine, {where}; `page4d info` shows it, PAGE4D_QUALIFY=off forbids it"
+
+
+def _names(option: str, text: str | None, known: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in text.split(",")] if text is not None else list(known)
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise QualifyError(f"{option} {text}: choose from {', '.join(known)}")
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m page4d_kernels.qualify", description=__doc__.partition(": ")[2])
+    add_options(parser)
+    try:
+        print(run(parser.parse_args(argv)))
+    except (QualifyError, BackendError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""The record: which backends passed the battery on a device, and how fast they were. One JSON file per device in the user's cache folder.
+
+A file holds one entry per environment: device, driver, versions, and a hash of the kernels' sources. Only the entry of exactly this
+environment counts. The file is replaced as a whole under a lock, so readers see the old or the new one, and no writer loses another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import env, native
+from ..versions import cpu_name, version
+from .errors import QualifyError
+
+logger = logging.getLogger("page4d_kernels")
+
+FORMAT = 1
+KEPT = 8  # entries of a file: the newest environments
+MARGIN = 1.05  # "auto" leaves the safe backend only for one that was faster by this factor
+ENTIRE = "everything"  # in `Verdict.failed`, instead of a dtype and direction
+
+
+@dataclass
+class Verdict:
+    """What the battery found about one backend of one op."""
+
+    passed: list[str] = field(default_factory=list)  # such as "bfloat16 forward"
+    failed: dict[str, str] = field(default_factory=dict)  # the same, or ENTIRE: the reason
+    refused: str = ""  # why it serves nothing here
+    lengths: list[int] = field(default_factory=list)  # token counts that were drawn at random
+
+    def failure(self, part: str) -> str:
+        """Why it must not serve `part`, a dtype and direction. Who computes wrongly in the forward does not train either."""
+        forward = f"{part.split()[0]} forward"
+        return self.failed.get(ENTIRE) or self.failed.get(forward) or self.failed.get(part) or ""
+
+
+@dataclass
+class OpRecord:
+    backends: dict[str, Verdict] = field(default_factory=dict)
+    times: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by class and backend: its seconds, the safe backend's
+
+    def factors(self, name: str) -> dict[str, float]:
+        """By backend, how many times faster than the safe backend it was in this class; only those that passed."""
+        part = name.partition(",")[0]
+        timed = self.times.get(name, {})
+        good = [backend for backend in timed if backend in self.backends and not self.backends[backend].failure(part)]
+        return {backend: timed[backend][1] / timed[backend][0] for backend in good}
+
+
+@dataclass
+class Entry:
+    environment: dict[str, str]
+    made: str = ""
+    ops: dict[str, OpRecord] = field(default_factory=dict)
+
+    def merge(self, newer: Entry) -> None:
+        """Take over what a newer run found. What it did not look at stays."""
+        self.made = newer.made
+        for op, found in newer.ops.items():
+            mine = self.ops.setdefault(op, OpRecord())
+            mine.backends |= found.backends
+            for name in mine.times:  # a backend that was judged again loses its old times
+                mine.times[name] = {backend: pair for backend, pair in mine.times[name].items() if backend not in found.backends}
+            for name, timed in found.times.items():
+                mine.times.setdefault(name, {}).update(timed)
+
+
+# --- where and for what ------------------------------------------------------------------------------------------------------
+
+
+def folder() -> Path:
+    """`page4d` in XDG_CACHE_HOME, by default in ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return Path(base or "~/.cache").expanduser() / "page4d"
+
+
+def path_of(device: torch.device) -> Path:
+    name = re.sub(r"[^A-Za-z0-9]+", "-", environment(device)["device"]).strip("-").lower()
+    return folder() / f"{name or 'device'}.json"
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """All that a result depends on. A record counts only where every item is equal."""
+    facts = {"torch": torch.__version__, "packages": _packages(), "sources": sources()}
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        properties = torch.cuda.get_device_properties(index)
+        return {"device": properties.name, "capability": f"{properties.major}.{properties.minor}", "driver": _driver()} | facts
+    level = "none" if native.why_missing() else native.LEVELS[native.level()]
+    return {"device": cpu_name(), "capability": level, "threads": str(torch.get_num_threads())} | facts
+
+
+@functools.cache
+def _packages() -> str:
+    return " ".join(f"{package} {version(package)}" for package in ("triton", "flash-attn", "xformers"))
+
+
+@functools.cache
+def _driver() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found.group() if found else f"cuda {torch.version.cuda}"
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the package's sources and its compiled library."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted([*root.rglob("*.py"), *root.glob("_native*"), *root.rglob("tables/*.json")]):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# --- reading and writing -----------------------------------------------------------------------------------------------------
+
+
+def _parse(text: str) -> list[Entry]:
+    """The entries of a file. ValueError, TypeError, KeyError or AttributeError if it is damaged."""
+    data = json.loads(text)
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']!r}, this version writes {FORMAT}")
+    return [_entry(item) for item in data["entries"]]
+
+
+def _entry(item: Any) -> Entry:
+    def texts(value: Any) -> dict[str, str]:
+        if not all(isinstance(x, str) for pair in value.items() for x in pair):
+            raise ValueError(f"{value!r} should hold texts")
+        return dict(value)
+
+    def verdict(value: Any) -> Verdict:
+        passed, failed, refused, lengths = value["passed"], texts(value["failed"]), value["refused"], value["lengths"]
+        if not (isinstance(refused, str) and all(isinstance(x, str) for x in passed) and all(isinstance(x, int) for x in lengths)):
+            raise ValueError(f"{value!r} is not a verdict")
+        return Verdict(list(passed), failed, refused, list(lengths))
+
+    def pair(value: Any) -> list[float]:
+        seconds, safe = (float(x) for x in value)
+        if not (0 < seconds < float("inf") and 0 < safe < float("inf")):
+            raise ValueError(f"{value!r} are not two times")
+        return [seconds, safe]
+
+    ops = {
+        op: OpRecord(
+            {name: verdict(value) for name, value in found["backends"].items()},
+            {name: {backend: pair(value) for backend, value in timed.items()} for name, timed in found["times"].items()},
+        )
+        for op, found in item["ops"].items()
+    }
+    return Entry(texts(item["environment"]), str(item["made"]), ops)
+
+
+def _read(path: Path) -> list[Entry]:
+    """All entries of a file; none, with a warning, if it is damaged."""
+    try:
+        return _parse(path.read_text())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning(f"{path} is not a record of qualified kernels and is ignored ({reason}): run `page4d qualify` to replace it")
+        return []
+
+
+def stored(device: torch.device) -> tuple[Entry | None, str]:
+    """The entry of this device and environment, or None and the reason in words."""
+    path, wanted = path_of(device), environment(device)
+    entries = _read(path)
+    for entry in entries:
+        if entry.environment == wanted:
+            return entry, ""
+    if not entries:
+        return None, "there is no record of this device"
+    old = entries[-1].environment
+    changed = ", ".join(name for name in wanted if old.get(name) != wanted[name])
+    if old.get("device") != wanted["device"]:
+        logger.warning(f"{path} is a record of {old.get('device')!r}, not of {wanted['device']!r}, and is ignored")
+    return None, f"the record of {entries[-1].made} was made in another environment (other {changed})"
+
+
+def save(device: torch.device, entry: Entry) -> Path:
+    """Merge `entry` into the device's file.
+
+    Raises:
+        QualifyError: the folder or the file cannot be written. Nothing has changed then.
+    """
+    path = path_of(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            entries = _read(path)
+            mine = next((found for found in entries if found.environment == entry.environment), None)
+            others = [found for found in entries if found is not mine]
+            if mine is None:
+                mine = entry
+            else:
+                mine.merge(entry)
+            data = {"format": FORMAT, "entries": [asdict(found) for found in [*others, mine][-KEPT:]]}
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
+                json.dump(data, file, indent=1)
+            os.replace(file.name, path)
+    except OSError as error:
+        raise QualifyError(f"the record {path} cannot be written ({error.strerror or error})") from None
+    forget()
+    return path
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether this process holds the lock beside `path`. Where there are no file locks, it always does, and the last writer wins."""
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    with open(path.with_name(f"{path.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextlib.contextmanager
+def only_one(device: torch.device) -> Iterator[bool]:
+    """Whether this process is the only one that judges the device's backends: two at once would spoil each other's times."""
+    path = path_of(device).with_suffix(".judging")
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(_locked(path, wait=False))
+        except OSError:  # a folder that cannot be written; the caller keeps the result in the process
+            alone = True
+        yield alone
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+# --- what "auto" learns ------------------------------------------------------------------------------------------------------
+
+_entries: dict[str, Entry | None] = {}  # by device type: read once per process
+_asides: dict[str, Entry] = {}  # of runs whose record could not be written
+
+
+def mode() -> str:
+    """PAGE4D_QUALIFY: auto or off."""
+    name = env.get("PAGE4D_QUALIFY").lower() or "auto"
+    if name not in ("auto", "off"):
+        raise env.VariableError(f"PAGE4D_QUALIFY={name!r}: choose auto or off")
+    return name
+
+
+def forget() -> None:
+    """Read the record again at the next call."""
+    _entries.clear()
+    _advice.cache_clear()
+
+
+def keep_in_process(device: torch.device, entry: Entry) -> None:
+    """Let this process follow `entry` although it cannot be saved."""
+    _asides[device.type] = entry
+    forget()
+
+
+def current(kind: str) -> Entry | None:
+    """The entry that "auto" follows on a device type; None if there is none, or with PAGE4D_QUALIFY=off."""
+    if mode() == "off" or kind not in ("cpu", "cuda"):
+        return None
+    if kind not in _entries:
+        _entries[kind] = _asides.get(kind) or stored(torch.device(kind))[0]
+    return _entries[kind]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """`timed`: the class is in the record. `faster`: the backends that beat the safe one, the fastest first, with their factors."""
+
+    timed: bool = False
+    faster: tuple[tuple[str, float], ...] = ()
+    failed: tuple[str, ...] = ()
+
+
+def advice(op: str, kind: str, name: str) -> Advice:
+    """What the record says about a class of problems of `op` on a device type."""
+    return _advice(op, kind, name)
+
+
+@functools.cache
+def _advice(op: str, kind: str, name: str) -> Advice:
+    entry = current(kind)
+    if entry is None or op not in entry.ops:
+        return Advice()
+    found, part = entry.ops[op], name.partition(",")[0]
+    factors = sorted(found.factors(name).items(), key=lambda item: -item[1])
+    faster = tuple((backend, factor) for backend, factor in factors if factor >= MARGIN)
+    return Advice(name in found.times, faster, tuple(backend for backend, verdict in found.backends.items() if verdict.failure(part)))
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler. It keeps the reading of the file from being traced.
+advice._dynamo_marked_constant = True  # type: ignore[attr-defined]

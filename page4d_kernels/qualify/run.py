@@ -1,0 +1,211 @@
+"""Judges backends in child processes with deadlines, and writes the record."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..backends.registry import BackendError, registries
+from . import record
+from .classes import FORWARD
+from .record import ENTIRE, Entry, OpRecord, Verdict
+
+WAVE = 4  # children at the same time
+BATTERY = 0.6  # the share of the time after which a battery is stopped, so that the others can be timed
+STALL = {"cpu": 20.0, "cuda": 60.0}  # seconds without a word, after which a child counts as hanging: it may compile meanwhile
+
+
+@dataclass(frozen=True)
+class Job:
+    op: str
+    backend: str
+    modules: tuple[str, ...] = ()  # imported first: where a backend from outside registers itself
+
+
+@dataclass
+class Outcome:
+    """What one child said."""
+
+    verdict: Verdict = field(default_factory=Verdict)
+    times: dict[str, list[float]] = field(default_factory=dict)
+    untimed: list[str] = field(default_factory=list)  # classes for which no time was left
+    late: str = ""  # where it was when the time was up
+
+
+def jobs(device: torch.device, ops: Sequence[str] | None = None, backend: str | None = None, modules: Sequence[str] = ()) -> list[Job]:
+    """All backends to judge; of those named by `backend`, also ones that "auto" never takes.
+
+    Raises:
+        BackendError: there is no such op or backend.
+    """
+    found = []
+    known = registries()
+    for op in ops or known:
+        if op not in known:
+            raise BackendError(f"unknown op {op!r}: choose one of {', '.join(known)}")
+        for candidate in known[op]:
+            wanted = candidate.name == backend if backend else candidate.automatic and candidate.name not in known[op].safe
+            if wanted and not known[op].reasons(candidate.name, known[op].typical(device.type)):
+                found.append(Job(op, candidate.name, tuple(modules)))
+    if backend and not found and not any(candidate.name == backend for op in ops or known for candidate in known[op]):
+        raise BackendError(f"no op has a backend {backend!r}: `page4d info` lists them")
+    return found
+
+
+class Child:
+    """One child process. `read` takes in what it says until it is ready to measure, has ended, hangs, or time is up."""
+
+    def __init__(self, job: Job, settings: dict[str, Any]):
+        self.job, self.at, self.outcome = job, "the start", Outcome()
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "page4d_kernels.qualify.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        )  # fmt: skip
+        threading.Thread(target=self._collect, daemon=True).start()
+        self.tell(json.dumps(settings | {"op": job.op, "backend": job.backend, "modules": job.modules}))
+
+    def _collect(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died, and `read` will say so
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def read(self, deadline: float, stall: float = float("inf")) -> bool:
+        """True as soon as it is ready to measure. A child that says nothing for `stall` seconds hangs."""
+        verdict = self.outcome.verdict
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                line = self._lines.get(timeout=max(0.0, min(stall, left)))
+            except queue.Empty:
+                if left > stall:
+                    verdict.failed[ENTIRE] = f"{self.at}: it hangs (no word for {stall:g} s)"
+                else:
+                    self.outcome.late = self.at
+                self.end()
+                return False
+            if line is None:
+                verdict.failed[ENTIRE] = f"{self.at}: it ended the process ({_how(self._process.wait())})"
+                return False
+            said = json.loads(line)
+            if "ready" in said:
+                return True
+            if "done" in said:
+                self.end()
+                return False
+            self._enter(said)
+
+    def _enter(self, said: dict[str, Any]) -> None:
+        verdict = self.outcome.verdict
+        self.at = said.get("at", self.at)
+        if "passed" in said:
+            verdict.passed.append(said["passed"])
+            verdict.lengths = sorted({*verdict.lengths, *said["lengths"]})
+        elif "failed" in said:
+            verdict.failed[said["failed"]] = said["reason"]
+        elif "refused" in said:
+            verdict.refused = said["refused"]
+        elif "timed" in said:
+            self.outcome.times[said["timed"]] = said["seconds"]
+        elif "untimed" in said:
+            self.outcome.untimed.append(said["untimed"])
+
+    def end(self) -> None:
+        """Kill what is left of it, with its own children."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _how(code: int) -> str:
+    with contextlib.suppress(ValueError):
+        return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def qualify(
+    device: torch.device,
+    todo: Sequence[Job],
+    seconds: float,
+    *,
+    dtypes: Sequence[str],
+    directions: Sequence[str] = (FORWARD,),
+    head_dims: Sequence[int] = (64,),
+    seed: int | None = None,
+    stall: float | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> tuple[Entry, list[str]]:
+    """Judge the backends of `todo`. Nothing is saved.
+
+    Up to `WAVE` children run their batteries at the same time, and then measure one after the other.
+
+    Args:
+        seconds: for everything. Who has not passed by then is not judged, and what is not timed by then stays untimed.
+        dtypes, directions, head_dims: what to look at, such as "bfloat16" and "forward".
+        seed: of the random lengths; drawn if not given.
+        stall: seconds without a word, after which a child counts as hanging; default by device.
+        progress: called with the name of each job when it has ended.
+
+    Returns:
+        What was found, and what there was no time for, in words.
+    """
+    deadline = time.monotonic() + seconds
+    settings = {
+        "device": device.type, "dtypes": list(dtypes), "directions": list(directions), "head_dims": list(head_dims),
+        "threads": torch.get_num_threads(), "seed": random.SystemRandom().randrange(1 << 30) if seed is None else seed,
+    }  # fmt: skip
+    entry, missed = Entry(record.environment(device), record.now()), []
+    left = list(todo)
+    while left:
+        wave, left = left[:WAVE], left[WAVE:]
+        share = (deadline - time.monotonic()) * len(wave) / (len(wave) + len(left))
+        for child in _wave(wave, settings, max(share, 0.0), stall or STALL[device.type]):
+            name = f"{child.job.op} {child.job.backend}"
+            if child.outcome.late:
+                missed.append(f"{name} (stopped at {child.outcome.late})")
+            missed += [f"{name} ({untimed})" for untimed in child.outcome.untimed]
+            if not child.outcome.late or child.outcome.times:
+                found = entry.ops.setdefault(child.job.op, OpRecord())
+                found.backends[child.job.backend] = child.outcome.verdict
+                for untimed, pair in child.outcome.times.items():
+                    found.times.setdefault(untimed, {})[child.job.backend] = pair
+            progress(name)
+    return entry, missed
+
+
+def _wave(wave: list[Job], settings: dict[str, Any], seconds: float, stall: float) -> list[Child]:
+    start = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        children = []
+        for job in wave:
+            children.append(Child(job, settings))
+            stack.callback(children[-1].end)
+        with ThreadPoolExecutor(len(wave)) as pool:
+            ready = list(pool.map(lambda child: child.read(start + BATTERY * seconds, stall), children))
+        measuring = [child for child, is_ready in zip(children, ready, strict=True) if is_ready]
+        for i, child in enumerate(measuring):
+            share = (start + seconds - time.monotonic()) / (len(measuring) - i)
+            child.tell(str(share))
+            child.read(time.monotonic() + 1.5 * share + 5.0)  # a class that was begun is finished
+    return children

@@ -1,0 +1,1 @@
+"""One module per op with `trials(setting, draw)` and `timed(setting)`."""

@@ -1,0 +1,120 @@
+"""The child process in which one backend is judged: `python -m page4d_kernels.qualify.worker`, a job as JSON on standard input.
+
+It writes one JSON object per line to standard output: where it is, what it found. It first runs the battery of every dtype and direction,
+then says "ready" and waits for a line. Then it measures. What a kernel prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..backends.registry import BackendError, Registry, registries
+from ..timing import interleaved
+from . import battery
+from .classes import DTYPES, FORWARD, TRAINING, class_of
+from .record import ENTIRE
+from .trial import Draw, Setting
+
+SLICE = 0.4  # seconds for the measurement of one class
+NAMED = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def trials_of(op: str) -> ModuleType:
+    return importlib.import_module(f".trials.{op}", __package__)
+
+
+def _at(say: Callable[..., None], part: str, trial: str) -> None:
+    say(at=f"{part}, {trial}")
+
+
+def judge(registry: Registry, job: dict[str, Any], say: Callable[..., None]) -> list[Setting]:
+    """Run the battery, and return the settings that passed. Each verdict is said."""
+    backend, trials = job["backend"], trials_of(job["op"]).trials
+    passed: list[Setting] = []
+    refused: list[str] = []
+    for dtype in (NAMED[name] for name in job["dtypes"]):
+        for direction in job["directions"]:
+            part = f"{DTYPES[dtype]} {direction}"
+            setting = Setting(job["device"], dtype, direction == TRAINING, tuple(job["head_dims"]))
+            if setting.training and FORWARD in job["directions"] and dataclasses.replace(setting, training=False) not in passed:
+                continue
+            draw = Draw(random.Random(job["seed"]))
+            try:
+                served, refusals = battery.judge(registry, backend, trials(setting, draw), functools.partial(_at, say, part))
+            except battery.Disqualified as error:
+                say(failed=part, reason=str(error))
+                continue
+            if served:
+                passed.append(setting)
+                say(passed=part, lengths=draw.lengths)
+            else:
+                refused += refusals
+    if not passed and refused:
+        say(refused="; ".join(dict.fromkeys(refused)))
+    return passed
+
+
+def measure(registry: Registry, job: dict[str, Any], settings: list[Setting], seconds: float, say: Callable[..., None]) -> None:
+    """Time the classes, the backend and the safe one in turns, until `seconds` have gone. The first classes are the most important."""
+    deadline = time.monotonic() + seconds
+    for setting in settings:
+        for timed in trials_of(job["op"]).timed(setting):
+            if registry.reasons(job["backend"], timed.problem):
+                continue
+            name = class_of(timed.problem)
+            try:
+                safe = registry.safe_choice(timed.problem)
+            except BackendError:
+                continue
+            say(at=f"timing, {name}")
+            start = time.monotonic()
+            timed.run(safe)
+            timed.run(job["backend"])
+            if time.monotonic() + 4 * (time.monotonic() - start) > deadline:  # at the pace of a first call
+                say(untimed=name)
+                continue
+            runs: dict[str, Callable[[], object]] = {backend: functools.partial(timed.run, backend) for backend in (job["backend"], safe)}
+            times = interleaved(runs, setting.device, min(SLICE, deadline - time.monotonic()))
+            # lower quartiles: what else the machine does meanwhile only ever adds time
+            say(timed=name, seconds=[times[job["backend"]].lower, times[safe].lower])
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # from now on prints go to standard error
+
+    def say(**what: Any) -> None:
+        out.write(json.dumps(what) + "\n")
+        out.flush()
+
+    job = json.loads(sys.stdin.readline())
+    torch.set_num_threads(job["threads"])
+    try:
+        for module in job["modules"]:
+            importlib.import_module(module)
+        registry = registries()[job["op"]]
+        registry.get(job["backend"])
+    except (ImportError, BackendError) as error:
+        say(failed=ENTIRE, reason=f"it could not be loaded in a process of its own ({error})")
+        return
+    say(at="the start")
+    passed = judge(registry, job, say)
+    say(ready=True)
+    measure(registry, job, passed, float(sys.stdin.readline()), say)
+    say(done=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""Qualification: the battery catches every planted fault, the record survives everything, and auto follows it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from page4d_kernels import BackendError, TokenLayout, env, mask_attention, registries
+from page4d_kernels.backends.mask_attention.problem import AttentionProblem
+from page4d_kernels.qualify import battery, record
+from page4d_kernels.qualify.__main__ import first_run, main
+from page4d_kernels.qualify.classes import class_of
+from page4d_kernels.qualify.record import Entry, OpRecord, Verdict
+from page4d_kernels.qualify.report import describe
+from page4d_kernels.qualify.run import Job, jobs, qualify
+from page4d_kernels.qualify.trial import Draw, Setting
+from page4d_kernels.qualify.worker import trials_of
+
+CPU = torch.device("cpu")
+ATTENTION = registries()["mask_attention"]
+HERE = str(Path(__file__).parent)
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """The module of planted backends, registered for one test."""
+    monkeypatch.setattr(ATTENTION, "_backends", dict(ATTENTION._backends))
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setenv("PYTHONPATH", HERE + os.pathsep + str(Path(HERE).parents[1]))
+    sys.modules.pop("planted", None)
+    import planted
+
+    return planted
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache folder, and a library that follows its record."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PAGE4D_QUALIFY", "auto")
+    monkeypatch.setattr(record, "_asides", {})
+    record.forget()
+    yield tmp_path
+    record.forget()
+
+
+def judge(backend: str, training: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[str, list[int]]:
+    """The reason for a disqualification, and the lengths of the trials so far."""
+    draw = Draw(random.Random(seed))
+    try:
+        served, _ = battery.judge(
+            ATTENTION, backend, trials_of("mask_attention").trials(Setting("cpu", dtype, training), draw), lambda name: None
+        )
+    except battery.Disqualified as error:
+        return str(error), draw.lengths
+    assert served
+    return "", draw.lengths
+
+
+# --- the battery -------------------------------------------------------------------------------------------------------------
+
+
+SLOW = [(op, dtype) for op in sorted(registries()) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+QUICK = [("mask_attention", torch.float32), *((op, torch.bfloat16) for op in sorted(registries()) if op != "mask_attention")]
+
+
+def pass_all(op: str, dtype: torch.dtype, training: bool) -> None:
+    """Backends that are right, on other lengths in every run. The baselines of `mask_attention` round the mask or are too slow."""
+    for backend in registries()[op]:
+        if backend.automatic and not backend.unavailable():
+            draw = Draw(random.SystemRandom())
+            trials = trials_of(op).trials(Setting("cpu", dtype, training), draw)
+            battery.judge(registries()[op], backend.name, trials, lambda name: None)
+
+
+@pytest.mark.parametrize(("op", "dtype"), QUICK, ids=lambda value: str(value).removeprefix("torch."))
+def test_a_backend_that_is_right_passes(op, dtype):
+    pass_all(op, dtype, training=op != "mask_attention")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "dtype"), SLOW, ids=lambda value: str(value).removeprefix("torch."))
+def test_a_backend_that_is_right_passes_with_and_without_gradients(op, dtype):
+    for training in (False, True):
+        pass_all(op, dtype, training)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("one_percent", "off on average|over its budget"),
+        ("ragged_tail", "over its budget"),
+        ("special_rows", "views of one projection.*over its budget"),
+        ("mask_ignored", "over its budget"),
+        ("unwritten", "never written"),
+        ("not_repeatable", "not repeatable"),
+        ("second_call", "failed with RuntimeError: the workspace is gone$"),
+        ("wrong_gradient_of_c", "gradient of key_bias.*over its budget"),
+    ],
+)
+def test_planted_faults_are_caught(planted, name, reason):
+    found, _ = judge(f"planted_{name}", training=name == "wrong_gradient_of_c")
+    assert found and re.search(reason, found), found
+    if name == "wrong_gradient_of_c":
+        assert judge(f"planted_{name}")[0] == ""  # its forward is right
+
+
+def test_one_percent_is_caught_in_bf16(planted):
+    assert "off on average" in judge("planted_one_percent", dtype=torch.bfloat16)[0]
+
+
+@pytest.mark.slow
+def test_a_backend_that_knows_the_lengths_of_one_run_fails_in_another(planted):
+    _, lengths = judge("chunked", seed=1)
+    planted.LENGTHS.update(lengths)
+    assert judge("planted_these_lengths", seed=1) == ("", lengths)
+    reason, others = judge("planted_these_lengths", seed=2)
+    assert "over its budget" in reason and set(others) - set(lengths)
+
+
+# --- child processes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_children_that_hang_crash_and_dawdle(planted, cache):
+    """The four are judged at once. The parent lives on, each gets its reason, and auto takes none of them."""
+    names = ["planted_hangs", "planted_kills", "planted_segfaults", "planted_slow"]
+    for name in names:
+        registries()["mask_attention"].get(name)
+    todo = [Job("mask_attention", name, ("planted",)) for name in names]
+    entry, _ = qualify(CPU, todo, 150.0, dtypes=["float32"], stall=25.0, seed=3)
+    verdicts = entry.ops["mask_attention"].backends
+    where = "float32 forward, views of one projection"
+    assert (
+        where in verdicts["planted_hangs"].failed["everything"]
+        and "it hangs (no word for 25 s)" in verdicts["planted_hangs"].failed["everything"]
+    )
+    assert where in verdicts["planted_kills"].failed["everything"] and "exit code 7" in verdicts["planted_kills"].failed["everything"]
+    assert "SIGSEGV" in verdicts["planted_segfaults"].failed["everything"]
+    assert verdicts["planted_slow"].passed == ["float32 forward"] and not verdicts["planted_slow"].failed
+    assert 177 in verdicts["planted_slow"].lengths and len(verdicts["planted_slow"].lengths) > 5
+    factors = [entry.ops["mask_attention"].factors(name)["planted_slow"] for name in entry.ops["mask_attention"].times]
+    assert factors and all(factor < 1 for factor in factors)
+    record.save(CPU, entry)
+    assert ATTENTION.choose(AttentionProblem.typical("cpu")).name == "sdpa"
+    text = describe(entry)
+    assert "planted_kills failed: float32 forward" in text and "auto takes the safe backend (planted_slow 0." in text
+
+
+@pytest.mark.slow
+def test_a_first_run_judges_once(cache):
+    assert "judged once on this machine, saved in" in first_run(CPU, torch.float32)
+    assert first_run(CPU, torch.float32) == ""
+    assert record.stored(CPU)[0] is not None
+
+
+def test_a_first_run_waits_for_no_other(cache):
+    with record.only_one(CPU) as alone:
+        assert alone
+        assert "another process is judging" in first_run(CPU, torch.float32)
+
+
+def test_off_forbids_it(cache, monkeypatch):
+    monkeypatch.setenv("PAGE4D_QUALIFY", "off")
+    assert first_run(CPU, torch.float32) == ""
+    assert not any(cache.rglob("*.json"))
+    monkeypatch.setenv("PAGE4D_QUALIFY", "never")
+    with pytest.raises(env.VariableError, match="choose auto or off"):
+        first_run(CPU, torch.float32)
+
+
+def test_no_time_is_not_a_disqualification(cache):
+    entry, missed = qualify(CPU, [Job("mask_attention", "chunked")], 0.5, dtypes=["float32"])
+    assert entry.ops == {} and len(missed) == 1 and missed[0].startswith("mask_attention chunked (stopped at")
+
+
+# --- the record --------------------------------------------------------------------------------------------------------------
+
+TYPICAL = AttentionProblem.typical("cpu")
+
+
+def entry_with(times: dict[str, list[float]], failed: dict[str, str] | None = None, made: str = "2026-01-01 00:00:00") -> Entry:
+    """A record of `mask_attention` in which these backends were timed for the typical problem."""
+    backends = {name: Verdict(["float32 forward"], dict(failed or {})) for name in times}
+    return Entry(record.environment(CPU), made, {"mask_attention": OpRecord(backends, {class_of(TYPICAL): times})})
+
+
+def choice() -> str:
+    return ATTENTION.choose(TYPICAL).name
+
+
+def test_auto_takes_the_fastest_that_qualified(cache):
+    record.save(CPU, entry_with({"chunked": [2.0, 3.0], "reference": [1.0, 3.0]}))
+    assert choice() == "reference"
+    assert ATTENTION.choose(TYPICAL, "sdpa").name == "sdpa"  # a named backend is never replaced
+    other = AttentionProblem("cpu", torch.float32, 1, 16, 700, 700, 32)
+    assert ATTENTION.choose(other).name in ("cpu", "sdpa")  # a class without a record: the documented order
+    out = mask_attention(*torch.randn(3, 1, 2, 10, 64), layout=None)
+    assert out.isfinite().all()
+
+
+def test_auto_takes_the_safe_backend_where_nothing_is_faster(cache):
+    record.save(CPU, entry_with({"cpu": [1.0, 1.0], "reference": [1.0, 1.04]}))
+    assert choice() == "sdpa"
+
+
+def test_a_failed_backend_is_not_taken_in_any_class_of_its_dtype(cache):
+    record.save(CPU, entry_with({"cpu": [1.0, 9.0]}, {"float32 forward": "wrong"}))
+    assert choice() == "sdpa"
+    for dtype, kinds in ((torch.float32, {"sdpa"}), (torch.bfloat16, {"cpu", "sdpa"})):
+        assert ATTENTION.choose(AttentionProblem("cpu", dtype, 1, 16, 700, 700, 32)).name in kinds
+    assert ATTENTION.choose(TYPICAL, "cpu").name == "cpu" if not ATTENTION.reasons("cpu", TYPICAL) else True
+
+
+def test_a_qualified_backend_that_cannot_serve_is_passed_over(cache):
+    record.save(CPU, entry_with({"cuda": [1.0, 9.0], "gone_since": [1.0, 9.0]}))
+    assert choice() == "sdpa"
+
+
+def test_records_are_not_read_with_off(cache, monkeypatch):
+    before = choice()
+    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    assert choice() == "reference"
+    monkeypatch.setenv("PAGE4D_QUALIFY", "off")
+    record.forget()
+    assert choice() == before
+
+
+NO_TIMES = {"environment": {"device": "x"}, "made": "", "ops": {"mask_attention": {"backends": {}, "times": {"c": {"cpu": [0, 1]}}}}}
+DAMAGED = ["", "{", "[]", "null", '{"format": 1}', '{"format": 99, "entries": []}', '{"format": 1, "entries": [{}]}', "\x00\xff"]
+
+
+@pytest.mark.parametrize("text", [*DAMAGED, json.dumps({"format": 1, "entries": [NO_TIMES]})])
+def test_a_damaged_record_is_ignored_with_a_warning(cache, text, caplog):
+    before = choice()
+    path = record.path_of(CPU)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode("latin-1"))
+    record.forget()
+    assert choice() == before
+    assert "is ignored" in caplog.text and "page4d qualify" in caplog.text
+    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))  # and replaced by the next run
+    assert choice() == "reference"
+
+
+def test_half_a_file_is_damaged(cache, caplog):
+    path = record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    whole = path.read_text()
+    for length in (len(whole) // 3, len(whole) - 3):
+        path.write_text(whole[:length])
+        record.forget()
+        assert record.current("cpu") is None
+    assert "is ignored" in caplog.text
+
+
+def test_a_foreign_record_is_ignored_with_a_warning(cache, caplog):
+    entry = entry_with({"reference": [1.0, 3.0]})
+    entry.environment["device"] = "Another Processor"
+    record.save(CPU, entry)
+    found, why = record.stored(CPU)
+    assert found is None and "device" in why
+    assert "is a record of 'Another Processor'" in caplog.text and choice() != "reference"
+
+
+def test_changed_sources_make_a_record_useless(cache, monkeypatch):
+    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    monkeypatch.setattr(record, "sources", lambda: "0123456789abcdef")
+    record.forget()
+    assert choice() != "reference"
+    assert record.stored(CPU)[1] == "the record of 2026-01-01 00:00:00 was made in another environment (other sources)"
+    record.save(CPU, entry_with({"chunked": [1.0, 3.0]}))
+    monkeypatch.undo()
+    data = json.loads(next(cache.rglob("*.json")).read_text())
+    assert len(data["entries"]) == 2  # the old sources keep their entry
+
+
+def test_old_environments_are_dropped(cache):
+    for i in range(record.KEPT + 3):
+        entry = entry_with({"reference": [1.0, 3.0]})
+        entry.environment["torch"] = str(i)
+        path = record.save(CPU, entry)
+    found = [entry["environment"]["torch"] for entry in json.loads(path.read_text())["entries"]]
+    assert found == [str(i) for i in range(3, record.KEPT + 3)]
+
+
+def test_a_later_run_replaces_what_it_judged_again_and_keeps_the_rest(cache):
+    record.save(CPU, entry_with({"reference": [1.0, 3.0], "chunked": [1.0, 2.0]}))
+    record.save(CPU, entry_with({"reference": [1.0, 1.5]}, made="2026-01-02 00:00:00"))
+    found = record.current("cpu")
+    assert found.made == "2026-01-02 00:00:00" and found.ops["mask_attention"].factors(class_of(TYPICAL)) == {
+        "chunked": 2.0,
+        "reference": 1.5,
+    }
+
+
+def test_a_folder_that_cannot_be_written(cache, monkeypatch, capsys):
+    """The run is not lost: this process follows it. Root may write anywhere, so a file stands in the folder's place."""
+    (cache / "page4d").write_text("in the way")
+    from page4d_kernels.qualify.__main__ import save
+
+    words = save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    assert "cannot be written" in words and "this process follows it" in words
+    assert choice() == "reference"
+    with record.only_one(CPU) as alone:
+        assert alone
+
+
+def _write(number: int) -> None:
+    for i in range(5):
+        record.save(CPU, entry_with({f"backend_{number}_{i}": [1.0, 2.0]}))
+
+
+def test_many_writers_lose_nothing(cache):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(number,)) for number in range(6)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    record.forget()
+    assert len(record.current("cpu").ops["mask_attention"].backends) == 30
+    assert not list(cache.rglob("*.tmp"))
+
+
+# --- the command -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "attention"], "unknown op 'attention': choose one of mask_attention"),
+        (["--backend", "warp"], "no op has a backend 'warp'"),
+        (["--seconds", "0"], "--seconds must be from 1 to 86400"),
+        (["--seconds", "nan"], "--seconds must be from 1 to 86400"),
+        (["--dtypes", "int8"], "--dtypes int8: choose from float32"),
+        (["--head-dims", "64,x"], "--head-dims 64,x: give numbers"),
+        (["--import", "no_such_module"], "--import no_such_module: No module named"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "there is no CUDA device here")]),
+    ],
+)
+def test_mistakes_are_one_line(cache, arguments, message, capsys):
+    assert main(["--device", "cpu", *arguments]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and message in text and text.count("\n") == 1
+
+
+def test_jobs():
+    """By itself, only what auto may take; by name, everything."""
+    names = {(job.op, job.backend) for job in jobs(CPU)}
+    assert names <= {("mask_attention", "cpu"), ("mask_head", "cpu"), ("qk_norm_rope", "cpu")}
+    assert [job.backend for job in jobs(CPU, ["mask_attention"], "sdpa_augmented")] == ["sdpa_augmented"]
+    with pytest.raises(BackendError, match="unknown op"):
+        jobs(CPU, ["nothing"])
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_record_that_info_shows(cache, planted):
+    command = [sys.executable, "-m", "page4d_kernels.qualify", "--op", "mask_attention", "--dtypes", "float32", "--forward-only"]
+    command += ["--import", "planted", "--backend", "planted_one_percent", "--seconds", "60"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "planted_one_percent failed in float32 forward" in result.stdout and "saved in" in result.stdout
+    shown = subprocess.run([sys.executable, "-m", "page4d_kernels.info"], capture_output=True, text=True).stdout
+    assert "planted_one_percent failed in float32 forward" in shown.partition("qualified kernels")[2]
+
+
+def test_classes_depend_on_no_exact_length():
+    layout = TokenLayout(2, 893, 5)
+    names = [class_of(AttentionProblem("cuda", torch.bfloat16, 1, 16, n, n, 64, True, layout)) for n in (513, 2048, 2049)]
+    assert names[0] == names[1] == "bfloat16 forward, head dim 64, mask with layout, up to 2048 tokens" != names[2]
+    training = AttentionProblem("cuda", torch.float16, 1, 16, 9000, 9000, 64, needs_grad=frozenset("q"))
+    assert class_of(training) == "float16 training, head dim 64, no mask, over 8192 tokens"
