@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from page4d_kernels import BackendError, TokenLayout, env, mask_attention, registries
-from page4d_kernels.backends.mask_attention.problem import AttentionProblem
+from page4d_kernels.backends.mask_attention import sdpa_kernels
+from page4d_kernels.backends.mask_attention.problem import AttentionArgs, AttentionProblem
 from page4d_kernels.qualify import battery, record
 from page4d_kernels.qualify.__main__ import first_run, main
 from page4d_kernels.qualify.classes import class_of
@@ -24,6 +25,7 @@ from page4d_kernels.qualify.report import describe
 from page4d_kernels.qualify.run import Job, jobs, qualify
 from page4d_kernels.qualify.trial import Draw, Setting
 from page4d_kernels.qualify.worker import trials_of
+from page4d_kernels.testing import attention_inputs
 
 CPU = torch.device("cpu")
 ATTENTION = registries()["mask_attention"]
@@ -380,3 +382,99 @@ def test_classes_depend_on_no_exact_length():
     assert names[0] == names[1] == "bfloat16 forward, head dim 64, mask with layout, up to 2048 tokens" != names[2]
     training = AttentionProblem("cuda", torch.float16, 1, 16, 9000, 9000, 64, needs_grad=frozenset("q"))
     assert class_of(training) == "float16 training, head dim 64, no mask, over 8192 tokens"
+
+
+# --- torch's kernels as candidates, and the gated rows ------------------------------------------------------------------------
+
+
+class FakeSwitch:
+    """torch's switch between flash attention packages, with what it was turned to."""
+
+    def __init__(self, current=None, names=("FA3", "FA4")):
+        self.current, self.names, self.turned = current, names, []
+
+    def turn(self, name):
+        self.current = name
+        self.turned.append(name)
+
+    def __call__(self):
+        return (lambda: self.current), self.turn, (lambda: list(self.names))
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("sdpa_flash", "flash"), ("sdpa_cudnn", "cudnn"), ("sdpa_efficient", "mem_efficient")])
+def test_a_named_kernel_is_the_only_one_that_torch_may_take(monkeypatch, name, kernel):
+    seen = {}
+
+    def attention(q, k, v, scale):
+        enabled = ("flash", "mem_efficient", "math", "cudnn")
+        seen["kernels"] = [kind for kind in enabled if getattr(torch.backends.cuda, f"{kind}_sdp_enabled")()]
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    q = torch.zeros(1, 1, 2, 8)
+    ATTENTION.get(name).forward(AttentionArgs(q, q, q, None, None, None, 1.0))
+    assert seen["kernels"] == [kernel]
+
+
+def test_the_switch_is_turned_once_and_never_against_the_user(monkeypatch):
+    switch = FakeSwitch()
+    monkeypatch.setattr(sdpa_kernels, "_switch", switch)
+    monkeypatch.setattr(sdpa_kernels, "import_error", lambda module: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, scale: q)
+    backend = ATTENTION.get("sdpa_fa3")
+    assert backend.unavailable() == []
+    q = torch.zeros(1, 1, 2, 8)
+    for _ in range(2):
+        backend.forward(AttentionArgs(q, q, q, None, None, None, 1.0))
+    assert switch.turned == ["FA3"]
+    assert ATTENTION.get("sdpa_fa4").unavailable() == ["torch's switch for flash attention has been turned to FA3"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert "this GPU has 8" in backend.unavailable()[0]
+    switch.names = ()
+    assert "has no switch for FA3" in backend.unavailable()[0]
+    monkeypatch.setattr(sdpa_kernels, "_switch", lambda: None)
+    assert "has no switch for FA3" in backend.unavailable()[0]
+
+
+@pytest.mark.parametrize("name", ["sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_fa3"])
+def test_they_say_what_they_cannot_do(name):
+    problem = AttentionProblem("cpu", torch.float64, 1, 1, 9, 9, 63)
+    text = "; ".join(ATTENTION.get(name).unsupported(problem))
+    assert "it runs on cuda" in text and "not float64" in text and "head dim must be a multiple of 8" in text
+
+
+def test_gated_rows_go_to_the_fastest_qualified_backend(cache):
+    """As the operator's calls show. The result stays the same within rounding."""
+    inputs = attention_inputs(TokenLayout(3, 59, 5))
+    plain, calls = inputs.attend("sdpa"), []
+    rows = AttentionProblem("cpu", torch.float32, 1, 2, 15, 177, 64, biased=True)
+    entry = entry_with({})
+    names = {"sdpa": [1.0, 9.0], "sdpa_rows": [1.0, 3.0], "chunked": [1.0, 1.5]}  # sdpa does not run inside the operator
+    entry.ops["mask_attention"] = OpRecord({name: Verdict(["float32 forward"]) for name in names}, {class_of(rows): names})
+    record.save(CPU, entry)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function is torch.ops.page4d.mask_attention.default:
+                calls.append(arguments[-1])
+            return function(*arguments, **(options or {}))
+
+    with Watch():
+        out = inputs.attend("sdpa")
+    assert calls == ["sdpa_rows"]
+    assert not torch.equal(out, plain) and (out - plain).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_record_is_followed_inside_torch_compile(cache):
+    """The look-up is a constant of the graph: no break, and no file is read while the graph runs."""
+    record.save(CPU, entry_with({"chunked": [1.0, 3.0]}))
+    x = torch.randn(3, 1, 16, 2 * 893, 64)
+    inputs = attention_inputs(TokenLayout(2, 893, 5), heads=16)
+    expected = mask_attention(*x, inputs.query_gate, inputs.key_bias, layout=inputs.layout, backend="chunked")
+    compiled = torch.compile(
+        lambda q, k, v: mask_attention(q, k, v, inputs.query_gate, inputs.key_bias, layout=inputs.layout), fullgraph=True
+    )
+    assert torch.equal(compiled(*x), expected)
