@@ -103,6 +103,11 @@ def record(device: torch.device | str) -> Iterator[Recording]:
         _recording.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether the caller is inside a `record` block."""
+    return _recording.get() is not None
+
+
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
     """Name the work inside the block, for profilers and for `record`."""

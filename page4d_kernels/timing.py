@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ class Clock:
         return torch.cuda.max_memory_allocated() - before
 
 
-def interleaved(runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Timing]:
+def interleaved(runs: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Timing]:
     """Time the variants in turn, in 3 to 100 rounds that take about `seconds` in total."""
     clock = Clock(device)
     peaks = {name: clock.peak_bytes(run) for name, run in runs.items()}  # this also warms up

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from page4d_kernels import registries
+from page4d_kernels import profiling, registries
+from page4d_kernels.qualify import record
+from page4d_kernels.qualify.classes import class_of
 
 from ..execution.memory import budget_of
 from ..prediction import Prediction
-from .page4d import Page4D
+
+if TYPE_CHECKING:
+    from .page4d import Page4D
 
 WARM_UP = 3  # passes before a capture: they compile and time kernels, fill caches and allocate workspaces
+MAX_FRAMES = 8  # of a pass that takes a graph by itself; longer ones keep a GPU busy anyway
+KEPT = 4  # graphs of one model that are taken by themselves: each holds the memory of one pass
 
 
 class GraphedPage4D:
@@ -27,9 +35,11 @@ class GraphedPage4D:
     The first call with a shape is slow: it runs the model a few times. Every graph holds the memory of one pass. Longer sequences, models
     on other devices and calls with gradients go to the model directly. Weights may change in place but must not be replaced. Not yet run
     on a GPU.
+
+    Where `page4d qualify` has shown that graphs are equal and faster, `Page4D` takes them by itself, see `take_graph`.
     """
 
-    def __init__(self, model: Page4D, max_frames: int = 8):
+    def __init__(self, model: Page4D, max_frames: int = MAX_FRAMES):
         self.model, self.max_frames = model, max_frames
         self._graphs: dict[tuple, Callable[..., Prediction]] = {}
 
@@ -48,12 +58,18 @@ class GraphedPage4D:
         short = images.dim() in (4, 5) and images.shape[-4] <= self.max_frames
         if device.type != "cuda" or torch.is_grad_enabled() or not short:
             return self.model(**inputs, **options)
-        shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
-        backends = tuple(registry.requested() for registry in registries().values())  # a graph holds the backends it was captured with
-        key = (shapes, str(options), self.model.aggregator.compute_dtype, torch.is_autocast_enabled(device.type), backends)
+        key = _key(self.model, inputs, options)
         if key not in self._graphs:
             self._graphs[key] = _capture(self.model, inputs, options)
         return self._graphs[key](**inputs)
+
+
+def _key(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple:
+    """All that a graph was captured with: shapes, options, dtypes, backends and the addresses of the weights."""
+    shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
+    backends = tuple(registry.requested() for registry in registries().values())
+    weights = hash(tuple(x.data_ptr() for x in model.parameters()))
+    return shapes, str(options), model.aggregator.compute_dtype, torch.is_autocast_enabled("cuda"), backends, weights
 
 
 def _capture(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]) -> Callable[..., Prediction]:
@@ -81,3 +97,68 @@ def _capture(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]) 
         return Prediction(**{name: x.clone() for name, x in captured.tensors().items()})
 
     return replay
+
+
+# --- graphs that the model takes by itself ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PassProblem:
+    """A pass of the model, as the record of qualified kernels classifies it."""
+
+    dtype: torch.dtype
+    channels: int
+    layers: int
+    length: int  # tokens of the sequence
+    needs_grad = False
+
+    @property
+    def kind(self) -> str:
+        return f"{self.channels} channels, {self.layers} layers"
+
+    @classmethod
+    def of(cls, model: Page4D, images: Tensor) -> PassProblem:
+        """`images`: (..., S, 3, H, W)."""
+        config = model.config
+        frames, _, height, width = images.shape[-4:]
+        per_frame = config.special_tokens + (height // config.patch_size) * (width // config.patch_size)
+        return cls(model.aggregator.compute_dtype, config.embed_dim, config.depth, frames * per_frame)
+
+
+class _Taken:
+    """The graphs of one model, the oldest first, and the calls that were seen once."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple] = set()
+        self.graphs: dict[tuple, Callable[..., Prediction]] = {}
+
+
+_taken: weakref.WeakKeyDictionary[Page4D, _Taken] = weakref.WeakKeyDictionary()
+
+
+def take_graph(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]) -> Prediction | None:
+    """The prediction by a graph, or None if the pass should run as usual.
+
+    A graph is taken from the second call with the same shapes, options, weights and backends on, if `page4d qualify` found graphs of such
+    passes equal and faster on this machine: on CUDA, without gradients, with at most `MAX_FRAMES` frames. Not while stages are recorded
+    or where modules have hooks, as a graph runs no Python.
+    """
+    images = inputs["images"]
+    on_cuda = model.aggregator.camera_token.device.type == "cuda"
+    if not on_cuda or images.shape[-4] > MAX_FRAMES or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if not record.advice("cuda_graph", "cuda", class_of(PassProblem.of(model, images))).faster:
+        return None
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    if hooked or profiling.is_recording() or torch.cuda.is_current_stream_capturing():
+        return None
+    key = _key(model, inputs, options)
+    taken = _taken.setdefault(model, _Taken())
+    if key not in taken.seen:
+        taken.seen.add(key)
+        return None
+    if key not in taken.graphs:
+        if len(taken.graphs) == KEPT:
+            del taken.graphs[next(iter(taken.graphs))]
+        taken.graphs[key] = _capture(model, inputs, options)
+    return taken.graphs[key](**inputs)

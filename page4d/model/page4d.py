@@ -21,6 +21,7 @@ from ..execution.runners import StreamedRunner
 from ..layers import Conv2d, Linear
 from ..prediction import Prediction
 from .aggregator import Aggregator
+from .cuda_graph import take_graph
 from .heads import CameraHead, DenseHead, TrackHead
 from .heads.dense import Allocate
 from .heads.track import UpdateFormer
@@ -156,6 +157,11 @@ class Page4D(nn.Module):
         wanted = self._wanted(outputs, query_points)
         self._check(images, query_points)
         self._check_mask(images, strength, "mask" in wanted)
+        if memory_budget is None and allocate is None:
+            given = {"images": images} if query_points is None else {"images": images, "query_points": query_points}
+            graphed = take_graph(self, given, {"outputs": sorted(wanted & set(OUTPUTS)), "mask_strength": strength})
+            if graphed is not None:
+                return graphed
 
         kept = self.config.kept_layers
         layers = kept if wanted & {"depth", "points", "track"} else kept[-1:] if "camera" in wanted else ()

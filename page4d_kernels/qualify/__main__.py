@@ -36,8 +36,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> str:
+def run(args: argparse.Namespace, more: Sequence[Job] = ()) -> str:
     """Judge by the options, save, and return the report.
+
+    Args:
+        more: jobs that are no backends of an op, for a GPU. They are judged with all others, if neither --op nor --backend is given.
 
     Raises:
         QualifyError, BackendError: in one line.
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace) -> str:
             raise QualifyError(f"--import {module}: {error}") from None
     device = torch.device(kind)
     todo = jobs(device, args.op, args.backend, args.modules)
+    if kind == "cuda" and not args.op and not args.backend:
+        todo += more
     known, _ = record.stored(device)
     if known is not None and not args.force and not args.backend:
         todo = [job for job in todo if job.backend not in known.ops.get(job.op, record.OpRecord()).backends]

@@ -34,6 +34,7 @@ class Job:
     op: str
     backend: str
     modules: tuple[str, ...] = ()  # imported first: where a backend from outside registers itself
+    worker: str = "page4d_kernels.qualify.worker"  # the module that runs in the child
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Child:
         self.job, self.at, self.outcome = job, "the start", Outcome()
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "page4d_kernels.qualify.worker"],
+            [sys.executable, "-m", job.worker],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
         )  # fmt: skip
         threading.Thread(target=self._collect, daemon=True).start()

@@ -91,9 +91,10 @@ def measure(registry: Registry, job: dict[str, Any], settings: list[Setting], se
             say(timed=name, seconds=[times[job["backend"]].lower, times[safe].lower])
 
 
-def main() -> None:
+def channel() -> tuple[dict[str, Any], Callable[..., None]]:
+    """The job, and the function that writes a line. From now on prints go to standard error."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # from now on prints go to standard error
+    os.dup2(2, 1)
 
     def say(**what: Any) -> None:
         out.write(json.dumps(what) + "\n")
@@ -101,6 +102,17 @@ def main() -> None:
 
     job = json.loads(sys.stdin.readline())
     torch.set_num_threads(job["threads"])
+    return job, say
+
+
+def wait(say: Callable[..., None]) -> float:
+    """Say that the battery is over, and wait for the turn to measure. Returns the seconds for it."""
+    say(ready=True)
+    return float(sys.stdin.readline())
+
+
+def main() -> None:
+    job, say = channel()
     try:
         for module in job["modules"]:
             importlib.import_module(module)
@@ -108,11 +120,10 @@ def main() -> None:
         registry.get(job["backend"])
     except (ImportError, BackendError) as error:
         say(failed=ENTIRE, reason=f"it could not be loaded in a process of its own ({error})")
+        say(done=True)
         return
-    say(at="the start")
     passed = judge(registry, job, say)
-    say(ready=True)
-    measure(registry, job, passed, float(sys.stdin.readline()), say)
+    measure(registry, job, passed, wait(say), say)
     say(done=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 
+from page4d_kernels.qualify import record
 from page4d_kernels.testing import default_device, devices_of
 
 
@@ -34,3 +35,14 @@ def pytest_collection_modifyitems(items):
         home = default_device(backend) if isinstance(backend, str) else "cpu"
         if params.get("device", home) == "cuda":
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache folder, and a library that follows its record."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PAGE4D_QUALIFY", "auto")
+    monkeypatch.setattr(record, "_asides", {})
+    record.forget()
+    yield tmp_path
+    record.forget()

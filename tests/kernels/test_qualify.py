@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import random
 import re
@@ -14,18 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from page4d_kernels import BackendError, TokenLayout, env, mask_attention, registries
+from page4d_kernels import BackendError, TokenLayout, env, registries
 from page4d_kernels.backends.mask_attention import sdpa_kernels
 from page4d_kernels.backends.mask_attention.problem import AttentionArgs, AttentionProblem
 from page4d_kernels.qualify import battery, record
 from page4d_kernels.qualify.__main__ import first_run, main
 from page4d_kernels.qualify.classes import class_of
-from page4d_kernels.qualify.record import Entry, OpRecord, Verdict
 from page4d_kernels.qualify.report import describe
 from page4d_kernels.qualify.run import Job, jobs, qualify
 from page4d_kernels.qualify.trial import Draw, Setting
 from page4d_kernels.qualify.worker import trials_of
-from page4d_kernels.testing import attention_inputs
 
 CPU = torch.device("cpu")
 ATTENTION = registries()["mask_attention"]
@@ -42,17 +38,6 @@ def planted(monkeypatch):
     import planted
 
     return planted
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    """An empty cache folder, and a library that follows its record."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("PAGE4D_QUALIFY", "auto")
-    monkeypatch.setattr(record, "_asides", {})
-    record.forget()
-    yield tmp_path
-    record.forget()
 
 
 def judge(backend: str, training: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[str, list[int]]:
@@ -185,155 +170,6 @@ def test_no_time_is_not_a_disqualification(cache):
     assert entry.ops == {} and len(missed) == 1 and missed[0].startswith("mask_attention chunked (stopped at")
 
 
-# --- the record --------------------------------------------------------------------------------------------------------------
-
-TYPICAL = AttentionProblem.typical("cpu")
-
-
-def entry_with(times: dict[str, list[float]], failed: dict[str, str] | None = None, made: str = "2026-01-01 00:00:00") -> Entry:
-    """A record of `mask_attention` in which these backends were timed for the typical problem."""
-    backends = {name: Verdict(["float32 forward"], dict(failed or {})) for name in times}
-    return Entry(record.environment(CPU), made, {"mask_attention": OpRecord(backends, {class_of(TYPICAL): times})})
-
-
-def choice() -> str:
-    return ATTENTION.choose(TYPICAL).name
-
-
-def test_auto_takes_the_fastest_that_qualified(cache):
-    record.save(CPU, entry_with({"chunked": [2.0, 3.0], "reference": [1.0, 3.0]}))
-    assert choice() == "reference"
-    assert ATTENTION.choose(TYPICAL, "sdpa").name == "sdpa"  # a named backend is never replaced
-    other = AttentionProblem("cpu", torch.float32, 1, 16, 700, 700, 32)
-    assert ATTENTION.choose(other).name in ("cpu", "sdpa")  # a class without a record: the documented order
-    out = mask_attention(*torch.randn(3, 1, 2, 10, 64), layout=None)
-    assert out.isfinite().all()
-
-
-def test_auto_takes_the_safe_backend_where_nothing_is_faster(cache):
-    record.save(CPU, entry_with({"cpu": [1.0, 1.0], "reference": [1.0, 1.04]}))
-    assert choice() == "sdpa"
-
-
-def test_a_failed_backend_is_not_taken_in_any_class_of_its_dtype(cache):
-    record.save(CPU, entry_with({"cpu": [1.0, 9.0]}, {"float32 forward": "wrong"}))
-    assert choice() == "sdpa"
-    for dtype, kinds in ((torch.float32, {"sdpa"}), (torch.bfloat16, {"cpu", "sdpa"})):
-        assert ATTENTION.choose(AttentionProblem("cpu", dtype, 1, 16, 700, 700, 32)).name in kinds
-    assert ATTENTION.choose(TYPICAL, "cpu").name == "cpu" if not ATTENTION.reasons("cpu", TYPICAL) else True
-
-
-def test_a_qualified_backend_that_cannot_serve_is_passed_over(cache):
-    record.save(CPU, entry_with({"cuda": [1.0, 9.0], "gone_since": [1.0, 9.0]}))
-    assert choice() == "sdpa"
-
-
-def test_records_are_not_read_with_off(cache, monkeypatch):
-    before = choice()
-    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
-    assert choice() == "reference"
-    monkeypatch.setenv("PAGE4D_QUALIFY", "off")
-    record.forget()
-    assert choice() == before
-
-
-NO_TIMES = {"environment": {"device": "x"}, "made": "", "ops": {"mask_attention": {"backends": {}, "times": {"c": {"cpu": [0, 1]}}}}}
-DAMAGED = ["", "{", "[]", "null", '{"format": 1}', '{"format": 99, "entries": []}', '{"format": 1, "entries": [{}]}', "\x00\xff"]
-
-
-@pytest.mark.parametrize("text", [*DAMAGED, json.dumps({"format": 1, "entries": [NO_TIMES]})])
-def test_a_damaged_record_is_ignored_with_a_warning(cache, text, caplog):
-    before = choice()
-    path = record.path_of(CPU)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode("latin-1"))
-    record.forget()
-    assert choice() == before
-    assert "is ignored" in caplog.text and "page4d qualify" in caplog.text
-    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))  # and replaced by the next run
-    assert choice() == "reference"
-
-
-def test_half_a_file_is_damaged(cache, caplog):
-    path = record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
-    whole = path.read_text()
-    for length in (len(whole) // 3, len(whole) - 3):
-        path.write_text(whole[:length])
-        record.forget()
-        assert record.current("cpu") is None
-    assert "is ignored" in caplog.text
-
-
-def test_a_foreign_record_is_ignored_with_a_warning(cache, caplog):
-    entry = entry_with({"reference": [1.0, 3.0]})
-    entry.environment["device"] = "Another Processor"
-    record.save(CPU, entry)
-    found, why = record.stored(CPU)
-    assert found is None and "device" in why
-    assert "is a record of 'Another Processor'" in caplog.text and choice() != "reference"
-
-
-def test_changed_sources_make_a_record_useless(cache, monkeypatch):
-    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
-    monkeypatch.setattr(record, "sources", lambda: "0123456789abcdef")
-    record.forget()
-    assert choice() != "reference"
-    assert record.stored(CPU)[1] == "the record of 2026-01-01 00:00:00 was made in another environment (other sources)"
-    record.save(CPU, entry_with({"chunked": [1.0, 3.0]}))
-    monkeypatch.undo()
-    data = json.loads(next(cache.rglob("*.json")).read_text())
-    assert len(data["entries"]) == 2  # the old sources keep their entry
-
-
-def test_old_environments_are_dropped(cache):
-    for i in range(record.KEPT + 3):
-        entry = entry_with({"reference": [1.0, 3.0]})
-        entry.environment["torch"] = str(i)
-        path = record.save(CPU, entry)
-    found = [entry["environment"]["torch"] for entry in json.loads(path.read_text())["entries"]]
-    assert found == [str(i) for i in range(3, record.KEPT + 3)]
-
-
-def test_a_later_run_replaces_what_it_judged_again_and_keeps_the_rest(cache):
-    record.save(CPU, entry_with({"reference": [1.0, 3.0], "chunked": [1.0, 2.0]}))
-    record.save(CPU, entry_with({"reference": [1.0, 1.5]}, made="2026-01-02 00:00:00"))
-    found = record.current("cpu")
-    assert found.made == "2026-01-02 00:00:00" and found.ops["mask_attention"].factors(class_of(TYPICAL)) == {
-        "chunked": 2.0,
-        "reference": 1.5,
-    }
-
-
-def test_a_folder_that_cannot_be_written(cache, monkeypatch, capsys):
-    """The run is not lost: this process follows it. Root may write anywhere, so a file stands in the folder's place."""
-    (cache / "page4d").write_text("in the way")
-    from page4d_kernels.qualify.__main__ import save
-
-    words = save(CPU, entry_with({"reference": [1.0, 3.0]}))
-    assert "cannot be written" in words and "this process follows it" in words
-    assert choice() == "reference"
-    with record.only_one(CPU) as alone:
-        assert alone
-
-
-def _write(number: int) -> None:
-    for i in range(5):
-        record.save(CPU, entry_with({f"backend_{number}_{i}": [1.0, 2.0]}))
-
-
-def test_many_writers_lose_nothing(cache):
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write, args=(number,)) for number in range(6)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
-    record.forget()
-    assert len(record.current("cpu").ops["mask_attention"].backends) == 30
-    assert not list(cache.rglob("*.tmp"))
-
-
 # --- the command -------------------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +195,7 @@ def test_mistakes_are_one_line(cache, arguments, message, capsys):
 def test_jobs():
     """By itself, only what auto may take; by name, everything."""
     names = {(job.op, job.backend) for job in jobs(CPU)}
-    assert names <= {("mask_attention", "cpu"), ("mask_head", "cpu"), ("qk_norm_rope", "cpu")}
+    assert names <= {("mask_attention", "cpu"), ("mask_attention", "sdpa_rows"), ("mask_head", "cpu"), ("qk_norm_rope", "cpu")}
     assert [job.backend for job in jobs(CPU, ["mask_attention"], "sdpa_augmented")] == ["sdpa_augmented"]
     with pytest.raises(BackendError, match="unknown op"):
         jobs(CPU, ["nothing"])
@@ -443,38 +279,3 @@ def test_they_say_what_they_cannot_do(name):
     problem = AttentionProblem("cpu", torch.float64, 1, 1, 9, 9, 63)
     text = "; ".join(ATTENTION.get(name).unsupported(problem))
     assert "it runs on cuda" in text and "not float64" in text and "head dim must be a multiple of 8" in text
-
-
-def test_gated_rows_go_to_the_fastest_qualified_backend(cache):
-    """As the operator's calls show. The result stays the same within rounding."""
-    inputs = attention_inputs(TokenLayout(3, 59, 5))
-    plain, calls = inputs.attend("sdpa"), []
-    rows = AttentionProblem("cpu", torch.float32, 1, 2, 15, 177, 64, biased=True)
-    entry = entry_with({})
-    names = {"sdpa": [1.0, 9.0], "sdpa_rows": [1.0, 3.0], "chunked": [1.0, 1.5]}  # sdpa does not run inside the operator
-    entry.ops["mask_attention"] = OpRecord({name: Verdict(["float32 forward"]) for name in names}, {class_of(rows): names})
-    record.save(CPU, entry)
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            if function is torch.ops.page4d.mask_attention.default:
-                calls.append(arguments[-1])
-            return function(*arguments, **(options or {}))
-
-    with Watch():
-        out = inputs.attend("sdpa")
-    assert calls == ["sdpa_rows"]
-    assert not torch.equal(out, plain) and (out - plain).abs().max() < 1e-5
-
-
-@pytest.mark.slow
-def test_a_record_is_followed_inside_torch_compile(cache):
-    """The look-up is a constant of the graph: no break, and no file is read while the graph runs."""
-    record.save(CPU, entry_with({"chunked": [1.0, 3.0]}))
-    x = torch.randn(3, 1, 16, 2 * 893, 64)
-    inputs = attention_inputs(TokenLayout(2, 893, 5), heads=16)
-    expected = mask_attention(*x, inputs.query_gate, inputs.key_bias, layout=inputs.layout, backend="chunked")
-    compiled = torch.compile(
-        lambda q, k, v: mask_attention(q, k, v, inputs.query_gate, inputs.key_bias, layout=inputs.layout), fullgraph=True
-    )
-    assert torch.equal(compiled(*x), expected)

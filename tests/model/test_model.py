@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-import types
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from page4d import PRESETS, Page4D, Page4DConfig, Prediction, preset
 from page4d.config import CameraHeadConfig
 from page4d.errors import ConfigError, InputError
-from page4d.model import cuda_graph
 from page4d.training.parameters import mask_schedule
 from page4d_kernels import profiling, registries, use_backend
 
@@ -368,78 +366,3 @@ def test_compiled_parts_agree():
             found, expected = compiled(images[:frames]), eager(images[:frames])
             for name in ("depth", "depth_conf", "pose_enc", "mask"):
                 torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
-
-
-class TestGraphs:
-    """Which calls share a graph; what a graph does needs a GPU, see below."""
-
-    @pytest.fixture
-    def captures(self, monkeypatch):
-        made = []
-
-        def capture(model, inputs, options):
-            made.append((inputs, options))
-            return lambda **inputs: "replayed"
-
-        monkeypatch.setattr(cuda_graph, "_capture", capture)
-        return made
-
-    class OnCuda:
-        """A model of which only where it is matters."""
-
-        def __init__(self):
-            where = types.SimpleNamespace(device=torch.device("cuda"))
-            self.aggregator = types.SimpleNamespace(camera_token=where, compute_dtype=torch.bfloat16)
-
-        def __call__(self, images, query_points=None, **options):
-            return "run"
-
-    @torch.no_grad()
-    def test_one_capture_per_shape_and_options(self, captures):
-        graphed = cuda_graph.GraphedPage4D(self.OnCuda(), max_frames=3)
-        assert graphed(torch.zeros(3, 3, 28, 42)) == graphed(torch.ones(3, 3, 28, 42)) == "replayed" and len(captures) == 1
-        for count, call in enumerate(
-            [
-                lambda: graphed(torch.zeros(2, 3, 28, 42)),
-                lambda: graphed(torch.zeros(1, 3, 3, 28, 42)),
-                lambda: graphed(torch.zeros(3, 3, 28, 42, dtype=torch.float64)),
-                lambda: graphed(torch.zeros(3, 3, 28, 42), torch.zeros(5, 2)),
-                lambda: graphed(torch.zeros(3, 3, 28, 42), outputs=["depth", "camera"]),
-                lambda: graphed(torch.zeros(3, 3, 28, 42), mask_strength=1.0),
-            ],
-            2,
-        ):
-            assert call() == call() == "replayed" and len(captures) == count
-        graphed(torch.zeros(3, 3, 28, 42), outputs=["camera", "depth"])
-        assert len(captures) == 7
-        with use_backend("reference"):  # a graph is that of the backends it was captured with
-            graphed(torch.zeros(3, 3, 28, 42))
-        assert len(captures) == 8
-
-    def test_what_goes_to_the_model(self, captures, model):
-        graphed = cuda_graph.GraphedPage4D(self.OnCuda(), max_frames=3)
-        assert graphed(torch.zeros(3, 3, 28, 42)) == "run"  # gradients
-        with torch.no_grad():
-            assert graphed(torch.zeros(4, 3, 28, 42)) == graphed(torch.zeros(1, 4, 3, 28, 42)) == "run"  # long
-            assert graphed(torch.zeros(3, 28, 42)) == "run"  # the model says what is wrong
-            on_cpu = cuda_graph.GraphedPage4D(model)(IMAGES, outputs=["camera"])
-            assert torch.equal(on_cpu.pose_enc, model(IMAGES, outputs=["camera"]).pose_enc)
-        assert not captures
-
-
-@pytest.mark.gpu
-def test_cuda_graphs_of_the_model():
-    torch.manual_seed(0)
-    low = Page4D(preset("tiny").replace(track=None)).cuda().eval().set_compute_dtype(torch.bfloat16)
-    graphed = cuda_graph.GraphedPage4D(low, max_frames=2)
-    with torch.inference_mode():
-        for seed, frames in ((0, 2), (1, 2), (2, 1), (3, 2), (4, 3)):
-            images = torch.rand(frames, 3, 140, 140, generator=torch.Generator().manual_seed(seed)).cuda()
-            found, expected = graphed(images), low(images)
-            for name in ("depth", "depth_conf", "pose_enc", "world_points", "mask"):
-                assert torch.equal(getattr(found, name), getattr(expected, name)), (name, frames)
-            assert len(graphed._graphs) == min(2, 1 + (seed >= 2))
-        first = graphed(torch.rand(2, 3, 140, 140, device="cuda"))
-        kept = first.depth.clone()
-        graphed(torch.rand(2, 3, 140, 140, device="cuda"))
-        assert torch.equal(first.depth, kept)  # the caller's own

@@ -1,0 +1,200 @@
+"""The record of qualified kernels: written, read, damaged, foreign, shared; and what auto makes of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+
+from page4d_kernels import TokenLayout, mask_attention, registries
+from page4d_kernels.backends.mask_attention.problem import AttentionProblem
+from page4d_kernels.qualify import record
+from page4d_kernels.qualify.classes import class_of
+from page4d_kernels.qualify.record import Entry, OpRecord, Verdict
+from page4d_kernels.testing import attention_inputs
+
+CPU = torch.device("cpu")
+ATTENTION = registries()["mask_attention"]
+
+TYPICAL = AttentionProblem.typical("cpu")
+
+
+def entry_with(times: dict[str, list[float]], failed: dict[str, str] | None = None, made: str = "2026-01-01 00:00:00") -> Entry:
+    """A record of `mask_attention` in which these backends were timed for the typical problem."""
+    backends = {name: Verdict(["float32 forward"], dict(failed or {})) for name in times}
+    return Entry(record.environment(CPU), made, {"mask_attention": OpRecord(backends, {class_of(TYPICAL): times})})
+
+
+def choice() -> str:
+    return ATTENTION.choose(TYPICAL).name
+
+
+def test_auto_takes_the_fastest_that_qualified(cache):
+    record.save(CPU, entry_with({"chunked": [2.0, 3.0], "reference": [1.0, 3.0]}))
+    assert choice() == "reference"
+    assert ATTENTION.choose(TYPICAL, "sdpa").name == "sdpa"  # a named backend is never replaced
+    other = AttentionProblem("cpu", torch.float32, 1, 16, 700, 700, 32)
+    assert ATTENTION.choose(other).name in ("cpu", "sdpa")  # a class without a record: the documented order
+    out = mask_attention(*torch.randn(3, 1, 2, 10, 64), layout=None)
+    assert out.isfinite().all()
+
+
+def test_auto_takes_the_safe_backend_where_nothing_is_faster(cache):
+    record.save(CPU, entry_with({"cpu": [1.0, 1.0], "reference": [1.0, 1.04]}))
+    assert choice() == "sdpa"
+
+
+def test_a_failed_backend_is_not_taken_in_any_class_of_its_dtype(cache):
+    record.save(CPU, entry_with({"cpu": [1.0, 9.0]}, {"float32 forward": "wrong"}))
+    assert choice() == "sdpa"
+    for dtype, kinds in ((torch.float32, {"sdpa"}), (torch.bfloat16, {"cpu", "sdpa"})):
+        assert ATTENTION.choose(AttentionProblem("cpu", dtype, 1, 16, 700, 700, 32)).name in kinds
+    assert ATTENTION.choose(TYPICAL, "cpu").name == "cpu" if not ATTENTION.reasons("cpu", TYPICAL) else True
+
+
+def test_a_qualified_backend_that_cannot_serve_is_passed_over(cache):
+    record.save(CPU, entry_with({"cuda": [1.0, 9.0], "gone_since": [1.0, 9.0]}))
+    assert choice() == "sdpa"
+
+
+def test_records_are_not_read_with_off(cache, monkeypatch):
+    before = choice()
+    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    assert choice() == "reference"
+    monkeypatch.setenv("PAGE4D_QUALIFY", "off")
+    record.forget()
+    assert choice() == before
+
+
+NO_TIMES = {"environment": {"device": "x"}, "made": "", "ops": {"mask_attention": {"backends": {}, "times": {"c": {"cpu": [0, 1]}}}}}
+DAMAGED = ["", "{", "[]", "null", '{"format": 1}', '{"format": 99, "entries": []}', '{"format": 1, "entries": [{}]}', "\x00\xff"]
+
+
+@pytest.mark.parametrize("text", [*DAMAGED, json.dumps({"format": 1, "entries": [NO_TIMES]})])
+def test_a_damaged_record_is_ignored_with_a_warning(cache, text, caplog):
+    before = choice()
+    path = record.path_of(CPU)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode("latin-1"))
+    record.forget()
+    assert choice() == before
+    assert "is ignored" in caplog.text and "page4d qualify" in caplog.text
+    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))  # and replaced by the next run
+    assert choice() == "reference"
+
+
+def test_half_a_file_is_damaged(cache, caplog):
+    path = record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    whole = path.read_text()
+    for length in (len(whole) // 3, len(whole) - 3):
+        path.write_text(whole[:length])
+        record.forget()
+        assert record.current("cpu") is None
+    assert "is ignored" in caplog.text
+
+
+def test_a_foreign_record_is_ignored_with_a_warning(cache, caplog):
+    entry = entry_with({"reference": [1.0, 3.0]})
+    entry.environment["device"] = "Another Processor"
+    record.save(CPU, entry)
+    found, why = record.stored(CPU)
+    assert found is None and "device" in why
+    assert "is a record of 'Another Processor'" in caplog.text and choice() != "reference"
+
+
+def test_changed_sources_make_a_record_useless(cache, monkeypatch):
+    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    monkeypatch.setattr(record, "sources", lambda: "0123456789abcdef")
+    record.forget()
+    assert choice() != "reference"
+    assert record.stored(CPU)[1] == "the record of 2026-01-01 00:00:00 was made in another environment (other sources)"
+    record.save(CPU, entry_with({"chunked": [1.0, 3.0]}))
+    monkeypatch.undo()
+    data = json.loads(next(cache.rglob("*.json")).read_text())
+    assert len(data["entries"]) == 2  # the old sources keep their entry
+
+
+def test_old_environments_are_dropped(cache):
+    for i in range(record.KEPT + 3):
+        entry = entry_with({"reference": [1.0, 3.0]})
+        entry.environment["torch"] = str(i)
+        path = record.save(CPU, entry)
+    found = [entry["environment"]["torch"] for entry in json.loads(path.read_text())["entries"]]
+    assert found == [str(i) for i in range(3, record.KEPT + 3)]
+
+
+def test_a_later_run_replaces_what_it_judged_again_and_keeps_the_rest(cache):
+    record.save(CPU, entry_with({"reference": [1.0, 3.0], "chunked": [1.0, 2.0]}))
+    record.save(CPU, entry_with({"reference": [1.0, 1.5]}, made="2026-01-02 00:00:00"))
+    found = record.current("cpu")
+    assert found.made == "2026-01-02 00:00:00" and found.ops["mask_attention"].factors(class_of(TYPICAL)) == {
+        "chunked": 2.0,
+        "reference": 1.5,
+    }
+
+
+def test_a_folder_that_cannot_be_written(cache, monkeypatch, capsys):
+    """The run is not lost: this process follows it. Root may write anywhere, so a file stands in the folder's place."""
+    (cache / "page4d").write_text("in the way")
+    from page4d_kernels.qualify.__main__ import save
+
+    words = save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    assert "cannot be written" in words and "this process follows it" in words
+    assert choice() == "reference"
+    with record.only_one(CPU) as alone:
+        assert alone
+
+
+def _write(number: int) -> None:
+    for i in range(5):
+        record.save(CPU, entry_with({f"backend_{number}_{i}": [1.0, 2.0]}))
+
+
+def test_many_writers_lose_nothing(cache):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(number,)) for number in range(6)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    record.forget()
+    assert len(record.current("cpu").ops["mask_attention"].backends) == 30
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_gated_rows_go_to_the_fastest_qualified_backend(cache):
+    """As the operator's calls show. The result stays the same within rounding."""
+    inputs = attention_inputs(TokenLayout(3, 59, 5))
+    plain, calls = inputs.attend("sdpa"), []
+    rows = AttentionProblem("cpu", torch.float32, 1, 2, 15, 177, 64, biased=True)
+    entry = entry_with({})
+    names = {"sdpa": [1.0, 9.0], "sdpa_rows": [1.0, 3.0], "chunked": [1.0, 1.5]}  # sdpa does not run inside the operator
+    entry.ops["mask_attention"] = OpRecord({name: Verdict(["float32 forward"]) for name in names}, {class_of(rows): names})
+    record.save(CPU, entry)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function is torch.ops.page4d.mask_attention.default:
+                calls.append(arguments[-1])
+            return function(*arguments, **(options or {}))
+
+    with Watch():
+        out = inputs.attend("sdpa")
+    assert calls == ["sdpa_rows"]
+    assert not torch.equal(out, plain) and (out - plain).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_record_is_followed_inside_torch_compile(cache):
+    """The look-up is a constant of the graph: no break, and no file is read while the graph runs."""
+    record.save(CPU, entry_with({"chunked": [1.0, 3.0]}))
+    x = torch.randn(3, 1, 16, 2 * 893, 64)
+    inputs = attention_inputs(TokenLayout(2, 893, 5), heads=16)
+    expected = mask_attention(*x, inputs.query_gate, inputs.key_bias, layout=inputs.layout, backend="chunked")
+    compiled = torch.compile(
+        lambda q, k, v: mask_attention(q, k, v, inputs.query_gate, inputs.key_bias, layout=inputs.layout), fullgraph=True
+    )
+    assert torch.equal(compiled(*x), expected)
