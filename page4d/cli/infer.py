@@ -15,6 +15,7 @@ from tqdm import tqdm
 from page4d_kernels import env, mask_attention, registries, use_backend
 from page4d_kernels.profiling import Recording, peak_bytes, record, stage
 from page4d_kernels.qualify.__main__ import first_run
+from page4d_kernels.qualify.record import mode as qualification_mode
 
 from ..config import Page4DConfig
 from ..data import Frames, bundled_clip, load_frames
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> str:
     device = open_device(args.device)
     for registry in registries().values():
         registry.requested()
-    env.flag("PAGE4D_NVTX"), env.flag("PAGE4D_DEBUG")
+    env.flag("PAGE4D_NVTX"), env.flag("PAGE4D_DEBUG"), qualification_mode()
     check_writable(args.out)
     config = check_weights(args.weights)
     with record(device) as recording, use_backend(args.attn) if args.attn else contextlib.nullcontext():

@@ -84,25 +84,31 @@ class Entry:
 
 
 def folder() -> Path:
-    """`page4d` in XDG_CACHE_HOME, by default in ~/.cache."""
+    """`page4d` in XDG_CACHE_HOME, by default in ~/.cache; in the folder for temporary files if there is no home."""
     base = os.environ.get("XDG_CACHE_HOME", "").strip()
-    return Path(base or "~/.cache").expanduser() / "page4d"
+    try:
+        return Path(base or "~/.cache").expanduser() / "page4d"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "page4d"
 
 
 def path_of(device: torch.device) -> Path:
-    name = re.sub(r"[^A-Za-z0-9]+", "-", environment(device)["device"]).strip("-").lower()
+    name = re.sub(r"[^A-Za-z0-9]+", "-", _name(device)).strip("-").lower()
     return folder() / f"{name or 'device'}.json"
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def environment(device: torch.device) -> dict[str, str]:
     """All that a result depends on. A record counts only where every item is equal."""
-    facts = {"torch": torch.__version__, "packages": _packages(), "sources": sources()}
+    facts = {"device": _name(device), "torch": torch.__version__, "packages": _packages(), "sources": sources()}
     if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        properties = torch.cuda.get_device_properties(index)
-        return {"device": properties.name, "capability": f"{properties.major}.{properties.minor}", "driver": _driver()} | facts
+        major, minor = torch.cuda.get_device_capability(device)
+        return facts | {"capability": f"{major}.{minor}", "driver": _driver()}
     level = "none" if native.why_missing() else native.LEVELS[native.level()]
-    return {"device": cpu_name(), "capability": level, "threads": str(torch.get_num_threads())} | facts
+    return facts | {"capability": level, "threads": str(torch.get_num_threads())}
 
 
 @functools.cache
@@ -184,13 +190,14 @@ def _read(path: Path) -> list[Entry]:
 
 def stored(device: torch.device) -> tuple[Entry | None, str]:
     """The entry of this device and environment, or None and the reason in words."""
-    path, wanted = path_of(device), environment(device)
+    path = path_of(device)
     entries = _read(path)
+    if not entries:
+        return None, "there is no record of this device"
+    wanted = environment(device)
     for entry in entries:
         if entry.environment == wanted:
             return entry, ""
-    if not entries:
-        return None, "there is no record of this device"
     old = entries[-1].environment
     changed = ", ".join(name for name in wanted if old.get(name) != wanted[name])
     if old.get("device") != wanted["device"]:
@@ -309,8 +316,15 @@ def advice(op: str, kind: str, name: str) -> Advice:
 
 
 @functools.cache
+def _hint() -> None:
+    logger.warning("no kernel has qualified on this GPU yet, so the safe ones are used: run `page4d qualify` once")
+
+
+@functools.cache
 def _advice(op: str, kind: str, name: str) -> Advice:
     entry = current(kind)
+    if entry is None and kind == "cuda" and mode() == "auto":
+        _hint()
     if entry is None or op not in entry.ops:
         return Advice()
     found, part = entry.ops[op], name.partition(",")[0]

@@ -70,12 +70,12 @@ def jobs(device: torch.device, ops: Sequence[str] | None = None, backend: str | 
 class Child:
     """One child process. `read` takes in what it says until it is ready to measure, has ended, hangs, or time is up."""
 
-    def __init__(self, job: Job, settings: dict[str, Any]):
+    def __init__(self, job: Job, settings: dict[str, Any], environment: dict[str, str]):
         self.job, self.at, self.outcome = job, "the start", Outcome()
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._process = subprocess.Popen(
             [sys.executable, "-m", job.worker],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True, env=environment,
         )  # fmt: skip
         threading.Thread(target=self._collect, daemon=True).start()
         self.tell(json.dumps(settings | {"op": job.op, "backend": job.backend, "modules": job.modules}))
@@ -135,7 +135,7 @@ class Child:
     def end(self) -> None:
         """Kill what is left of it, with its own children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL) if hasattr(os, "killpg") else self._process.kill()
         self._process.wait()
 
 
@@ -181,7 +181,7 @@ def qualify(
     while left:
         wave, left = left[:WAVE], left[WAVE:]
         share = (deadline - time.monotonic()) * len(wave) / (len(wave) + len(left))
-        for child in _wave(wave, settings, max(share, 0.0), stall or STALL[device.type]):
+        for child in _wave(wave, settings, _environment(device), max(share, 0.0), stall or STALL[device.type]):
             name = f"{child.job.op} {child.job.backend}"
             if child.outcome.late:
                 missed.append(f"{name} (stopped at {child.outcome.late})")
@@ -195,15 +195,28 @@ def qualify(
     return entry, missed
 
 
-def _wave(wave: list[Job], settings: dict[str, Any], seconds: float, stall: float) -> list[Child]:
+def _environment(device: torch.device) -> dict[str, str]:
+    """Of the children: they see only this GPU, which is their "cuda"."""
+    if device.type != "cuda":
+        return dict(os.environ)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return os.environ | {"CUDA_VISIBLE_DEVICES": visible[index].strip() if len(visible) > index and visible[index].strip() else str(index)}
+
+
+def _wave(wave: list[Job], settings: dict[str, Any], environment: dict[str, str], seconds: float, stall: float) -> list[Child]:
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         children = []
         for job in wave:
-            children.append(Child(job, settings))
+            children.append(Child(job, settings, environment))
             stack.callback(children[-1].end)
         with ThreadPoolExecutor(len(wave)) as pool:
-            ready = list(pool.map(lambda child: child.read(start + BATTERY * seconds, stall), children))
+            try:
+                ready = list(pool.map(lambda child: child.read(start + BATTERY * seconds, stall), children))
+            except BaseException:  # Ctrl-C: the pool waits for its threads, and these for the children
+                stack.close()
+                raise
         measuring = [child for child, is_ready in zip(children, ready, strict=True) if is_ready]
         for i, child in enumerate(measuring):
             share = (start + seconds - time.monotonic()) / (len(measuring) - i)

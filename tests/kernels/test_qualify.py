@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from page4d_kernels.qualify.__main__ import first_run, main
 from page4d_kernels.qualify.classes import class_of
 from page4d_kernels.qualify.report import describe
 from page4d_kernels.qualify.run import Job, jobs, qualify
+from page4d_kernels.qualify.run import _environment as children_environment
 from page4d_kernels.qualify.trial import Draw, Setting
 from page4d_kernels.qualify.worker import trials_of
 
@@ -279,3 +282,25 @@ def test_they_say_what_they_cannot_do(name):
     problem = AttentionProblem("cpu", torch.float64, 1, 1, 9, 9, 63)
     text = "; ".join(ATTENTION.get(name).unsupported(problem))
     assert "it runs on cuda" in text and "not float64" in text and "head dim must be a multiple of 8" in text
+
+
+def test_children_see_only_their_gpu(monkeypatch):
+    for visible, index, seen in (("", 1, "1"), ("3,5", 1, "5"), ("3", 0, "3"), ("GPU-a, GPU-b", 1, "GPU-b")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert children_environment(torch.device("cuda", index))["CUDA_VISIBLE_DEVICES"] == seen
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_its_children(planted, cache):
+    """Ctrl-C while a child hangs: the parent ends soon, and with it the child."""
+    command = [sys.executable, "-m", "page4d_kernels.qualify", "--device", "cpu", "--op", "mask_attention", "--dtypes", "float32"]
+    command += ["--import", "planted", "--backend", "planted_hangs", "--seconds", "600"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    worker = ["pgrep", "-f", "page4d_kernels.qualify.worker", "-P", str(parent.pid)]
+    while not (children := subprocess.run(worker, capture_output=True, text=True).stdout.split()):
+        time.sleep(0.2)
+    time.sleep(1.0)
+    parent.send_signal(signal.SIGINT)
+    parent.wait(60)
+    assert parent.returncode != 0
+    assert not any(Path(f"/proc/{child}").exists() for child in children)

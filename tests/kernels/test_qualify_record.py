@@ -198,3 +198,26 @@ def test_a_record_is_followed_inside_torch_compile(cache):
         lambda q, k, v: mask_attention(q, k, v, inputs.query_gate, inputs.key_bias, layout=inputs.layout), fullgraph=True
     )
     assert torch.equal(compiled(*x), expected)
+
+
+def test_without_a_record_a_gpu_user_gets_one_hint(cache, monkeypatch, caplog):
+    record._hint.cache_clear()
+    monkeypatch.setattr(record, "stored", lambda device: (None, "there is no record of this device"))
+    for length in (512, 2048):
+        assert record.advice("mask_attention", "cuda", f"bfloat16 forward, head dim 64, no mask, up to {length} tokens") == record.Advice()
+    assert caplog.text.count("run `page4d qualify` once") == 1
+    record.forget()
+    monkeypatch.setenv("PAGE4D_QUALIFY", "off")
+    record._hint.cache_clear()
+    record.advice("mask_attention", "cuda", "bfloat16 forward, no mask, up to 512 tokens")
+    assert caplog.text.count("run `page4d qualify` once") == 1
+
+
+def test_no_home_is_no_error(cache, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def expanduser(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(record.Path, "expanduser", expanduser)
+    assert record.folder().name == "page4d"

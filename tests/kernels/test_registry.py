@@ -99,22 +99,22 @@ def test_reasons_in_words():
 
 
 def test_auto_logs_its_choice_once(caplog):
-    registry = Registry("test_op", "PAGE4D_ATTN", order=("broken", "works"), typical=print)
+    registry = Registry("test_op", "PAGE4D_ATTN", order=("broken", "works"), safe=("works",), typical=print)
     registry.register(Backend("broken", "", print, unavailable=lambda: ["it is broken"]))
     registry.register(Backend("works", "", print))
     with caplog.at_level(logging.INFO, "page4d_kernels"):
         for _ in range(3):
-            assert registry.choose(None).name == "works"
+            assert registry.choose(PROBLEM).name == "works"
     assert [record.message for record in caplog.records] == ["test_op: auto takes works (not broken: it is broken)"]
     with pytest.raises(ValueError, match="already"):
         registry.register(Backend("works", "", print))
 
 
 def test_no_backend_at_all():
-    registry = Registry("test_op", "PAGE4D_ATTN", order=("broken",), typical=print)
+    registry = Registry("test_op", "PAGE4D_ATTN", order=("broken",), safe=("broken",), typical=print)
     registry.register(Backend("broken", "", print, unavailable=lambda: ["it is broken"]))
     with pytest.raises(BackendError, match="no backend can serve this: broken: it is broken"):
-        registry.choose(None)
+        registry.choose(PROBLEM)
 
 
 def test_a_backend_registered_from_outside_serves_by_name_alone(monkeypatch):
