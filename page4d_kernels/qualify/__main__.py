@@ -131,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (QualifyError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was saved", file=sys.stderr)
+        return 130
     return 0
 
 
