@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,10 +37,19 @@ def unsupported(problem: Any) -> list[str]:
 
 
 def launch(op: str, direction: str) -> Callable[..., Any]:
-    """The function `direction` ("forward" or "backward") of an op's launch module. The module is imported on the first call."""
+    """The function `direction` ("forward" or "backward") of an op's launch module, called with the tensors' device as the current one.
+
+    Triton launches on the current device, whatever device the tensors are on. The module is imported on the first call.
+    """
+
+    @functools.cache
+    def module() -> ModuleType:
+        return importlib.import_module(f"page4d_kernels.triton.{op}_launch")
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"page4d_kernels.triton.{op}_launch"), direction)(*args)
+        first = args[0] if isinstance(args[0], torch.Tensor) else args[0].q
+        with torch.cuda.device_of(first):  # restores the caller's current device afterwards
+            return getattr(module(), direction)(*args)
 
     return run
 
