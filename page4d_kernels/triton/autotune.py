@@ -30,7 +30,7 @@ import torch
 import triton
 
 from .. import env
-from .target import capability, interpreted, limits
+from .target import capability, interpreted, limits, per_target
 
 logger = logging.getLogger("page4d_kernels")
 
@@ -62,6 +62,7 @@ def mode() -> str:
     return name
 
 
+@per_target
 def key(kernel: str, *traits: object) -> str:
     """Such as `mask_attention_fwd_kernel sm_90 D64 bfloat16 packed`."""
     return " ".join([kernel, f"sm_{capability()}", *(str(trait).removeprefix("torch.") for trait in traits)])
@@ -77,7 +78,7 @@ def choose(name: str, candidates: list[Config], run: Callable[[Config], object])
     if name in _chosen:
         return _chosen[name]
     timing = mode()
-    known = _table(_own()).get(name) or _table(_shipped()).get(name)
+    known = _table(env.get("PAGE4D_AUTOTUNE_TABLE"), capability()).get(name)
     if timing == "off" or (timing == "fast" and known is not None) or not _can_time():
         return known or candidates[0]
     times = [(_time(run, candidate), i) for i, candidate in enumerate(candidates[: FAST if timing == "fast" else None])]
@@ -86,9 +87,9 @@ def choose(name: str, candidates: list[Config], run: Callable[[Config], object])
         return candidates[0]  # its launch then raises the error
     logger.info(f"autotune: {name}: {candidates[index]} ({best:.3f} ms, best of {len(times)})")
     _chosen[name] = candidates[index]
-    own = _own()
-    if own is not None:
-        dump(own)
+    own = env.get("PAGE4D_AUTOTUNE_TABLE")
+    if own:
+        dump(Path(own))
     return candidates[index]
 
 
@@ -107,18 +108,10 @@ def dump(path: Path) -> None:
     _table.cache_clear()
 
 
-def _own() -> Path | None:
-    path = env.get("PAGE4D_AUTOTUNE_TABLE")
-    return Path(path) if path else None
-
-
-def _shipped() -> Path:
-    return TABLES / f"sm_{capability()}.json"
-
-
 @cache
-def _table(path: Path | None) -> dict[str, Config]:
-    return {} if path is None else _read(path)
+def _table(own: str, capability: int) -> dict[str, Config]:
+    """The shipped table of the architecture, and over it the one at the path `own`, if that is not empty."""
+    return _read(TABLES / f"sm_{capability}.json") | (_read(Path(own)) if own else {})
 
 
 def _read(path: Path) -> dict[str, Config]:

@@ -17,7 +17,7 @@ from ..layout import TokenLayout, empty_token_major
 from . import autotune
 from . import mask_attention as fwd
 from . import mask_attention_backward as bwd
-from .target import capability, multiprocessors
+from .target import capability, multiprocessors, per_target
 
 MIN_SPLIT_KEYS = 512  # merging a shorter split costs more than it gains
 
@@ -71,6 +71,7 @@ def _resources(kernel: str, head_dim: int, itemsize: int, config: autotune.Confi
     return autotune.ResourceEstimate(2 * (looped * stages + own) * head_dim * itemsize, outputs * own * head_dim + 2 * rows * keys)
 
 
+@per_target
 def candidates(kernel: str, head_dim: int, dtype: torch.dtype) -> list[autotune.Config]:
     narrow = head_dim <= 64 and capability() == 90
     tiles = FP32_TILES if dtype == torch.float32 else TILES if narrow else WIDE_TILES
@@ -128,7 +129,7 @@ def _vectors(query_gate: Tensor | None, key_bias: Tensor | None, unread: Tensor)
 
 def splits_for(tiles: int, keys: int, device: torch.device) -> int:
     """Number of programs that share the keys of a tile: enough to fill the device, with at least MIN_SPLIT_KEYS keys each."""
-    return max(1, min(multiprocessors(device) // tiles, keys // MIN_SPLIT_KEYS))
+    return max(1, min(multiprocessors() // tiles, keys // MIN_SPLIT_KEYS))
 
 
 def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from ..reference.mask_head import MIN_STD
 from . import autotune
 from . import mask_head as fwd
 from . import mask_head_backward as bwd
-from .target import capability
+from .target import capability, per_target
 
 T = TypeVar("T")
 STATISTICS_P, STATISTICS_C = 64, 32
@@ -49,6 +49,7 @@ def _constants(tokens: Tensor, hidden: int) -> dict[str, Any]:
     return {"BLOCK_H": _block_h(hidden), "PRECISION": "tf32x3" if tokens.dtype == torch.float32 else "tf32"}
 
 
+@per_target
 def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Config]:
     tiles = (FP32_TILES if dtype == torch.float32 else TILES)["channels" if kernel == "bwd_kernel_channels" else "rows"]
     if capability() == 90 and kernel != "bwd_kernel_channels" and dtype != torch.float32:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import autotune
 from . import qk_norm_rope as kernels
+from .target import per_target
 
 T = TypeVar("T")
 # Tokens and warps. The first is the built-in choice. Not yet measured on a GPU.
@@ -21,6 +22,7 @@ def _blocks(head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
 
 
+@per_target
 def candidates(head_dim: int) -> list[autotune.Config]:
     """A program holds about eight blocks of values: q or k, partner, angles, results."""
     configs = [{"BLOCK_N": tokens, "num_warps": warps} for tokens, warps in TILES]

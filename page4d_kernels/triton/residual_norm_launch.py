@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import autotune
 from . import residual_norm as kernels
+from .target import per_target
 
 T = TypeVar("T")
 # Rows and warps. The first is the built-in choice. Not yet measured on a GPU.
@@ -22,6 +23,7 @@ def _blocks(channels: int) -> dict[str, int]:
     return {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
 
 
+@per_target
 def candidates(channels: int) -> list[autotune.Config]:
     """A program holds about six blocks of values. Long rows reduce the number of rows per program."""
     long = triton.next_power_of_2(channels) // 1024

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
+
+T = TypeVar("T")
+
+
+class Target(NamedTuple):
+    """What launches depend on. Two devices of one kind are one target."""
+
+    capability: int  # compute capability, 90 for Hopper; 0 in the interpreter
+    shared: int  # maximum bytes of shared memory per program
+    multiprocessors: int
+
+
+INTERPRETER = Target(0, 1 << 30, 1)
+REGISTERS = 255  # maximum per thread
 
 
 def interpreted() -> bool:
@@ -20,21 +37,41 @@ def unavailable() -> list[str]:
     return ["Triton kernels need a CUDA device (or TRITON_INTERPRET=1, for tests)"]
 
 
-def capability() -> int:
-    """Compute capability of the current target, 90 for Hopper; 0 in the interpreter."""
-    return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors, used to choose the number of key splits. 1 in the interpreter."""
+def current() -> Target:
+    """The target that a launch would have now: the current device, which is the tensors' (see `backends/triton_common.py`)."""
     if interpreted():
-        return 1
-    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["multiprocessor_count"]
+        return INTERPRETER
+    driver = triton.runtime.driver.active
+    return _ask(driver, driver.get_current_device())
+
+
+@lru_cache(maxsize=64)
+def _ask(driver: Any, device: int) -> Target:
+    """Each device is asked once, because an answer can take a millisecond: the driver reads the clock rates with the rest."""
+    properties = driver.utils.get_device_properties(device)
+    return Target(int(driver.get_current_target().arch), properties["max_shared_mem"], properties["multiprocessor_count"])
+
+
+def per_target(function: Callable[..., T]) -> Callable[..., T]:
+    """`function` of hashable arguments, computed once per target."""
+    cached = lru_cache(maxsize=None)(lambda target, *args: function(*args))
+
+    @wraps(function)
+    def once(*args: Any) -> T:
+        return cached(current(), *args)
+
+    return once
+
+
+def capability() -> int:
+    return current().capability
+
+
+def multiprocessors() -> int:
+    """Number of multiprocessors, used to choose the number of key splits. 1 in the interpreter."""
+    return current().multiprocessors
 
 
 def limits() -> tuple[int, int]:
     """Maximum bytes of shared memory per program and maximum registers per thread."""
-    if interpreted():
-        return 1 << 30, 255
-    device = triton.runtime.driver.active.get_current_device()
-    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"], 255
+    return current().shared, REGISTERS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 
@@ -16,7 +17,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
 
-from page4d_kernels.triton.dryrun import DryRunDriver, dry_run
+from page4d_kernels.triton import autotune, target
+from page4d_kernels.triton.dryrun import SHARED_MEMORY, DryRunDriver, dry_run, entry_points
 
 LAYOUT = TokenLayout(2, 60, 5)
 OPS = [op for op, registry in registries().items() if any(backend.name == "triton" for backend in registry)]
@@ -72,3 +74,80 @@ class TestDevice:
             registries()["mask_attention"].get("triton").forward(args)
         assert [launch.kernel for launch in stand_in.launches] == ["mask_attention_fwd_kernel"]
         assert set(devices.seen) == {1} and devices.current == 0
+
+
+class CountingDriver(DryRunDriver):
+    """Counts how often a device is asked what it is, and can have two devices of different kinds."""
+
+    def __init__(self, *capabilities: int):
+        super().__init__(capabilities[0])
+        self.capabilities, self.device, self.asked = capabilities, 0, 0
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_target(self):
+        self.asked += 1
+        self.target = dataclasses.replace(self.target, arch=self.capabilities[self.device])
+        return self.target
+
+    def get_device_properties(self, device):
+        self.asked += 1
+        return {"max_shared_mem": SHARED_MEMORY[self.capabilities[device]], "multiprocessor_count": 132 - device, "warpSize": 32}
+
+
+@pytest.fixture
+def drive(monkeypatch):
+    """Makes a driver the active one."""
+    from triton.runtime import driver
+
+    return lambda stand_in: monkeypatch.setattr(driver, "_active", stand_in)
+
+
+class TestTarget:
+    @pytest.mark.parametrize("example", ["attention, layout", "mask head, bf16", "QK-norm + RoPE", "residual + norm"])
+    def test_devices_are_asked_once(self, example, drive):
+        stand_in = CountingDriver(90)
+        drive(stand_in)
+        launch = entry_points()[example]
+        launch()
+        assert stand_in.asked > 0
+        before, launches = stand_in.asked, len(stand_in.launches)
+        launch()
+        assert stand_in.asked == before and len(stand_in.launches) == 2 * launches
+
+    def test_every_device_has_answers_of_its_own(self, drive):
+        stand_in = CountingDriver(90, 80)
+        drive(stand_in)
+        for _ in range(2):
+            for device, capability in enumerate((90, 80)):
+                stand_in.device = device
+                assert target.current() == (capability, SHARED_MEMORY[capability], 132 - device)
+                assert autotune.key("kernel", "D64") == f"kernel sm_{capability} D64"
+        drive(CountingDriver(100))
+        assert target.capability() == 100
+
+    def test_dry_runs_may_be_nested(self):
+        with dry_run(80):
+            with dry_run(90):
+                assert target.capability() == 90
+            assert target.capability() == 80
+
+    def test_candidates_are_those_of_the_device(self, drive):
+        from page4d_kernels.triton import mask_attention_launch, mask_head_launch
+
+        stand_in = CountingDriver(90, 80)
+        drive(stand_in)
+        half = torch.bfloat16
+        found = []
+        for stand_in.device in (0, 1, 0, 1):
+            attention = mask_attention_launch.candidates("fwd_kernel", 128, half)
+            found.append((attention, mask_head_launch.candidates("fwd_kernel", half, 256)))
+        assert found[0] == found[2] != found[1] == found[3]
+        assert found[0][0] is found[2][0]  # made once
+
+    def test_the_interpreter_is_a_target(self, drive, monkeypatch):
+        drive(CountingDriver(90))
+        assert target.capability() == 90
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert target.current() == target.INTERPRETER and autotune.key("kernel") == "kernel sm_0"
