@@ -40,6 +40,7 @@ TABLES = Path(__file__).parent / "tables"
 MODES = ("off", "fast", "full")
 FAST = 4  # candidates timed by "fast"
 _chosen: dict[str, Config] = {}  # choices timed by this process
+_untimed: set[str] = set()  # keys of which no candidate ran: they are not tried again
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ def choose(name: str, candidates: list[Config], run: Callable[[Config], object])
         return _chosen[name]
     timing = mode()
     known = _table(env.get("PAGE4D_AUTOTUNE_TABLE"), capability()).get(name)
-    if timing == "off" or (timing == "fast" and known is not None) or not _can_time():
+    if timing == "off" or (timing == "fast" and known is not None) or name in _untimed or not _can_time():
         return known or candidates[0]
-    times = [(_time(run, candidate), i) for i, candidate in enumerate(candidates[: FAST if timing == "fast" else None])]
+    times = [(_time(name, run, candidate), i) for i, candidate in enumerate(candidates[: FAST if timing == "fast" else None])]
     best, index = min(times)
     if best == float("inf"):
-        return candidates[0]  # its launch then raises the error
+        _untimed.add(name)
+        logger.warning(f"autotune: {name}: none of {len(times)} candidates ran, so the {'table' if known else 'first'} serves")
+        return known or candidates[0]
     logger.info(f"autotune: {name}: {candidates[index]} ({best:.3f} ms, best of {len(times)})")
     _chosen[name] = candidates[index]
     own = env.get("PAGE4D_AUTOTUNE_TABLE")
@@ -132,9 +135,12 @@ def _can_time() -> bool:
     return not interpreted() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def _time(run: Callable[[Config], object], config: Config) -> float:
-    """Median milliseconds with a cold cache. Infinite for a configuration that does not fit."""
+def _time(name: str, run: Callable[[Config], object], config: Config) -> float:
+    """Median milliseconds with a cold cache. Infinite for a configuration that fails, whatever with: it may need too many resources, break
+    the compiler (a plain RuntimeError) or ptxas, or leave no memory for what clears the cache."""
     try:
         return float(triton.testing.do_bench(lambda: run(config), warmup=10, rep=50, return_mode="median"))
-    except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        logger.info(f"autotune: {name}: dropped {config}, which failed with {type(error).__name__}: {reason}")
         return float("inf")

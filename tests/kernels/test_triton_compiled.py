@@ -167,7 +167,7 @@ class TestAutotune:
         """The second candidate is the fastest, the third does not run at all."""
         timed = []
 
-        def time(run, config):
+        def time(name, run, config):
             timed.append(config)
             return [3.0, 2.0, float("inf")][self.CANDIDATES.index(config)]
 

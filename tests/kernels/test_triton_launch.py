@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import os
 
 import pytest
@@ -16,6 +17,8 @@ from page4d_kernels.testing import attention_inputs
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
+
+import triton
 
 from page4d_kernels.triton import autotune, target
 from page4d_kernels.triton.dryrun import SHARED_MEMORY, DryRunDriver, dry_run, entry_points
@@ -74,6 +77,65 @@ class TestDevice:
             registries()["mask_attention"].get("triton").forward(args)
         assert [launch.kernel for launch in stand_in.launches] == ["mask_attention_fwd_kernel"]
         assert set(devices.seen) == {1} and devices.current == 0
+
+
+class TestTiming:
+    """A candidate that cannot be timed is dropped. The user's call never ends because of one."""
+
+    CANDIDATES = tuple({"BLOCK_N": block, "num_warps": 4} for block in (16, 32, 64))
+    ERRORS = (
+        triton.runtime.errors.OutOfResources(300000, 232448, "shared memory"),
+        triton.runtime.errors.PTXASError("`ptxas` failed with error code 255\nRepro command: ptxas -v"),
+        RuntimeError("PassManager::run failed"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 MiB."),
+    )
+
+    @pytest.fixture(autouse=True)
+    def timer(self, drive, monkeypatch, tmp_path):
+        """Stands in for `do_bench`: larger blocks are faster."""
+        drive(CountingDriver(90))
+        self.ran = []
+
+        def do_bench(function, **options):
+            function()
+            return 100 / self.ran[-1]["BLOCK_N"]
+
+        self.table = tmp_path / "tiles.json"
+        monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+        monkeypatch.setattr(autotune, "_chosen", {})
+        monkeypatch.setattr(autotune, "_untimed", set())
+        monkeypatch.setenv("PAGE4D_AUTOTUNE", "full")
+        monkeypatch.setenv("PAGE4D_AUTOTUNE_TABLE", str(self.table))
+
+    def choose(self, error=None, fails=()):
+        def run(config):
+            self.ran.append(config)
+            if config in fails:
+                raise error
+
+        return autotune.choose("kernel sm_90", list(self.CANDIDATES), run)
+
+    @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+    def test_a_candidate_that_fails_is_dropped(self, error, caplog):
+        with caplog.at_level(logging.INFO, "page4d_kernels"):
+            for _ in range(2):
+                assert self.choose(error, fails=self.CANDIDATES[2:]) == self.CANDIDATES[1]
+        assert len(self.ran) == 3
+        dropped = [record.message for record in caplog.records if "BLOCK_N': 64" in record.message]
+        assert len(dropped) == 1 and dropped[0].startswith("autotune: kernel sm_90: dropped ")
+        assert str(error).splitlines()[0] in dropped[0] and "\n" not in dropped[0]
+
+    @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+    def test_when_all_fail_the_built_in_choice_serves(self, error, caplog):
+        with caplog.at_level(logging.WARNING, "page4d_kernels"):
+            for _ in range(2):
+                assert self.choose(error, fails=self.CANDIDATES) == self.CANDIDATES[0]
+        assert len(self.ran) == 3 and not self.table.exists()  # not tried again in this process, not written down
+        assert [record.message for record in caplog.records] == ["autotune: kernel sm_90: none of 3 candidates ran, so the first serves"]
+
+    def test_what_the_user_interrupts_ends(self):
+        with pytest.raises(KeyboardInterrupt):
+            self.choose(KeyboardInterrupt(), fails=self.CANDIDATES)
 
 
 class CountingDriver(DryRunDriver):
