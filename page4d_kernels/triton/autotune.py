@@ -1,8 +1,8 @@
 """Tile sizes of the kernels: built in, from a table, or timed on first use.
 
 A configuration is a dictionary of launch constants, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}.
-Its key holds the kernel, the architecture, the head dim, channels or hidden size, the dtype and, for attention, how rows see the bias. It
-does not depend on sequence length or batch size: a new clip length triggers no timing and no compilation.
+Its key holds the kernel, the architecture, the head dim, channels or hidden size, the dtype and, for attention, how rows see the bias and
+whether there are few or many. It does not hold the sequence length or batch size: a new clip length triggers no timing and no compilation.
 
 PAGE4D_AUTOTUNE sets when candidates are timed:
 
@@ -39,6 +39,7 @@ T = TypeVar("T")
 TABLES = Path(__file__).parent / "tables"
 MODES = ("off", "fast", "full")
 FAST = 4  # candidates timed by "fast"
+FEW = 4096  # rows: a single frame, as the encoder sees it, has at most 1374; a global layer passes the limit at 3 to 5 frames
 _chosen: dict[str, Config] = {}  # choices timed by this process
 _untimed: set[str] = set()  # keys of which no candidate ran: they are not tried again
 
@@ -67,6 +68,11 @@ def mode() -> str:
 def key(kernel: str, *traits: object) -> str:
     """Such as `mask_attention_fwd_kernel sm_90 D64 bfloat16 packed`."""
     return " ".join([kernel, f"sm_{capability()}", *(str(trait).removeprefix("torch.") for trait in traits)])
+
+
+def length_class(rows: int) -> str:
+    """How a key names the number of query rows of a sequence. What is best for one frame need not be best for a long clip."""
+    return "few" if rows <= FEW else "many"
 
 
 def prune(candidates: list[Config], resources: Callable[[Config], ResourceEstimate]) -> list[Config]:

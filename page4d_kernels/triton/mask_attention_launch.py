@@ -81,7 +81,7 @@ def candidates(kernel: str, head_dim: int, dtype: torch.dtype) -> list[autotune.
 
 def _launch(kernel: str, q: Tensor, rows: Rows, run: Callable[[autotune.Config], None]) -> None:
     mode = {fwd.PLAIN.value: "plain", fwd.PACKED.value: "packed", fwd.CHECKED.value: "checked"}[rows.mode]
-    traits = (f"D{_block_d(q.shape[-1])}", q.dtype, mode)
+    traits = (f"D{_block_d(q.shape[-1])}", q.dtype, mode, autotune.length_class(q.shape[2]))
     autotune.launch(f"mask_attention_{kernel}", traits, candidates(kernel, q.shape[-1], q.dtype), run)
 
 

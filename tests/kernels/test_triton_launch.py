@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
-from page4d_kernels.triton import autotune, target
+from page4d_kernels.triton import autotune, mask_attention_launch, target
 from page4d_kernels.triton.dryrun import SHARED_MEMORY, DryRunDriver, dry_run, entry_points
 
 LAYOUT = TokenLayout(2, 60, 5)
@@ -138,6 +138,32 @@ class TestTiming:
             self.choose(KeyboardInterrupt(), fails=self.CANDIDATES)
 
 
+class TestLengths:
+    """A key of the autotuner knows whether a call has few or many rows, and nothing else about its length."""
+
+    @staticmethod
+    def keys(layout, monkeypatch):
+        names = []
+        monkeypatch.setattr(autotune, "choose", lambda name, candidates, run: names.append(name) or candidates[0])
+        args = attention_args(layout, heads=1)
+        with dry_run(90):
+            mask_attention_launch.forward(args)
+            out = torch.empty_like(args.q)
+            mask_attention_launch.backward(args, out, torch.empty(out.shape[:3]), out, None)
+        return names
+
+    def test_the_encoder_does_not_decide_for_a_long_clip(self, monkeypatch):
+        one_frame, forty_frames = (self.keys(TokenLayout(frames, 893, 5), monkeypatch) for frames in (1, 40))
+        assert len(one_frame) == 3 and not set(one_frame) & set(forty_frames)
+        assert [name.rpartition(" ")[0] for name in one_frame] == [name.rpartition(" ")[0] for name in forty_frames]
+        assert {name.rpartition(" ")[2] for name in one_frame + forty_frames} == {"few", "many"}
+
+    def test_lengths_of_a_class_share_their_key(self, monkeypatch):
+        few = [self.keys(layout, monkeypatch) for layout in (TokenLayout(1, 7, 1), TokenLayout(1, 1374, 5), TokenLayout(4, 1024, 5))]
+        assert few[0] == few[1] == few[2]
+        assert self.keys(TokenLayout(5, 893, 5), monkeypatch) == self.keys(TokenLayout(10, 1041, 5), monkeypatch)
+
+
 class CountingDriver(DryRunDriver):
     """Counts how often a device is asked what it is, and can have two devices of different kinds."""
 
@@ -196,7 +222,7 @@ class TestTarget:
             assert target.capability() == 80
 
     def test_candidates_are_those_of_the_device(self, drive):
-        from page4d_kernels.triton import mask_attention_launch, mask_head_launch
+        from page4d_kernels.triton import mask_head_launch
 
         stand_in = CountingDriver(90, 80)
         drive(stand_in)
