@@ -22,6 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from . import launcher
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "MUFU.EX2", "STL", "LDL")
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may use
@@ -129,6 +131,7 @@ def compiled_kernels() -> Iterator[dict[str, Any]]:
         return kernel
 
     triton.runtime.jit.JITFunction.run = run
+    launcher.forget()  # so that every launch passes through it
     try:
         yield found
     finally:

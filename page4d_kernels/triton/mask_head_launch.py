@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
 from ..reference.mask_head import MIN_STD
-from . import autotune
+from . import autotune, launcher
 from . import mask_head as fwd
 from . import mask_head_backward as bwd
+from .launcher import cdiv, next_power_of_2
 from .target import capability, per_target
 
 T = TypeVar("T")
@@ -29,7 +29,8 @@ HOPPER_ROWS = (64, 32, 8, 2)  # wide enough for wgmma; Triton 3.7 aborts on it f
 def _statistics(tokens: Tensor, patches: int, special_tokens: int) -> tuple[Tensor, Tensor]:
     batch, frames, _, channels = tokens.shape
     mean, rstd = (torch.empty(batch * frames, channels, dtype=torch.float32, device=tokens.device) for _ in range(2))
-    fwd.mask_head_fwd_kernel_stats[(batch * frames, triton.cdiv(channels, STATISTICS_C))](
+    launcher.launch(
+        fwd.mask_head_fwd_kernel_stats, (batch * frames, cdiv(channels, STATISTICS_C)),
         tokens, mean, rstd, *tokens.stride(), frames, channels, special_tokens, patches, MIN_STD,
         BLOCK_P=STATISTICS_P, BLOCK_C=STATISTICS_C, num_warps=4,
     )  # fmt: skip
@@ -41,7 +42,7 @@ def _weights(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _block_h(hidden: int) -> int:
-    return max(16, triton.next_power_of_2(hidden))
+    return max(16, next_power_of_2(hidden))
 
 
 def _constants(tokens: Tensor, hidden: int) -> dict[str, Any]:
@@ -76,9 +77,10 @@ def forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], spe
     out = torch.empty(batch, frames * per_frame, dtype=torch.float32, device=tokens.device)
 
     def run(config: autotune.Config) -> None:
-        fwd.mask_head_fwd_kernel[(triton.cdiv(patches, config["BLOCK_P"]), batch * frames)](
+        launcher.launch(
+            fwd.mask_head_fwd_kernel, (cdiv(patches, config["BLOCK_P"]), batch * frames),
             tokens, *statistics, *weights, out, *tokens.stride(), frames, channels, hidden, special_tokens, *grid,
-            BLOCK_S=triton.next_power_of_2(max(special_tokens, 1)), **_constants(tokens, hidden), **config,
+            BLOCK_S=next_power_of_2(max(special_tokens, 1)), **_constants(tokens, hidden), **config,
         )  # fmt: skip
 
     _launch("fwd_kernel", tokens, hidden, run)
@@ -97,19 +99,21 @@ def backward(d_bias: Tensor, tokens: Tensor, parameters: list[Tensor], grid: tup
     sizes = (*tokens.stride(), frames, channels, hidden, special_tokens, *grid)
 
     def run_hidden(config: autotune.Config) -> list[Tensor]:
-        tiles = triton.cdiv(patches, config["BLOCK_P"])
+        tiles = cdiv(patches, config["BLOCK_P"])
         programs = tiles * batch * frames
         parts = [fp32(programs, hidden), fp32(programs), fp32(programs, hidden)]
-        bwd.mask_head_bwd_kernel_hidden[(tiles, batch * frames)](
+        launcher.launch(
+            bwd.mask_head_bwd_kernel_hidden, (tiles, batch * frames),
             d_bias, tokens, *statistics, *weights, d_a2, *parts, *sizes, **_constants(tokens, hidden), **config
         )  # fmt: skip
         return parts
 
     def run_channels(config: autotune.Config) -> list[Tensor]:
-        tiles = triton.cdiv(patches, config["BLOCK_P"])
+        tiles = cdiv(patches, config["BLOCK_P"])
         shares = min(SHARES, tiles * batch * frames)
         parts = [fp32(shares, channels, hidden), fp32(shares, 9, channels), fp32(shares, channels)]
-        bwd.mask_head_bwd_kernel_channels[(triton.cdiv(channels, config["BLOCK_C"]), shares)](
+        launcher.launch(
+            bwd.mask_head_bwd_kernel_channels, (cdiv(channels, config["BLOCK_C"]), shares),
             tokens, *statistics, *weights[:3], d_a2, *parts, *sizes, tiles, tiles * batch * frames,
             BLOCK_K=32, **_constants(tokens, hidden), **config,
         )  # fmt: skip

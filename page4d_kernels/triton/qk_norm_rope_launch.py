@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
-from . import autotune
+from . import autotune, launcher
 from . import qk_norm_rope as kernels
+from .launcher import cdiv, next_power_of_2
 from .target import per_target
 
 T = TypeVar("T")
@@ -19,19 +19,19 @@ TILES = [(32, 4), (64, 4), (16, 2), (64, 8), (128, 8)]
 
 
 def _blocks(head_dim: int) -> dict[str, int]:
-    return {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
+    return {"D": head_dim, "BLOCK_D": next_power_of_2(head_dim)}
 
 
 @per_target
 def candidates(head_dim: int) -> list[autotune.Config]:
     """A program holds about eight blocks of values: q or k, partner, angles, results."""
     configs = [{"BLOCK_N": tokens, "num_warps": warps} for tokens, warps in TILES]
-    return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 8 * config["BLOCK_N"] * triton.next_power_of_2(head_dim)))
+    return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 8 * config["BLOCK_N"] * next_power_of_2(head_dim)))
 
 
 def _launch(kernel: str, x: Tensor, run: Callable[[autotune.Config], T]) -> T:
     size = x.shape[-1]
-    return autotune.launch(f"qk_norm_rope_{kernel}", (f"D{triton.next_power_of_2(size)}", x.dtype), candidates(size), run)
+    return autotune.launch(f"qk_norm_rope_{kernel}", (f"D{next_power_of_2(size)}", x.dtype), candidates(size), run)
 
 
 def _strides(qkv: Tensor) -> tuple[int, int, int, int]:
@@ -60,7 +60,8 @@ def forward(
     tables = _fp32(cos), _fp32(sin)
 
     def run(config: autotune.Config) -> None:
-        kernels.qk_norm_rope_fwd_kernel[(triton.cdiv(tokens, config["BLOCK_N"]) * batch * heads,)](
+        launcher.launch(
+            kernels.qk_norm_rope_fwd_kernel, (cdiv(tokens, config["BLOCK_N"]) * batch * heads,),
             qkv, *vectors, *tables, q, k, *_strides(qkv),
             heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim), **config,
         )  # fmt: skip
@@ -87,9 +88,10 @@ def backward(
     weights, tables = (q_weight.contiguous(), k_weight.contiguous()), (_fp32(cos), _fp32(sin))
 
     def run(config: autotune.Config) -> Tensor:
-        programs = triton.cdiv(tokens, config["BLOCK_N"]) * batch * heads
+        programs = cdiv(tokens, config["BLOCK_N"]) * batch * heads
         sums = torch.empty(4, programs, head_dim, dtype=torch.float32, device=qkv.device)
-        kernels.qk_norm_rope_bwd_kernel[(programs,)](
+        launcher.launch(
+            kernels.qk_norm_rope_bwd_kernel, (programs,),
             d_q, d_k, qkv, *weights, *tables, d_qkv, sums, *d_q.stride(), *d_k.stride(), *_strides(qkv), sums.stride(0),
             heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim), **config,
         )  # fmt: skip

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
-from . import autotune
+from . import autotune, launcher
 from . import residual_norm as kernels
+from .launcher import cdiv, next_power_of_2
 from .target import per_target
 
 T = TypeVar("T")
@@ -20,20 +20,20 @@ PROGRAMS = 512  # maximum in the backward: a few per multiprocessor, each with o
 
 
 def _blocks(channels: int) -> dict[str, int]:
-    return {"C": channels, "BLOCK_C": triton.next_power_of_2(channels)}
+    return {"C": channels, "BLOCK_C": next_power_of_2(channels)}
 
 
 @per_target
 def candidates(channels: int) -> list[autotune.Config]:
     """A program holds about six blocks of values. Long rows reduce the number of rows per program."""
-    long = triton.next_power_of_2(channels) // 1024
+    long = next_power_of_2(channels) // 1024
     configs = [{"BLOCK_N": max(1, rows // max(1, long)), "num_warps": warps} for rows, warps in TILES]
-    return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 6 * config["BLOCK_N"] * triton.next_power_of_2(channels)))
+    return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 6 * config["BLOCK_N"] * next_power_of_2(channels)))
 
 
 def _launch(kernel: str, x: Tensor, run: Callable[[autotune.Config], T]) -> T:
     size = x.shape[-1]
-    return autotune.launch(f"residual_norm_{kernel}", (f"C{triton.next_power_of_2(size)}", x.dtype), candidates(size), run)
+    return autotune.launch(f"residual_norm_{kernel}", (f"C{next_power_of_2(size)}", x.dtype), candidates(size), run)
 
 
 def forward(
@@ -44,9 +44,10 @@ def forward(
     rows = x.numel() // x.shape[-1]
 
     def run(config: autotune.Config) -> None:
-        kernels.residual_norm_fwd_kernel[(triton.cdiv(rows, config["BLOCK_N"]),)](
-            x, branch, scale, weight, bias, total, normal, rows, eps, **_blocks(x.shape[-1]), **config
-        )
+        launcher.launch(
+            kernels.residual_norm_fwd_kernel, (cdiv(rows, config["BLOCK_N"]),),
+            x, branch, scale, weight, bias, total, normal, rows, eps, **_blocks(x.shape[-1]), **config,
+        )  # fmt: skip
 
     _launch("fwd_kernel", x, run)
     return total, normal
@@ -61,11 +62,12 @@ def backward(
     rows = total.numel() // channels
 
     def run(config: autotune.Config) -> Tensor:
-        all_tiles = triton.cdiv(rows, config["BLOCK_N"])
-        tiles = triton.cdiv(all_tiles, PROGRAMS)
-        programs = triton.cdiv(all_tiles, tiles)
+        all_tiles = cdiv(rows, config["BLOCK_N"])
+        tiles = cdiv(all_tiles, PROGRAMS)
+        programs = cdiv(all_tiles, tiles)
         sums = torch.empty(3, programs, channels, dtype=torch.float32, device=total.device)
-        kernels.residual_norm_bwd_kernel[(programs,)](
+        launcher.launch(
+            kernels.residual_norm_bwd_kernel, (programs,),
             *tensors, d_x, d_branch, sums, sums.stride(0), rows, tiles, eps, **_blocks(channels), **config
         )  # fmt: skip
         return sums

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
@@ -27,7 +26,7 @@ REGISTERS = 255  # maximum per thread
 
 def interpreted() -> bool:
     """Whether kernels run in the interpreter. Triton reads the variable when a kernel is defined."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return bool(triton.knobs.runtime.interpret)
 
 
 def unavailable() -> list[str]:

@@ -19,8 +19,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
 
 import triton
+import triton.language as tl
+from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from page4d_kernels.triton import autotune, mask_attention_launch, target
+from page4d_kernels.triton import autotune, launcher, mask_attention_launch, target
 from page4d_kernels.triton.dryrun import SHARED_MEMORY, DryRunDriver, dry_run, entry_points
 
 LAYOUT = TokenLayout(2, 60, 5)
@@ -239,3 +242,119 @@ class TestTarget:
         assert target.capability() == 90
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         assert target.current() == target.INTERPRETER and autotune.key("kernel") == "kernel sm_0"
+
+
+@triton.jit
+def some_kernel(p_x, p_y, n, stride, factor, flag, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(p_y + offsets * stride, tl.load(p_x + offsets, offsets < n) * factor + SHIFT + flag)
+
+
+class TestLauncher:
+    """A launch like an earlier one is not bound anew, and runs what Triton would have run."""
+
+    @pytest.fixture(autouse=True)
+    def seen(self, monkeypatch):
+        """What Triton and the launcher hand over for every launch: compiled kernel, grid, arguments."""
+        seen = []
+
+        def launch_metadata(compiled, grid, stream, *args):
+            seen.append((compiled, (*grid, 1, 1)[:3], args))
+
+        monkeypatch.setattr(CompiledKernel, "launch_metadata", launch_metadata)
+        launcher.forget()
+        with dry_run(90):
+            yield seen
+        launcher.forget()
+
+    @pytest.fixture
+    def bound(self, monkeypatch):
+        """The names of the kernels that Triton is asked to bind."""
+        names = []
+        original = triton.JITFunction.run
+
+        def run(kernel, *args, **options):
+            names.append(kernel.__name__)
+            return original(kernel, *args, **options)
+
+        monkeypatch.setattr(triton.JITFunction, "run", run)
+        return names
+
+    @pytest.mark.parametrize("example", ["mask head, bf16", "QK-norm + RoPE", "residual + norm"])
+    def test_a_repeated_launch_hands_over_the_same(self, example, seen, bound):
+        launch = entry_points()[example]
+        launch()
+        first, names = list(seen), list(bound)
+        assert first and len(set(names)) == len({compiled.name for compiled, _, _ in first})
+        seen.clear(), bound.clear()
+        launch()
+        assert bound == []
+        assert [(compiled, grid, comparable(args)) for compiled, grid, args in seen] == [
+            (compiled, grid, comparable(args)) for compiled, grid, args in first
+        ]
+
+    def test_what_differs_for_triton_differs_here(self, seen, bound):
+        """Each of these is compiled anew, or could be: the launcher's second round must run what Triton ran in the first."""
+        memory = torch.zeros(64, dtype=torch.int8)
+        x, y = (torch.zeros(64) for _ in range(2))
+        unaligned = memory[4:36].view(torch.float32)
+        half = torch.zeros(64, dtype=torch.float16)
+        plain = {"p_x": x, "p_y": y, "n": 17, "stride": 3, "factor": 0.5, "flag": False, "BLOCK": 32, "SHIFT": 1, "num_warps": 4}
+        changes = [
+            {}, {"p_x": unaligned}, {"p_y": unaligned}, {"p_x": unaligned, "p_y": unaligned}, {"p_x": half}, {"p_y": half},
+            {"n": 16}, {"n": 1}, {"n": 2**31}, {"n": 2**63}, {"stride": 1}, {"stride": 16}, {"n": 3, "stride": 17},
+            {"factor": 1}, {"factor": 1.0}, {"factor": 16}, {"factor": 2}, {"factor": 2.0}, {"flag": True}, {"flag": 1}, {"flag": 0},
+            {"BLOCK": 64}, {"SHIFT": 2}, {"num_warps": 8},
+        ]  # fmt: skip
+
+        def launch(change):
+            *args, block, shift, warps = (plain | change).values()
+            launcher.launch(some_kernel, (2, 3), *args, BLOCK=block, SHIFT=shift, num_warps=warps)
+
+        for change in changes:
+            some_kernel[(2, 3)](*list((plain | change).values())[:-1], num_warps=(plain | change)["num_warps"])
+        expected = list(seen)
+        assert len({id(compiled) for compiled, _, _ in expected}) >= 15
+        for _ in range(2):
+            seen.clear(), bound.clear()
+            for change in changes:
+                launch(change)
+            for change, (compiled, grid, args), (other, _, other_args) in zip(changes, seen, expected, strict=True):
+                assert compiled is other and grid == (2, 3, 1), change
+                assert comparable(args) == comparable(other_args), change
+        assert bound == []
+
+    def test_descriptors_of_other_tiles_are_other_kernels(self, seen):
+        x = torch.zeros(64, 64)
+        tiles = [TensorDescriptor(x, [64, 64], [64, 1], block) for block in ([16, 16], [16, 32], [16, 16])]
+        halves = TensorDescriptor(x.half(), [64, 64], [64, 1], [16, 16])
+        assert launcher._trait(tiles[0]) == launcher._trait(tiles[2])
+        assert len({launcher._trait(tile) for tile in (*tiles, halves, x)}) == 4
+
+    def test_each_device_has_kernels_of_its_own(self, seen):
+        x = torch.zeros(64)
+        for capability in (80, 90, 80, 90):
+            with dry_run(capability):
+                launcher.launch(some_kernel, (1,), x, x, 5, 1, 0.5, False, BLOCK=32, SHIFT=0)
+        assert [compiled.metadata.target.arch for compiled, _, _ in seen] == [80, 90, 80, 90]
+
+    def test_too_many_are_forgotten(self, seen, bound, monkeypatch):
+        monkeypatch.setattr(launcher, "LIMIT", 3)
+        x = torch.zeros(64)
+        for n in (3, 4, 5, 6, 6, 3):
+            launcher.launch(some_kernel, (1,), x, x, n, 1, 0.5, False, BLOCK=32, SHIFT=0)
+            assert len(launcher._launches) <= 3
+        assert [args[2] for _, _, args in seen] == [3, 4, 5, 6, 6, 3] and len(bound) == 5
+
+    def test_a_profiler_that_instruments_kernels_gets_them(self, seen, bound, monkeypatch):
+        x = torch.zeros(64)
+        for mode in ("", "consan", "", "consan"):
+            monkeypatch.setattr(triton.knobs.compilation, "instrumentation_mode", mode)
+            launcher.launch(some_kernel, (1,), x, x, 7, 1, 0.5, False, BLOCK=32, SHIFT=0)
+        assert len(bound) == 2 and len({id(compiled) for compiled, _, _ in seen}) == 2
+
+
+def comparable(args):
+    """Tensors by dtype, shape and strides, descriptors by what they describe."""
+    known = {torch.Tensor: lambda x: (x.dtype, x.shape, x.stride()), TensorDescriptor: lambda x: (x.shape, x.strides, x.block_shape)}
+    return [(type(x), known.get(type(x), lambda value: value)(x)) for x in args]
