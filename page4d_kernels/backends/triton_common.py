@@ -24,14 +24,15 @@ def unavailable() -> list[str]:
 
 def unsupported(problem: Any) -> list[str]:
     """The reasons that follow from the device and dtype of `problem`."""
-    from ..triton.target import interpreted
+    from ..triton import target
 
     reasons = []
-    if problem.device != ("cpu" if interpreted() else "cuda"):
-        reasons.append(f"it runs on {'cpu, in the interpreter' if interpreted() else 'cuda'}, the tensors are on {problem.device}")
+    if problem.device != target.device_type():
+        where = "cpu, in the interpreter" if target.interpreted() else "cuda"
+        reasons.append(f"it runs on {where}, the tensors are on {problem.device}")
     if problem.dtype == torch.float64:
         reasons.append("it takes float32, float16 and bfloat16, not float64")
-    if interpreted() and problem.dtype == torch.bfloat16:
+    if problem.dtype == torch.bfloat16 and target.interpreted():
         reasons.append("Triton's interpreter computes bfloat16 wrongly")
     return reasons
 

@@ -13,7 +13,8 @@ from ..backends.mask_attention.problem import AttentionArgs, AttentionProblem
 from ..backends.registry import BackendError
 from ..layout import TokenLayout, to_token_major
 from ..reference import accumulation_dtype
-from ._checks import dtype_name, expect, expect_finite, expect_floats, expect_like, expect_tensor, values_can_be_read, without_autocast
+from . import _checks
+from ._checks import dtype_name, expect, expect_finite, expect_floats, expect_like, expect_tensor, without_autocast
 
 
 def mask_attention(
@@ -139,7 +140,7 @@ def _check(
             raise TypeError(f"layout must be a TokenLayout, not {type(layout).__name__}")
         fits = layout.tokens == q.shape[2] == k.shape[2]
         expect(fits, f"{layout} has {layout.tokens} tokens, but there are {q.shape[2]} queries and {k.shape[2]} keys")
-        if query_gate is not None and env.flag("PAGE4D_DEBUG") and values_can_be_read(query_gate):
+        if query_gate is not None and env.flag("PAGE4D_DEBUG") and _checks.values_can_be_read(query_gate):
             rest = query_gate.unflatten(1, (layout.frames, layout.tokens_per_frame))[:, :, layout.special_tokens :]
             expect(not bool(rest.any()), f"query_gate is not zero outside the special tokens, as {layout} promises")
 

@@ -29,6 +29,11 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def device_type() -> str:
+    """Where the tensors of a launch must be."""
+    return "cpu" if interpreted() else "cuda"
+
+
 def unavailable() -> list[str]:
     """Why Triton kernels cannot run on this machine."""
     if interpreted() or torch.cuda.is_available():
