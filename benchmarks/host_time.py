@@ -31,7 +31,7 @@ Calls = dict[str, Callable[[], object]]
 @contextlib.contextmanager
 def as_on_a_gpu(capability: int) -> Iterator[None]:
     """CPU tensors take the path of tensors on a GPU: real launches, and no check that would read values."""
-    patches = (
+    patches: tuple[Any, ...] = (
         mock.patch.object(target, "device_type", lambda: "cpu"),
         mock.patch.object(target, "unavailable", lambda: []),
         mock.patch.object(_checks, "values_can_be_read", lambda x: False),
@@ -70,10 +70,9 @@ def calls() -> dict[str, Calls]:
         found[op] |= operator
 
     inputs = attention_inputs(layout, heads=HEADS, dtype=half, packed=True)
-    vectors = (inputs.q, inputs.k, inputs.v, inputs.query_gate, inputs.key_bias)
-    args = AttentionArgs(*vectors, layout, 0.125)
+    args = AttentionArgs(inputs.q, inputs.k, inputs.v, inputs.query_gate, inputs.key_bias, layout, 0.125)
     out, lse = triton["mask_attention"].forward(args)
-    operator = _both(mask_attention, list(vectors), layout=layout, backend="triton")
+    operator = _both(mask_attention, [x for x in inputs.tensors() if x is not None], layout=layout, backend="triton")
     add("mask_attention", (args,), (args, out, lse, torch.zeros_like(out), None), operator)
 
     tokens = torch.zeros(1, 1, layout.tokens, CHANNELS, dtype=half)

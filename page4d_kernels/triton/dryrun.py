@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import re
 import subprocess
 import tempfile
@@ -26,7 +27,10 @@ from . import launcher
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "MUFU.EX2", "STL", "LDL")
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may use
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may use
+RESERVED = 1024  # bytes of shared memory that the driver takes for each program; a multiprocessor has those of one program and these
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}  # that a multiprocessor holds
+REGISTERS, TENSOR_MEMORY = 65536, 512  # of a multiprocessor: 32-bit registers, columns of tensor memory (sm_100)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,15 @@ class Resources:
     registers: int  # per thread
     stack: int  # bytes of local memory per thread; 0 means no spills
     shared: int  # bytes per program
+    programs: int  # that a multiprocessor holds at a time
     instructions: dict[str, int]
+
+
+def programs(capability: int, registers: int, shared: int, warps: int, tensor_memory: int) -> int:
+    """Programs per multiprocessor. A warp's registers are handed out in units of 256."""
+    by_registers = REGISTERS // (math.ceil(32 * registers / 256) * 256 * warps)
+    by_shared = (SHARED_MEMORY[capability] + RESERVED) // (shared + RESERVED)
+    return min(by_registers, by_shared, WARPS[capability] // warps, TENSOR_MEMORY // max(tensor_memory, 1))
 
 
 def resources(kernel: Any) -> Resources:
@@ -115,7 +127,9 @@ def resources(kernel: Any) -> Resources:
         usage, code = dump("-res-usage"), dump("-sass")
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", code)) for name in INSTRUCTIONS}
-    return Resources(numbers["REG"], numbers["STACK"], kernel.metadata.shared, counts)
+    needs = kernel.metadata
+    count = programs(needs.target.arch, numbers["REG"], needs.shared, needs.num_warps, getattr(needs, "tmem_size", None) or 0)
+    return Resources(numbers["REG"], numbers["STACK"], needs.shared, count, counts)
 
 
 @contextlib.contextmanager

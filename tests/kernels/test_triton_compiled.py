@@ -29,6 +29,7 @@ ATTENTION = {
     "mask_attention_bwd_kernel_dq",
     "mask_attention_bwd_kernel_dkv",
 }
+PACKED = {"mask_attention_fwd_kernel_packed", "mask_attention_fwd_kernel_merge", "mask_attention_bwd_kernel_dq_packed"}
 HELPERS = ("_preprocess", "_merge", "_stats")  # suffixes of kernels without a matmul
 
 
@@ -49,7 +50,7 @@ def check(capability: int, name: str, needs: Resources, spill_limit: int = 0) ->
 def check_attention(capability: int, name: str, needs: Resources) -> None:
     """The matrix unit and the loads that the architecture has."""
     found = {instruction for instruction in ("HMMA", "HGMMA", "UTMALDG") if needs.instructions[instruction]}
-    expected = {80: {"HMMA"}, 90: {"HGMMA", "UTMALDG"}, 100: {"UTMALDG"}}[capability]
+    expected = {90: {"HGMMA", "UTMALDG"}, 100: {"UTMALDG"}, 120: {"HMMA", "UTMALDG"}}.get(capability, {"HMMA"})
     assert found == expected, f"sm_{capability} {name}: {needs}"
 
 
@@ -101,19 +102,42 @@ def run(layout: TokenLayout, head_dim: int = 64, dtype: torch.dtype = torch.bflo
 
 
 def test_grids():
-    """Gated rows make tiles of their own, 5 * 10 of them one; a short sequence splits its keys."""
+    """Gated rows have launches of their own, 5 * 10 of them one tile, whose keys 8930 // 512 programs share; so do those of few tiles."""
     launches, _ = run(TokenLayout(10, 893, 5))
     assert launches == [
-        Launch("mask_attention_fwd_kernel", ((70 + 1) * 2, 1, 1)),
+        Launch("mask_attention_fwd_kernel", (70 * 2, 1, 1)),
+        Launch("mask_attention_fwd_kernel_packed", (1 * 2, 17, 1)),
+        Launch("mask_attention_fwd_kernel_merge", (2 * 2, 1, 1)),
         Launch("mask_attention_bwd_kernel_preprocess", (140 * 2, 1, 1)),
-        Launch("mask_attention_bwd_kernel_dq", ((140 + 1) * 2, 1, 1)),
+        Launch("mask_attention_bwd_kernel_dq", (140 * 2, 1, 1)),
         Launch("mask_attention_bwd_kernel_dkv", (140 * 2, 1, 1)),
+        Launch("mask_attention_bwd_kernel_dq_packed", (1 * 2, 17, 1)),
     ]
     launches, _ = run(TokenLayout(1, 1374, 5))
-    assert launches[:2] == [
-        Launch("mask_attention_fwd_kernel", ((11 + 1) * 2, 2, 1)),
+    assert launches[:4] == [
+        Launch("mask_attention_fwd_kernel", (11 * 2, 2, 1)),
         Launch("mask_attention_fwd_kernel_merge", (43 * 2, 1, 1)),
+        Launch("mask_attention_fwd_kernel_packed", (1 * 2, 2, 1)),
+        Launch("mask_attention_fwd_kernel_merge", (1 * 2, 1, 1)),
     ]
+    launches, _ = run(TokenLayout(2, 300, 0))
+    assert not [launch for launch in launches if launch.kernel in PACKED]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_gated_rows_cost_other_rows_nothing(capability):
+    """With a layout the contiguous rows run the machine code of a call without bias; dkv, which has both loops, needs no more registers
+    than keep its number of programs per multiprocessor."""
+    found = []
+    for promise in ("attention, layout", "attention, no bias"):
+        with dry_run(capability), compiled_kernels() as kernels:
+            entry_points()[promise]()
+        found.append(kernels)
+    packed, plain = found
+    for name in ("mask_attention_fwd_kernel", "mask_attention_bwd_kernel_dq"):
+        assert packed[name] is plain[name]
+    with_rows, without = (resources(kernels["mask_attention_bwd_kernel_dkv"]) for kernels in found)
+    assert with_rows.registers <= without.registers or with_rows.programs == without.programs
 
 
 def test_grids_of_the_other_ops():

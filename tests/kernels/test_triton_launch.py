@@ -78,7 +78,7 @@ class TestDevice:
         monkeypatch.setattr(DryRunDriver, "get_current_device", lambda self: devices.seen.append(devices.current) or devices.current)
         with dry_run(90) as stand_in:
             registries()["mask_attention"].get("triton").forward(args)
-        assert [launch.kernel for launch in stand_in.launches] == ["mask_attention_fwd_kernel"]
+        assert "mask_attention_fwd_kernel" in [launch.kernel for launch in stand_in.launches]
         assert set(devices.seen) == {1} and devices.current == 0
 
 
@@ -157,7 +157,7 @@ class TestLengths:
 
     def test_the_encoder_does_not_decide_for_a_long_clip(self, monkeypatch):
         one_frame, forty_frames = (self.keys(TokenLayout(frames, 893, 5), monkeypatch) for frames in (1, 40))
-        assert len(one_frame) == 3 and not set(one_frame) & set(forty_frames)
+        assert len(one_frame) == 5 and not set(one_frame) & set(forty_frames)
         assert [name.rpartition(" ")[0] for name in one_frame] == [name.rpartition(" ")[0] for name in forty_frames]
         assert {name.rpartition(" ")[2] for name in one_frame + forty_frames} == {"few", "many"}
 
@@ -280,7 +280,9 @@ class TestLauncher:
         monkeypatch.setattr(triton.JITFunction, "run", run)
         return names
 
-    @pytest.mark.parametrize("example", ["mask head, bf16", "QK-norm + RoPE", "residual + norm"])
+    @pytest.mark.parametrize(
+        "example", ["attention, layout", "attention, no layout", "mask head, bf16", "QK-norm + RoPE", "residual + norm"]
+    )
     def test_a_repeated_launch_hands_over_the_same(self, example, seen, bound):
         launch = entry_points()[example]
         launch()
