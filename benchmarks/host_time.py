@@ -96,9 +96,9 @@ def calls() -> dict[str, Calls]:
     return found
 
 
-def plain_launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+def plain_launch(kernel: Any, grid: tuple[int, ...], tensors: tuple[Any, ...], numbers: tuple[Any, ...], **constants: Any) -> None:
     """What `launcher.launch` replaces."""
-    kernel[grid](*args, **constants)
+    kernel[grid](*tensors, *numbers, **constants)
 
 
 def microseconds(call: Callable[[], object], seconds: float) -> tuple[float, float]:

@@ -30,7 +30,7 @@ import torch
 import triton
 
 from .. import env
-from .target import capability, interpreted, limits, per_target
+from .target import capability, interpreted, limits
 
 logger = logging.getLogger("page4d_kernels")
 
@@ -64,9 +64,8 @@ def mode() -> str:
     return name
 
 
-@per_target
 def key(kernel: str, *traits: object) -> str:
-    """Such as `mask_attention_fwd_kernel sm_90 D64 bfloat16 packed`."""
+    """Such as `mask_attention_fwd_kernel sm_90 D64 bfloat16 plain few`."""
     return " ".join([kernel, f"sm_{capability()}", *(str(trait).removeprefix("torch.") for trait in traits)])
 
 
@@ -100,11 +99,6 @@ def choose(name: str, candidates: list[Config], run: Callable[[Config], object])
     if own:
         dump(Path(own))
     return candidates[index]
-
-
-def launch(kernel: str, traits: tuple[object, ...], candidates: list[Config], run: Callable[[Config], T]) -> T:
-    """Choose the configuration of `kernel` for `traits` and return `run(configuration)`, which launches it."""
-    return run(choose(key(kernel, *traits), candidates, run))
 
 
 def dump(path: Path) -> None:

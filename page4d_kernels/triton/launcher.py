@@ -8,10 +8,10 @@ tensors of the same dtypes and alignments, is served by the same compiled kernel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
 import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LIMIT = 4096  # remembered launches. Each new length adds some; when there are too many, all are forgotten
-_launches: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
+_launches: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}  # the compiled kernel with its grid, and its constants
 
 next_power_of_2 = cache(triton.next_power_of_2)  # called on the host, Triton's takes 5 us
 
@@ -28,32 +28,33 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)  # called on the host, triton.cdiv takes 5 us
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """`kernel[grid](*args, **constants)`. The constants are the constexpr parameters, which come last, and num_warps and the like."""
+def launch(kernel: Any, grid: tuple[int, ...], tensors: tuple[Any, ...], numbers: tuple[int | float, ...], **constants: Any) -> None:
+    """`kernel[grid](*tensors, *numbers, **constants)`. The constants are the constexpr parameters, which come last, num_warps and so on."""
     if not isinstance(kernel, triton.JITFunction):  # in the interpreter
-        kernel[grid](*args, **constants)
+        kernel[grid](*tensors, *numbers, **constants)
         return
     mode = knobs.compilation.instrumentation_mode  # Proton, the profiler, sets it while a process runs
-    key = (kernel.fn, mode, driver.active.get_current_device(), *[x if type(x) is int else _trait(x) for x in args], *constants.items())
+    device = driver.active.get_current_device()
+    types = tuple(map(type, numbers))  # 1 == 1.0
+    key = (kernel.fn, mode, device, grid, numbers, types, tuple(constants.items()), *[_trait(x) for x in tensors])
     known = _launches.get(key)
     if known is None:
-        compiled = kernel[grid](*args, **constants)
+        compiled = kernel[grid](*tensors, *numbers, **constants)
         if _may_be_called(compiled):
             if len(_launches) >= LIMIT:
                 _launches.clear()
-            _launches[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+            names = kernel.arg_names[len(tensors) + len(numbers) :]
+            _launches[key] = compiled[grid + (1,) * (3 - len(grid))], tuple(constants[name] for name in names)
     else:
-        compiled, values = known
-        compiled[grid + (1,) * (3 - len(grid))](*args, *values)
+        call, values = known
+        call(*tensors, *numbers, *values)
 
 
 def _trait(x: Any) -> Any:
-    """What Triton sees of an argument that is no integer."""
-    if isinstance(x, torch.Tensor):
-        return x.dtype if x.data_ptr() % 16 == 0 else (x.dtype, "not aligned")
+    """What Triton sees of a tensor or descriptor."""
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, *x.block_shape
-    return type(x), x  # the type too, as True == 1 == 1.0
+    return x.dtype if x.data_ptr() % 16 == 0 else (x.dtype, "not aligned")
 
 
 def _may_be_called(compiled: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -79,7 +79,6 @@ def _resources(kernel: str, head_dim: int, itemsize: int, config: autotune.Confi
     return autotune.ResourceEstimate(2 * (looped * stages + own) * head_dim * itemsize, outputs * own * head_dim + 2 * rows * keys)
 
 
-@per_target
 def candidates(kernel: str, head_dim: int, dtype: torch.dtype) -> list[autotune.Config]:
     narrow = head_dim <= 64 and capability() == 90
     tiles = FP32_TILES if dtype == torch.float32 else TILES if narrow else WIDE_TILES
@@ -88,21 +87,23 @@ def candidates(kernel: str, head_dim: int, dtype: torch.dtype) -> list[autotune.
     return autotune.prune(configs, lambda config: _resources(kernel, _block_d(head_dim), dtype.itemsize, config))
 
 
+@per_target
+def _tuning(kernel: str, head_dim: int, dtype: torch.dtype, mode: int, length: str) -> tuple[str, list[autotune.Config]]:
+    key = autotune.key(f"mask_attention_{kernel}", f"D{_block_d(head_dim)}", dtype, MODES[mode], length)
+    return key, candidates(kernel, head_dim, dtype)
+
+
 def _launch(kernel: str, q: Tensor, mode: int, run: Callable[[autotune.Config], T]) -> T:
-    traits = (f"D{_block_d(q.shape[-1])}", q.dtype, MODES[mode], autotune.length_class(q.shape[2]))
-    return autotune.launch(f"mask_attention_{kernel}", traits, candidates(kernel, q.shape[-1], q.dtype), run)
+    key, configs = _tuning(kernel, q.shape[-1], q.dtype, mode, autotune.length_class(q.shape[2]))
+    return run(autotune.choose(key, configs, run))
 
 
 def _block_d(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
-
-
 def _head_strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in _strides(x)]
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def _constants(q: Tensor, tma: bool) -> dict[str, Any]:
@@ -113,19 +114,27 @@ def _constants(q: Tensor, tma: bool) -> dict[str, Any]:
 
 def _tma_ready(*tensors: Tensor) -> bool:
     """Descriptors (Hopper and newer) need 16-byte alignment of base and strides, and a head dim that is a power of two from 16 to 128."""
-    if capability() < 90:
-        return False
+    return capability() >= 90 and all(_aligned(x) and x.shape[-1] in (16, 32, 64, 128) for x in tensors)
 
-    def aligned(x: Tensor) -> bool:
-        size = x.element_size()
-        return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in _strides(x))
 
-    return all(aligned(x) and x.shape[-1] in (16, 32, 64, 128) for x in tensors)
+def _aligned(x: Tensor) -> bool:
+    batch, head, row, _ = x.stride()
+    return x.data_ptr() % 16 == 0 and (batch | head | row) * x.element_size() % 16 == 0  # together: 16 is a power of two
 
 
 def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
-    """Tiles of `block` rows of one head of (B, H, N, D)."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, x.shape[-1]])
+    """Tiles of `block` rows of one head of (B, H, N, D).
+
+    The fields are set one by one, because the constructor checks again what `_tma_ready` has checked, in 5 us.
+    """
+    found = object.__new__(TensorDescriptor)
+    found.base, found.shape, found.strides, found.block_shape = x, list(x.shape), list(x.stride()), [1, 1, block, x.shape[-1]]
+    return found
+
+
+def _tiled(tensors: tuple[Tensor, Tensor], tma: bool) -> Callable[[int], tuple[Any, ...]]:
+    """By the number of rows of a tile, how a kernel gets tensors whose tiles its loop reads: as descriptors (TMA), or as they are."""
+    return cache(lambda block: tuple(_descriptor(x, block) for x in tensors)) if tma else lambda block: tensors
 
 
 def _vectors(query_gate: Tensor | None, key_bias: Tensor | None, unread: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,9 +155,11 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     keys = k.shape[2]
     rows = Rows.of(query_gate, layout)
     tma = _tma_ready(k, v)
+    tiled = _tiled((k, v), tma)
     out = empty_token_major(q)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     gate, bias = _vectors(query_gate, key_bias, lse)
+    strides, vector_strides = _head_strides(q, k, v), (gate.stride(0), bias.stride(0))
 
     def split(count: int, config: autotune.Config) -> tuple[int, int]:
         """Tiles of `count` rows, over heads and batch, and programs that share the keys of each."""
@@ -163,7 +174,8 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         splits, _, _, count = parts[1].shape
         launcher.launch(
             fwd.mask_attention_fwd_kernel_merge, (cdiv(count, MERGE_M) * batch * heads,),
-            *parts, out, lse, batch * heads * count, *_head_strides(out), heads, queries, count, splits, rows.per_frame, rows.special,
+            (*parts, out, lse),
+            (batch * heads * count, *_head_strides(out), heads, queries, count, splits, rows.per_frame, rows.special),
             D=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=MERGE_M, ROWS=mode, num_warps=4,
         )  # fmt: skip
 
@@ -172,8 +184,8 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         target = (out, lse) if splits == 1 else partial_results(splits, queries)
         launcher.launch(
             fwd.mask_attention_fwd_kernel, (tiles * batch * heads, splits),
-            q, *(_descriptor(x, config["BLOCK_N"]) if tma else x for x in (k, v)), gate, bias, *target,
-            *_head_strides(q, k, v, target[0]), gate.stride(0), bias.stride(0), batch * heads * queries, tiles, heads, queries, keys, scale,
+            (q, *tiled(config["BLOCK_N"]), gate, bias, *target),
+            (*strides, *_head_strides(target[0]), *vector_strides, batch * heads * queries, tiles, heads, queries, keys, scale),
             ROWS=rows.contiguous, SPLIT=splits > 1, **_constants(q, tma), **config,
         )  # fmt: skip
         if splits > 1:
@@ -184,9 +196,9 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         target = partial_results(splits, rows.packed)
         launcher.launch(
             fwd.mask_attention_fwd_kernel_packed, (tiles * batch * heads, splits),
-            q, *(_descriptor(x, config["BLOCK_N"]) if tma else x for x in (k, v)), gate, bias, *target,
-            *_head_strides(q, k, v, target[0]), gate.stride(0), bias.stride(0), batch * heads * rows.packed,
-            tiles, heads, keys, scale, rows.per_frame, rows.special, rows.packed, **_constants(q, tma), **config,
+            (q, *tiled(config["BLOCK_N"]), gate, bias, *target),
+            (*strides, *_head_strides(target[0]), *vector_strides, batch * heads * rows.packed,
+             tiles, heads, keys, scale, rows.per_frame, rows.special, rows.packed), **_constants(q, tma), **config,
         )  # fmt: skip
         merge(target, rows.mode)
 
@@ -208,37 +220,38 @@ def backward(
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     launcher.launch(
         bwd.mask_attention_bwd_kernel_preprocess, (cdiv(queries, 64) * batch * heads,),
-        out, d_out, lse, lse if d_lse is None else d_lse.contiguous(), delta, lse2,
-        *_head_strides(out, d_out), heads, queries, rows.per_frame, rows.special,
+        (out, d_out, lse, lse if d_lse is None else d_lse.contiguous(), delta, lse2),
+        (*_head_strides(out, d_out), heads, queries, rows.per_frame, rows.special),
         D=head_dim, BLOCK_D=_block_d(head_dim), BLOCK_M=64, ROWS=rows.mode, LSE_GRAD=d_lse is not None, num_warps=4,
     )  # fmt: skip
 
     d_q, d_k, d_v = empty_token_major(q), empty_token_major(k), empty_token_major(v)
     d_gate_heads, d_bias_heads = (torch.empty(batch, heads, n, dtype=torch.float32, device=q.device) for n in (queries, keys))
     gate, bias = _vectors(query_gate, key_bias, lse)
+    tma = _tma_ready(k, v)
+    tiled = _tiled((k, v), tma)
+    strides, vector_strides = _head_strides(q, k, v, d_out), (gate.stride(0), bias.stride(0))
     packed_sizes = (rows.per_frame, rows.special, rows.packed)
 
     def run_dq(config: autotune.Config) -> None:
-        tma = _tma_ready(k, v)
         tiles = cdiv(queries, config["BLOCK_M"])
         launcher.launch(
             bwd.mask_attention_bwd_kernel_dq, (tiles * batch * heads,),
-            q, *(_descriptor(x, config["BLOCK_N"]) if tma else x for x in (k, v)), d_out, gate, bias, lse2, delta, d_q, d_gate_heads,
-            *_head_strides(q, k, v, d_out, d_q), gate.stride(0), bias.stride(0), tiles, heads, queries, keys, scale,
+            (q, *tiled(config["BLOCK_N"]), d_out, gate, bias, lse2, delta, d_q, d_gate_heads),
+            (*strides, *_head_strides(d_q), *vector_strides, tiles, heads, queries, keys, scale),
             ROWS=rows.contiguous, **_constants(q, tma), **config,
         )  # fmt: skip
 
     def run_dq_packed(config: autotune.Config) -> tuple[Tensor, Tensor]:
-        tma = _tma_ready(k, v)
         tiles = cdiv(rows.packed, config["BLOCK_M"])
         splits = splits_for(tiles * batch * heads, keys, q.device)
         parts = torch.empty(splits, batch, heads, rows.packed, head_dim, dtype=torch.float32, device=q.device)
         gate_parts = torch.empty(splits, batch, heads, rows.packed, dtype=torch.float32, device=q.device)
         launcher.launch(
             bwd.mask_attention_bwd_kernel_dq_packed, (tiles * batch * heads, splits),
-            q, *(_descriptor(x, config["BLOCK_N"]) if tma else x for x in (k, v)), d_out, gate, bias, lse, delta, parts, gate_parts,
-            *_head_strides(q, k, v, d_out), gate.stride(0), bias.stride(0), batch * heads * rows.packed,
-            tiles, heads, queries, keys, scale, *packed_sizes, **_constants(q, tma), **config,
+            (q, *tiled(config["BLOCK_N"]), d_out, gate, bias, lse, delta, parts, gate_parts),
+            (*strides, *vector_strides, batch * heads * rows.packed, tiles, heads, queries, keys, scale, *packed_sizes),
+            **_constants(q, tma), **config,
         )  # fmt: skip
         return parts, gate_parts
 
@@ -247,9 +260,8 @@ def backward(
         tiles = cdiv(keys, config["BLOCK_N"])
         launcher.launch(
             bwd.mask_attention_bwd_kernel_dkv, (tiles * batch * heads,),
-            *(_descriptor(x, config["BLOCK_M"]) if tma else x for x in (q, d_out)), q, d_out, k, v, gate, bias, lse, lse2, delta,
-            d_k, d_v, d_bias_heads,
-            *_head_strides(q, k, v, d_out, d_k), gate.stride(0), bias.stride(0), tiles, heads, queries, keys, scale, *packed_sizes,
+            (*_tiled((q, d_out), tma)(config["BLOCK_M"]), q, d_out, k, v, gate, bias, lse, lse2, delta, d_k, d_v, d_bias_heads),
+            (*strides, *_head_strides(d_k), *vector_strides, tiles, heads, queries, keys, scale, *packed_sizes),
             BLOCK_P=PACKED_M, ROWS=rows.mode, **_constants(q, tma), **config,
         )  # fmt: skip
 

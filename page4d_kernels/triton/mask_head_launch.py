@@ -31,7 +31,7 @@ def _statistics(tokens: Tensor, patches: int, special_tokens: int) -> tuple[Tens
     mean, rstd = (torch.empty(batch * frames, channels, dtype=torch.float32, device=tokens.device) for _ in range(2))
     launcher.launch(
         fwd.mask_head_fwd_kernel_stats, (batch * frames, cdiv(channels, STATISTICS_C)),
-        tokens, mean, rstd, *tokens.stride(), frames, channels, special_tokens, patches, MIN_STD,
+        (tokens, mean, rstd), (*tokens.stride(), frames, channels, special_tokens, patches, MIN_STD),
         BLOCK_P=STATISTICS_P, BLOCK_C=STATISTICS_C, num_warps=4,
     )  # fmt: skip
     return mean, rstd
@@ -50,7 +50,6 @@ def _constants(tokens: Tensor, hidden: int) -> dict[str, Any]:
     return {"BLOCK_H": _block_h(hidden), "PRECISION": "tf32x3" if tokens.dtype == torch.float32 else "tf32"}
 
 
-@per_target
 def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Config]:
     tiles = (FP32_TILES if dtype == torch.float32 else TILES)["channels" if kernel == "bwd_kernel_channels" else "rows"]
     if capability() == 90 and kernel != "bwd_kernel_channels" and dtype != torch.float32:
@@ -65,9 +64,14 @@ def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Co
     return autotune.prune(configs, resources)
 
 
+@per_target
+def _tuning(kernel: str, dtype: torch.dtype, hidden: int) -> tuple[str, list[autotune.Config]]:
+    return autotune.key(f"mask_head_{kernel}", f"H{hidden}", dtype), candidates(kernel, dtype, hidden)
+
+
 def _launch(kernel: str, tokens: Tensor, hidden: int, run: Callable[[autotune.Config], T]) -> T:
-    block_h = _block_h(hidden)
-    return autotune.launch(f"mask_head_{kernel}", (f"H{block_h}", tokens.dtype), candidates(kernel, tokens.dtype, block_h), run)
+    key, configs = _tuning(kernel, tokens.dtype, _block_h(hidden))
+    return run(autotune.choose(key, configs, run))
 
 
 def forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], special_tokens: int) -> Tensor:
@@ -79,7 +83,7 @@ def forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], spe
     def run(config: autotune.Config) -> None:
         launcher.launch(
             fwd.mask_head_fwd_kernel, (cdiv(patches, config["BLOCK_P"]), batch * frames),
-            tokens, *statistics, *weights, out, *tokens.stride(), frames, channels, hidden, special_tokens, *grid,
+            (tokens, *statistics, *weights, out), (*tokens.stride(), frames, channels, hidden, special_tokens, *grid),
             BLOCK_S=next_power_of_2(max(special_tokens, 1)), **_constants(tokens, hidden), **config,
         )  # fmt: skip
 
@@ -104,7 +108,7 @@ def backward(d_bias: Tensor, tokens: Tensor, parameters: list[Tensor], grid: tup
         parts = [fp32(programs, hidden), fp32(programs), fp32(programs, hidden)]
         launcher.launch(
             bwd.mask_head_bwd_kernel_hidden, (tiles, batch * frames),
-            d_bias, tokens, *statistics, *weights, d_a2, *parts, *sizes, **_constants(tokens, hidden), **config
+            (d_bias, tokens, *statistics, *weights, d_a2, *parts), sizes, **_constants(tokens, hidden), **config
         )  # fmt: skip
         return parts
 
@@ -114,7 +118,7 @@ def backward(d_bias: Tensor, tokens: Tensor, parameters: list[Tensor], grid: tup
         parts = [fp32(shares, channels, hidden), fp32(shares, 9, channels), fp32(shares, channels)]
         launcher.launch(
             bwd.mask_head_bwd_kernel_channels, (cdiv(channels, config["BLOCK_C"]), shares),
-            tokens, *statistics, *weights[:3], d_a2, *parts, *sizes, tiles, tiles * batch * frames,
+            (tokens, *statistics, *weights[:3], d_a2, *parts), (*sizes, tiles, tiles * batch * frames),
             BLOCK_K=32, **_constants(tokens, hidden), **config,
         )  # fmt: skip
         return parts

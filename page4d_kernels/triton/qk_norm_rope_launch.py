@@ -22,20 +22,20 @@ def _blocks(head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "BLOCK_D": next_power_of_2(head_dim)}
 
 
-@per_target
 def candidates(head_dim: int) -> list[autotune.Config]:
     """A program holds about eight blocks of values: q or k, partner, angles, results."""
     configs = [{"BLOCK_N": tokens, "num_warps": warps} for tokens, warps in TILES]
     return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 8 * config["BLOCK_N"] * next_power_of_2(head_dim)))
 
 
+@per_target
+def _tuning(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[str, list[autotune.Config]]:
+    return autotune.key(f"qk_norm_rope_{kernel}", f"D{next_power_of_2(head_dim)}", dtype), candidates(head_dim)
+
+
 def _launch(kernel: str, x: Tensor, run: Callable[[autotune.Config], T]) -> T:
-    size = x.shape[-1]
-    return autotune.launch(f"qk_norm_rope_{kernel}", (f"D{next_power_of_2(size)}", x.dtype), candidates(size), run)
-
-
-def _strides(qkv: Tensor) -> tuple[int, int, int, int]:
-    return qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3)
+    key, configs = _tuning(kernel, x.shape[-1], x.dtype)
+    return run(autotune.choose(key, configs, run))
 
 
 def _fp32(table: Tensor) -> Tensor:
@@ -62,8 +62,9 @@ def forward(
     def run(config: autotune.Config) -> None:
         launcher.launch(
             kernels.qk_norm_rope_fwd_kernel, (cdiv(tokens, config["BLOCK_N"]) * batch * heads,),
-            qkv, *vectors, *tables, q, k, *_strides(qkv),
-            heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim), **config,
+            (qkv, *vectors, *tables, q, k),
+            (*qkv.stride()[:4], heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps),
+            **_blocks(head_dim), **config,
         )  # fmt: skip
 
     _launch("fwd_kernel", qkv, run)
@@ -92,8 +93,9 @@ def backward(
         sums = torch.empty(4, programs, head_dim, dtype=torch.float32, device=qkv.device)
         launcher.launch(
             kernels.qk_norm_rope_bwd_kernel, (programs,),
-            d_q, d_k, qkv, *weights, *tables, d_qkv, sums, *d_q.stride(), *d_k.stride(), *_strides(qkv), sums.stride(0),
-            heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps, **_blocks(head_dim), **config,
+            (d_q, d_k, qkv, *weights, *tables, d_qkv, sums),
+            (*d_q.stride(), *d_k.stride(), *qkv.stride()[:4], sums.stride(0),
+             heads, tokens, special_tokens + grid[0] * grid[1], special_tokens, grid[1], eps), **_blocks(head_dim), **config,
         )  # fmt: skip
         return sums
 

@@ -23,7 +23,6 @@ def _blocks(channels: int) -> dict[str, int]:
     return {"C": channels, "BLOCK_C": next_power_of_2(channels)}
 
 
-@per_target
 def candidates(channels: int) -> list[autotune.Config]:
     """A program holds about six blocks of values. Long rows reduce the number of rows per program."""
     long = next_power_of_2(channels) // 1024
@@ -31,9 +30,14 @@ def candidates(channels: int) -> list[autotune.Config]:
     return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 6 * config["BLOCK_N"] * next_power_of_2(channels)))
 
 
+@per_target
+def _tuning(kernel: str, channels: int, dtype: torch.dtype) -> tuple[str, list[autotune.Config]]:
+    return autotune.key(f"residual_norm_{kernel}", f"C{next_power_of_2(channels)}", dtype), candidates(channels)
+
+
 def _launch(kernel: str, x: Tensor, run: Callable[[autotune.Config], T]) -> T:
-    size = x.shape[-1]
-    return autotune.launch(f"residual_norm_{kernel}", (f"C{next_power_of_2(size)}", x.dtype), candidates(size), run)
+    key, configs = _tuning(kernel, x.shape[-1], x.dtype)
+    return run(autotune.choose(key, configs, run))
 
 
 def forward(
@@ -46,7 +50,7 @@ def forward(
     def run(config: autotune.Config) -> None:
         launcher.launch(
             kernels.residual_norm_fwd_kernel, (cdiv(rows, config["BLOCK_N"]),),
-            x, branch, scale, weight, bias, total, normal, rows, eps, **_blocks(x.shape[-1]), **config,
+            (x, branch, scale, weight, bias, total, normal), (rows, eps), **_blocks(x.shape[-1]), **config,
         )  # fmt: skip
 
     _launch("fwd_kernel", x, run)
@@ -68,7 +72,7 @@ def backward(
         sums = torch.empty(3, programs, channels, dtype=torch.float32, device=total.device)
         launcher.launch(
             kernels.residual_norm_bwd_kernel, (programs,),
-            *tensors, d_x, d_branch, sums, sums.stride(0), rows, tiles, eps, **_blocks(channels), **config
+            (*tensors, d_x, d_branch, sums), (sums.stride(0), rows, tiles, eps), **_blocks(channels), **config
         )  # fmt: skip
         return sums
 

@@ -232,8 +232,8 @@ class TestTarget:
         half = torch.bfloat16
         found = []
         for stand_in.device in (0, 1, 0, 1):
-            attention = mask_attention_launch.candidates("fwd_kernel", 128, half)
-            found.append((attention, mask_head_launch.candidates("fwd_kernel", half, 256)))
+            attention = mask_attention_launch._tuning("fwd_kernel", 128, half, 0, "few")
+            found.append((attention, mask_head_launch._tuning("fwd_kernel", half, 256)))
         assert found[0] == found[2] != found[1] == found[3]
         assert found[0][0] is found[2][0]  # made once
 
@@ -310,8 +310,8 @@ class TestLauncher:
         ]  # fmt: skip
 
         def launch(change):
-            *args, block, shift, warps = (plain | change).values()
-            launcher.launch(some_kernel, (2, 3), *args, BLOCK=block, SHIFT=shift, num_warps=warps)
+            x, y, *numbers, block, shift, warps = (plain | change).values()
+            launcher.launch(some_kernel, (2, 3), (x, y), tuple(numbers), BLOCK=block, SHIFT=shift, num_warps=warps)
 
         for change in changes:
             some_kernel[(2, 3)](*list((plain | change).values())[:-1], num_warps=(plain | change)["num_warps"])
@@ -337,14 +337,14 @@ class TestLauncher:
         x = torch.zeros(64)
         for capability in (80, 90, 80, 90):
             with dry_run(capability):
-                launcher.launch(some_kernel, (1,), x, x, 5, 1, 0.5, False, BLOCK=32, SHIFT=0)
+                launcher.launch(some_kernel, (1,), (x, x), (5, 1, 0.5, False), BLOCK=32, SHIFT=0)
         assert [compiled.metadata.target.arch for compiled, _, _ in seen] == [80, 90, 80, 90]
 
     def test_too_many_are_forgotten(self, seen, bound, monkeypatch):
         monkeypatch.setattr(launcher, "LIMIT", 3)
         x = torch.zeros(64)
         for n in (3, 4, 5, 6, 6, 3):
-            launcher.launch(some_kernel, (1,), x, x, n, 1, 0.5, False, BLOCK=32, SHIFT=0)
+            launcher.launch(some_kernel, (1,), (x, x), (n, 1, 0.5, False), BLOCK=32, SHIFT=0)
             assert len(launcher._launches) <= 3
         assert [args[2] for _, _, args in seen] == [3, 4, 5, 6, 6, 3] and len(bound) == 5
 
@@ -352,7 +352,7 @@ class TestLauncher:
         x = torch.zeros(64)
         for mode in ("", "consan", "", "consan"):
             monkeypatch.setattr(triton.knobs.compilation, "instrumentation_mode", mode)
-            launcher.launch(some_kernel, (1,), x, x, 7, 1, 0.5, False, BLOCK=32, SHIFT=0)
+            launcher.launch(some_kernel, (1,), (x, x), (7, 1, 0.5, False), BLOCK=32, SHIFT=0)
         assert len(bound) == 2 and len({id(compiled) for compiled, _, _ in seen}) == 2
 
 
