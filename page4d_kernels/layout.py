@@ -43,7 +43,8 @@ class TokenLayout:
 
 def to_token_major(x: Tensor) -> Tensor:
     """`x` (B, H, N, D) stored as (B, N, H, D), the memory layout of all outputs: the projections around attention use it."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    by_token = x.transpose(1, 2)
+    return x if by_token.is_contiguous() else by_token.contiguous().transpose(1, 2)
 
 
 def empty_token_major(like: Tensor) -> Tensor:
