@@ -60,8 +60,9 @@ def expect_frames(grid: tuple[int, int], special_tokens: int) -> None:
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Disable autocast inside an op, which chooses its dtypes itself. Autocast would round the fp32 logits and bias."""
     device = x.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def values_can_be_read(x: Tensor) -> bool:

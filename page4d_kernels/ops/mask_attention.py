@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from ..layout import TokenLayout, to_token_major
 from ..reference import accumulation_dtype
 from . import _checks
 from ._checks import dtype_name, expect, expect_device, expect_finite, expect_floats, expect_like, expect_tensor, without_autocast
+from ._operator import operator
 
 NO_GRADIENT: frozenset[str] = frozenset()
 
@@ -156,11 +158,14 @@ def _check(
             expect(not bool(rest.any()), f"query_gate is not zero outside the special tokens, as {layout} promises")
 
 
+_layout = functools.lru_cache(TokenLayout)
+
+
 def _unpack(layout: Sequence[int] | None) -> TokenLayout | None:
-    return None if layout is None else TokenLayout(*layout)
+    return None if layout is None else _layout(*layout)
 
 
-@torch.library.custom_op("page4d::mask_attention", mutates_args=())
+@operator("mask_attention")
 def _op(
     q: Tensor,
     k: Tensor,
@@ -183,7 +188,7 @@ def _(q, k, v, query_gate, key_bias, layout, scale, backend):
     return out, q.new_empty(batch, heads, queries, dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("page4d::mask_attention_backward", mutates_args=())
+@operator("mask_attention_backward")
 def _backward_op(
     q: Tensor,
     k: Tensor,

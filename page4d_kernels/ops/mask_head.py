@@ -11,6 +11,7 @@ from ..backends.mask_head import BACKENDS
 from ..backends.mask_head.problem import MaskHeadProblem
 from ..reference import accumulation_dtype
 from ._checks import expect, expect_device, expect_floats, expect_frames, expect_tensor, without_autocast
+from ._operator import operator
 
 
 def mask_head(
@@ -85,7 +86,7 @@ def _check(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], spec
         expect_device(name, parameter, "tokens", tokens)
 
 
-@torch.library.custom_op("page4d::mask_head", mutates_args=())
+@operator("mask_head")
 def _op(tokens: Tensor, parameters: Sequence[Tensor], grid: Sequence[int], special_tokens: int, backend: str) -> Tensor:
     height, width = grid
     with without_autocast(tokens):
@@ -98,7 +99,7 @@ def _(tokens, parameters, grid, special_tokens, backend):
     return tokens.new_empty(batch, frames * per_frame, dtype=accumulation_dtype(tokens.dtype))
 
 
-@torch.library.custom_op("page4d::mask_head_backward", mutates_args=())
+@operator("mask_head_backward")
 def _backward_op(
     d_bias: Tensor, tokens: Tensor, parameters: Sequence[Tensor], grid: Sequence[int], special_tokens: int, backend: str
 ) -> list[Tensor]:

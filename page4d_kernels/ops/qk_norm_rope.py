@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends.qk_norm_rope import BACKENDS
 from ..backends.qk_norm_rope.problem import QkNormRopeProblem
 from ._checks import expect_device, expect_floats, expect_frames, expect_tensor, without_autocast
+from ._operator import operator
 
 
 def qk_norm_rope(
@@ -93,7 +94,7 @@ def _check(qkv: Tensor, parameters: tuple[Tensor, ...], cos: Tensor, sin: Tensor
         expect_device(name, x, "qkv", qkv)
 
 
-@torch.library.custom_op("page4d::qk_norm_rope", mutates_args=())
+@operator("qk_norm_rope")
 def _op(
     qkv: Tensor,
     q_weight: Tensor,
@@ -119,7 +120,7 @@ def _(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, grid, special_tokens, e
     return tuple(qkv.new_empty(batch, heads, tokens, head_dim) for _ in range(2))
 
 
-@torch.library.custom_op("page4d::qk_norm_rope_backward", mutates_args=())
+@operator("qk_norm_rope_backward")
 def _backward_op(
     d_q: Tensor,
     d_k: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends.residual_norm import BACKENDS
 from ..backends.residual_norm.problem import ResidualNormProblem
 from ._checks import FLOATS, expect_device, expect_floats, without_autocast
+from ._operator import operator
 
 
 def residual_norm(
@@ -74,7 +75,7 @@ def _check(x: Tensor, branch: Tensor, vectors: dict[str, Tensor], dtype: torch.d
             raise ValueError(f"{name} must have shape ({x.shape[-1]},), as x has channels, not {tuple(vector.shape)}")
 
 
-@torch.library.custom_op("page4d::residual_norm", mutates_args=())
+@operator("residual_norm")
 def _op(
     x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -88,7 +89,7 @@ def _(x, branch, scale, weight, bias, eps, dtype, backend):
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("page4d::residual_norm_backward", mutates_args=())
+@operator("residual_norm_backward")
 def _backward_op(
     d_total: Tensor, d_normal: Tensor, total: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

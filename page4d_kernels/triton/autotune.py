@@ -84,7 +84,7 @@ def choose(name: str, candidates: list[Config], run: Callable[[Config], object])
     if name in _chosen:
         return _chosen[name]
     timing = mode()
-    known = _table(env.get("PAGE4D_AUTOTUNE_TABLE"), capability()).get(name)
+    known = _table(env.get("PAGE4D_AUTOTUNE_TABLE"), name.split(" ", 2)[1]).get(name)
     if timing == "off" or (timing == "fast" and known is not None) or name in _untimed or not _can_time():
         return known or candidates[0]
     times = [(_time(name, run, candidate), i) for i, candidate in enumerate(candidates[: FAST if timing == "fast" else None])]
@@ -112,9 +112,9 @@ def dump(path: Path) -> None:
 
 
 @cache
-def _table(own: str, capability: int) -> dict[str, Config]:
+def _table(own: str, architecture: str) -> dict[str, Config]:
     """The shipped table of the architecture, and over it the one at the path `own`, if that is not empty."""
-    return _read(TABLES / f"sm_{capability}.json") | (_read(Path(own)) if own else {})
+    return _read(TABLES / f"{architecture}.json") | (_read(Path(own)) if own else {})
 
 
 def _read(path: Path) -> dict[str, Config]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -134,7 +134,14 @@ def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
 
 def _tiled(tensors: tuple[Tensor, Tensor], tma: bool) -> Callable[[int], tuple[Any, ...]]:
     """By the number of rows of a tile, how a kernel gets tensors whose tiles its loop reads: as descriptors (TMA), or as they are."""
-    return cache(lambda block: tuple(_descriptor(x, block) for x in tensors)) if tma else lambda block: tensors
+    made: dict[int, tuple[Any, ...]] = {}
+
+    def tiled(block: int) -> tuple[Any, ...]:
+        if block not in made:
+            made[block] = (_descriptor(tensors[0], block), _descriptor(tensors[1], block)) if tma else tensors
+        return made[block]
+
+    return tiled
 
 
 def _vectors(query_gate: Tensor | None, key_bias: Tensor | None, unread: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +153,8 @@ def _vectors(query_gate: Tensor | None, key_bias: Tensor | None, unread: Tensor)
 
 def splits_for(tiles: int, keys: int, device: torch.device) -> int:
     """Number of programs that share the keys of a tile: enough to fill the device, with at least MIN_SPLIT_KEYS keys each."""
-    return max(1, min(PROGRAMS * multiprocessors() // tiles, keys // MIN_SPLIT_KEYS))
+    most = keys // MIN_SPLIT_KEYS
+    return max(1, min(PROGRAMS * multiprocessors() // tiles, most)) if most > 1 else 1
 
 
 def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
