@@ -22,15 +22,15 @@ from page4d_kernels.backends.mask_attention.problem import AttentionArgs
 from page4d_kernels.ops import _checks
 from page4d_kernels.testing import attention_inputs
 from page4d_kernels.triton import launcher, target
-from page4d_kernels.triton.dryrun import dry_run
+from page4d_kernels.triton.dryrun import Launch, dry_run
 
 GRID, SPECIAL, CHANNELS, HIDDEN, HEADS = (6, 8), 5, 64, 16, 2  # small, so that what is computed on CPU tensors takes no time
 Calls = dict[str, Callable[[], object]]
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(capability: int) -> Iterator[None]:
-    """CPU tensors take the path of tensors on a GPU: real launches, and no check that would read values."""
+def as_on_a_gpu(capability: int) -> Iterator[list[Launch]]:
+    """CPU tensors take the path of tensors on a GPU: recorded launches, and no check that would read values."""
     patches: tuple[Any, ...] = (
         mock.patch.object(target, "device_type", lambda: "cpu"),
         mock.patch.object(target, "unavailable", lambda: []),
@@ -39,8 +39,7 @@ def as_on_a_gpu(capability: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
-        stack.enter_context(dry_run(capability))
-        yield
+        yield stack.enter_context(dry_run(capability)).launches
 
 
 def _both(op: Callable[..., Any], tensors: list[torch.Tensor], *rest: Any, **options: Any) -> Calls:
@@ -101,7 +100,7 @@ def plain_launch(kernel: Any, grid: tuple[int, ...], tensors: tuple[Any, ...], n
     kernel[grid](*tensors, *numbers, **constants)
 
 
-def microseconds(call: Callable[[], object], seconds: float) -> tuple[float, float]:
+def microseconds(call: Callable[[], object], recorded: list[Launch], seconds: float) -> tuple[float, float]:
     """Median CPU time of a call, and of the same call with Triton's own launches, taken in turn."""
     launches = (launcher.launch, plain_launch)
     samples: list[list[int]] = [[] for _ in launches]
@@ -112,6 +111,7 @@ def microseconds(call: Callable[[], object], seconds: float) -> tuple[float, flo
                 start = time.thread_time_ns()
                 call()
                 times.append(time.thread_time_ns() - start)
+            recorded.clear()
     ours, plain = (statistics.median(times) / 1e3 for times in samples)
     return ours, plain
 
@@ -124,10 +124,10 @@ def main() -> None:
     torch.set_num_threads(1)
     print("Microseconds of CPU time per call, median: as it is, and with Triton's own launches.\n")
     print(f"| op | call | as it is | Triton's |\n|{'---|' * 4}")
-    with as_on_a_gpu(args.capability):
+    with as_on_a_gpu(args.capability) as recorded:
         for op, variants in calls().items():
             for name, call in variants.items():
-                ours, plain = microseconds(call, args.seconds)
+                ours, plain = microseconds(call, recorded, args.seconds)
                 print(f"| {op} | {name} | {ours:.0f} | {plain:.0f} |", flush=True)
 
 

@@ -326,6 +326,21 @@ class TestLauncher:
                 assert comparable(args) == comparable(other_args), change
         assert bound == []
 
+    def test_descriptors_are_made_once_per_call(self, seen, monkeypatch):
+        """Gated and other rows read the same tiles of k and v. What they get is what Triton's constructor makes and checks."""
+        made = []
+        original = mask_attention_launch._descriptor
+        monkeypatch.setattr(mask_attention_launch, "_descriptor", lambda x, block: made.append(original(x, block)) or made[-1])
+        monkeypatch.setattr(autotune, "choose", lambda name, candidates, run: {**candidates[0], "BLOCK_N": 64})
+        args = attention_args(TokenLayout(2, 600, 5))
+        mask_attention_launch.forward(args)
+        assert len(made) == 2 and len(seen) > 2
+        for found, x in zip(made, (args.k, args.v), strict=True):
+            assert found.base is x
+            expected = TensorDescriptor(x, list(x.shape), list(x.stride()), found.block_shape)
+            fields = [field.name for field in dataclasses.fields(TensorDescriptor) if field.name != "base"]
+            assert all(getattr(found, name) == getattr(expected, name) for name in fields)
+
     def test_descriptors_of_other_tiles_are_other_kernels(self, seen):
         x = torch.zeros(64, 64)
         tiles = [TensorDescriptor(x, [64, 64], [64, 1], block) for block in ([16, 16], [16, 32], [16, 16])]
