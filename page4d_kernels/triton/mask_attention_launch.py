@@ -114,7 +114,7 @@ def _constants(q: Tensor, tma: bool) -> dict[str, Any]:
 
 def _tma_ready(*tensors: Tensor) -> bool:
     """Descriptors (Hopper and newer) need 16-byte alignment of base and strides, and a head dim that is a power of two from 16 to 128."""
-    return capability() >= 90 and all(_aligned(x) and x.shape[-1] in (16, 32, 64, 128) for x in tensors)
+    return capability() >= 90 and tensors[0].shape[-1] in (16, 32, 64, 128) and all(map(_aligned, tensors))
 
 
 def _aligned(x: Tensor) -> bool:
@@ -165,7 +165,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     tma = _tma_ready(k, v)
     tiled = _tiled((k, v), tma)
     out = empty_token_major(q)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     gate, bias = _vectors(query_gate, key_bias, lse)
     strides, vector_strides = _head_strides(q, k, v), (gate.stride(0), bias.stride(0))
 
@@ -175,8 +175,8 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         return tiles, splits_for(tiles * batch * heads, keys, q.device)
 
     def partial_results(splits: int, count: int) -> tuple[Tensor, Tensor]:
-        out_parts = torch.empty(splits * batch, heads, count, head_dim, dtype=torch.float32, device=q.device)
-        return out_parts, torch.empty(splits, batch, heads, count, dtype=torch.float32, device=q.device)
+        out_parts = q.new_empty((splits * batch, heads, count, head_dim), dtype=torch.float32)
+        return out_parts, q.new_empty((splits, batch, heads, count), dtype=torch.float32)
 
     def merge(parts: tuple[Tensor, Tensor], mode: int) -> None:
         splits, _, _, count = parts[1].shape
@@ -234,7 +234,7 @@ def backward(
     )  # fmt: skip
 
     d_q, d_k, d_v = empty_token_major(q), empty_token_major(k), empty_token_major(v)
-    d_gate_heads, d_bias_heads = (torch.empty(batch, heads, n, dtype=torch.float32, device=q.device) for n in (queries, keys))
+    d_gate_heads, d_bias_heads = (q.new_empty((batch, heads, n), dtype=torch.float32) for n in (queries, keys))
     gate, bias = _vectors(query_gate, key_bias, lse)
     tma = _tma_ready(k, v)
     tiled = _tiled((k, v), tma)
@@ -253,8 +253,8 @@ def backward(
     def run_dq_packed(config: autotune.Config) -> tuple[Tensor, Tensor]:
         tiles = cdiv(rows.packed, config["BLOCK_M"])
         splits = splits_for(tiles * batch * heads, keys, q.device)
-        parts = torch.empty(splits, batch, heads, rows.packed, head_dim, dtype=torch.float32, device=q.device)
-        gate_parts = torch.empty(splits, batch, heads, rows.packed, dtype=torch.float32, device=q.device)
+        parts = q.new_empty((splits, batch, heads, rows.packed, head_dim), dtype=torch.float32)
+        gate_parts = q.new_empty((splits, batch, heads, rows.packed), dtype=torch.float32)
         launcher.launch(
             bwd.mask_attention_bwd_kernel_dq_packed, (tiles * batch * heads, splits),
             (q, *tiled(config["BLOCK_N"]), d_out, gate, bias, lse, delta, parts, gate_parts),
