@@ -17,7 +17,8 @@ from ..layout import TokenLayout, empty_token_major
 from . import autotune
 from . import mask_attention as fwd
 from . import mask_attention_backward as bwd
-from .target import capability, multiprocessors
+from .mask_attention_tiles import candidates
+from .target import matrix_unit, multiprocessors, precision
 
 MIN_SPLIT_KEYS = 512  # merging a shorter split costs more than it gains
 PROGRAMS = 2  # per multiprocessor, which few tiles should give when their keys are split
@@ -51,45 +52,10 @@ class Rows:
 T = TypeVar("T")
 MODES = {fwd.PLAIN.value: "plain", fwd.PACKED.value: "packed", fwd.CHECKED.value: "checked"}
 
-# Rows, keys, warps, pipeline stages. The first is the built-in choice. Not yet measured on a GPU.
-TILES = {
-    "fwd_kernel": [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)],
-    "bwd_kernel_dq": [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2)],
-    "bwd_kernel_dkv": [(64, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3)],
-}
-WIDE_TILES = {  # head dims over 64, and targets other than Hopper
-    "fwd_kernel": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)],
-    "bwd_kernel_dq": [(64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1)],
-    "bwd_kernel_dkv": [(64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 8, 3)],
-}
-FP32_TILES = {
-    "fwd_kernel": [(64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 4, 2)],
-    "bwd_kernel_dq": [(32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 2)],
-    "bwd_kernel_dkv": [(32, 32, 4, 1), (32, 64, 8, 1), (32, 32, 4, 2)],
-}
-
-
-def _resources(kernel: str, head_dim: int, itemsize: int, config: autotune.Config) -> autotune.ResourceEstimate:
-    """Shared memory: the loop's tiles once per stage, and the program's tile. Registers: accumulators, and logits (and their gradient)."""
-    rows, keys, stages = config["BLOCK_M"], config["BLOCK_N"], config["num_stages"]
-    if kernel == "fwd_kernel":
-        return autotune.ResourceEstimate((2 * keys * stages + rows) * head_dim * itemsize, rows * head_dim + rows * keys)
-    own, looped = (rows, keys) if kernel == "bwd_kernel_dq" else (keys, rows)
-    outputs = 1 if kernel == "bwd_kernel_dq" else 2
-    return autotune.ResourceEstimate(2 * (looped * stages + own) * head_dim * itemsize, outputs * own * head_dim + 2 * rows * keys)
-
-
-def candidates(kernel: str, head_dim: int, dtype: torch.dtype) -> list[autotune.Config]:
-    narrow = head_dim <= 64 and capability() == 90
-    tiles = FP32_TILES if dtype == torch.float32 else TILES if narrow else WIDE_TILES
-    kernel = kernel.removesuffix("_packed")
-    configs = [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles[kernel]]
-    return autotune.prune(configs, lambda config: _resources(kernel, _block_d(head_dim), dtype.itemsize, config))
-
 
 def _launch(kernel: str, q: Tensor, mode: int, run: Callable[[autotune.Config], T]) -> T:
-    traits = (f"D{_block_d(q.shape[-1])}", q.dtype, MODES[mode])
-    return autotune.launch(f"mask_attention_{kernel}", traits, candidates(kernel, q.shape[-1], q.dtype), run)
+    block_d, name = _block_d(q.shape[-1]), MODES[mode]
+    return autotune.launch(f"mask_attention_{kernel}", (f"D{block_d}", q.dtype, name), candidates(kernel, name, block_d, q.dtype), run)
 
 
 def _block_d(head_dim: int) -> int:
@@ -106,13 +72,16 @@ def _head_strides(*tensors: Tensor) -> list[int]:
 
 def _constants(q: Tensor, tma: bool) -> dict[str, Any]:
     head_dim = q.shape[-1]
-    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    return {"D": head_dim, "BLOCK_D": _block_d(head_dim), "TMA": tma, "PRECISION": precision}
+    return {"D": head_dim, "BLOCK_D": _block_d(head_dim), "TMA": tma, "PRECISION": precision(q.dtype)}
 
 
 def _tma_ready(*tensors: Tensor) -> bool:
-    """Descriptors (Hopper and newer) need 16-byte alignment of base and strides, and a head dim that is a power of two from 16 to 128."""
-    if capability() < 90:
+    """Descriptors need 16-byte alignment of base and strides, and a head dim that is a power of two from 16 to 128.
+
+    They serve Hopper and sm_100, whose matrix units read shared memory. sm_120 has them too, but feeds its matrix unit from registers:
+    there dkv spills 450 bytes with descriptors and nothing with pointers.
+    """
+    if matrix_unit() not in ("wgmma", "tcgen05"):
         return False
 
     def aligned(x: Tensor) -> bool:
@@ -171,7 +140,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         fwd.mask_attention_fwd_kernel[(tiles * batch * heads, splits)](
             q, *(_descriptor(x, config["BLOCK_N"]) if tma else x for x in (k, v)), gate, bias, *target,
             *_head_strides(q, k, v, target[0]), gate.stride(0), bias.stride(0), batch * heads * queries, tiles, heads, queries, keys, scale,
-            ROWS=rows.contiguous, SPLIT=splits > 1, **_constants(q, tma), **config,
+            ROWS=rows.contiguous, SPLIT=splits > 1, **_constants(q, tma), **config | {"SPECIALISED": tma and "SPECIALISED" in config},
         )  # fmt: skip
         if splits > 1:
             merge(target, rows.contiguous)
