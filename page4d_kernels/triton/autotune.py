@@ -30,7 +30,7 @@ import torch
 import triton
 
 from .. import env
-from .target import capability, interpreted, limits
+from .target import architecture, interpreted, limits
 
 logger = logging.getLogger("page4d_kernels")
 
@@ -66,7 +66,7 @@ def mode() -> str:
 
 def key(kernel: str, *traits: object) -> str:
     """Such as `mask_attention_fwd_kernel sm_90 D64 bfloat16 plain few`."""
-    return " ".join([kernel, f"sm_{capability()}", *(str(trait).removeprefix("torch.") for trait in traits)])
+    return " ".join([kernel, architecture(), *(str(trait).removeprefix("torch.") for trait in traits)])
 
 
 def length_class(rows: int) -> str:
@@ -75,8 +75,9 @@ def length_class(rows: int) -> str:
 
 
 def prune(candidates: list[Config], resources: Callable[[Config], ResourceEstimate]) -> list[Config]:
-    """The candidates that fit by the estimate. The first, the built-in choice, is always kept."""
-    return [candidate for i, candidate in enumerate(candidates) if i == 0 or resources(candidate).fits(candidate)]
+    """The candidates that fit by the estimate. If none does, the one that needs the least shared memory: its launch may raise the error."""
+    fitting = [candidate for candidate in candidates if resources(candidate).fits(candidate)]
+    return fitting or [min(candidates, key=lambda candidate: resources(candidate).shared)]
 
 
 def choose(name: str, candidates: list[Config], run: Callable[[Config], object]) -> Config:

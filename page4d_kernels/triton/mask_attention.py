@@ -78,7 +78,7 @@ def _load_tile(x, i_b, i_h, i_n, n, s_b, s_h, s_n, D: tl.constexpr, BLOCK_D: tl.
 def _softmax_over_keys(
     b_acc, b_row_sum, b_row_max, b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BIASED: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BIASED: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys start ... end. Only the last tile of a sequence is MASKED. Returns numerator, denominator, maximum.
 
@@ -87,7 +87,7 @@ def _softmax_over_keys(
     digits.
     """
     to_base2 = LOG2E if BIASED else scale * LOG2E
-    for i_n in tl.range(start, end, BLOCK_N):
+    for i_n in tl.range(start, end, BLOCK_N, warp_specialize=SPECIALISED):
         b_k = _load_tile(k, i_b, i_h, i_n, n_k, s_kb, s_kh, s_kn, D, BLOCK_D, BLOCK_N, TMA)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         o_n = i_n + tl.arange(0, BLOCK_N)
@@ -114,7 +114,7 @@ def _softmax_over_keys(
 def _attend(
     b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BIASED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BIASED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """Output (BLOCK_M, BLOCK_D) in fp32 and natural log-sum-exp (BLOCK_M,) of one tile of rows over keys start ... end."""
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -123,11 +123,11 @@ def _attend(
     whole = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
     b_acc, b_row_sum, b_row_max = _softmax_over_keys(
         b_acc, b_row_sum, b_row_max, b_q, b_r, k, v, p_c, i_b, i_h, start, whole, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
-        D, BLOCK_D, BLOCK_M, BLOCK_N, BIASED, False, TMA, PRECISION,
+        D, BLOCK_D, BLOCK_M, BLOCK_N, BIASED, False, TMA, PRECISION, SPECIALISED,
     )  # fmt: skip
     b_acc, b_row_sum, b_row_max = _softmax_over_keys(
         b_acc, b_row_sum, b_row_max, b_q, b_r, k, v, p_c, i_b, i_h, whole, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
-        D, BLOCK_D, BLOCK_M, BLOCK_N, BIASED, True, TMA, PRECISION,
+        D, BLOCK_D, BLOCK_M, BLOCK_N, BIASED, True, TMA, PRECISION, SPECIALISED,
     )  # fmt: skip
     b_out = b_acc / tl.where(b_row_sum == 0, 1.0, b_row_sum)[:, None]
     b_lse = tl.where(b_row_sum == 0, float("-inf"), (b_row_max if BIASED else b_row_max * scale) + tl.log2(b_row_sum) * LN2)
@@ -147,7 +147,7 @@ def mask_attention_fwd_kernel(
     q, k, v, p_r, p_c, p_out, p_lse,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on, s_rb, s_cb, s_split, tiles, heads, n_q, n_k, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """Contiguous rows; with CHECKED a tile with a gate has its bias. Grid (tiles of rows * batch * heads, splits of the keys).
 
@@ -173,12 +173,12 @@ def mask_attention_fwd_kernel(
     if ROWS == CHECKED and gated:
         b_out, b_lse = _attend(
             b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, True, TMA, PRECISION,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, True, TMA, PRECISION, False,
         )  # fmt: skip
     else:
         b_out, b_lse = _attend(
             b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, False, TMA, PRECISION,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, False, TMA, PRECISION, SPECIALISED,
         )  # fmt: skip
     _store_rows(p_out, b_out, o_rows, m_rows, s_on, D, BLOCK_D)
     tl.store(p_lse + o_rows, b_lse, mask=m_rows)
@@ -206,7 +206,7 @@ def mask_attention_fwd_kernel_packed(
     b_r = tl.load(p_r + i_b.to(tl.int64) * s_rb + o_rows, mask=m_rows, other=0.0)
     b_out, b_lse = _attend(
         b_q, b_r, k, v, p_c + i_b.to(tl.int64) * s_cb, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
-        D, BLOCK_D, BLOCK_M, BLOCK_N, True, TMA, PRECISION,
+        D, BLOCK_D, BLOCK_M, BLOCK_N, True, TMA, PRECISION, False,
     )  # fmt: skip
     _store_rows(p_out, b_out, o_p, m_rows, s_on, D, BLOCK_D)
     tl.store(p_lse + o_p, b_lse, mask=m_rows)

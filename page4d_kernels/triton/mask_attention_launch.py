@@ -17,7 +17,8 @@ from . import autotune, launcher
 from . import mask_attention as fwd
 from . import mask_attention_backward as bwd
 from .launcher import cdiv, next_power_of_2
-from .target import capability, multiprocessors, per_target
+from .mask_attention_tiles import candidates
+from .target import matrix_unit, multiprocessors, per_target, precision
 
 MIN_SPLIT_KEYS = 512  # merging a shorter split costs more than it gains
 PROGRAMS = 2  # per multiprocessor, which few tiles should give when their keys are split
@@ -51,46 +52,11 @@ class Rows:
 T = TypeVar("T")
 MODES = {fwd.PLAIN.value: "plain", fwd.PACKED.value: "packed", fwd.CHECKED.value: "checked"}
 
-# Rows, keys, warps, pipeline stages. The first is the built-in choice. Not yet measured on a GPU.
-TILES = {
-    "fwd_kernel": [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)],
-    "bwd_kernel_dq": [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2)],
-    "bwd_kernel_dkv": [(64, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3)],
-}
-WIDE_TILES = {  # head dims over 64, and targets other than Hopper
-    "fwd_kernel": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)],
-    "bwd_kernel_dq": [(64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1)],
-    "bwd_kernel_dkv": [(64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 8, 3)],
-}
-FP32_TILES = {
-    "fwd_kernel": [(64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 4, 2)],
-    "bwd_kernel_dq": [(32, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 2)],
-    "bwd_kernel_dkv": [(32, 32, 4, 1), (32, 64, 8, 1), (32, 32, 4, 2)],
-}
-
-
-def _resources(kernel: str, head_dim: int, itemsize: int, config: autotune.Config) -> autotune.ResourceEstimate:
-    """Shared memory: the loop's tiles once per stage, and the program's tile. Registers: accumulators, and logits (and their gradient)."""
-    rows, keys, stages = config["BLOCK_M"], config["BLOCK_N"], config["num_stages"]
-    if kernel == "fwd_kernel":
-        return autotune.ResourceEstimate((2 * keys * stages + rows) * head_dim * itemsize, rows * head_dim + rows * keys)
-    own, looped = (rows, keys) if kernel == "bwd_kernel_dq" else (keys, rows)
-    outputs = 1 if kernel == "bwd_kernel_dq" else 2
-    return autotune.ResourceEstimate(2 * (looped * stages + own) * head_dim * itemsize, outputs * own * head_dim + 2 * rows * keys)
-
-
-def candidates(kernel: str, head_dim: int, dtype: torch.dtype) -> list[autotune.Config]:
-    narrow = head_dim <= 64 and capability() == 90
-    tiles = FP32_TILES if dtype == torch.float32 else TILES if narrow else WIDE_TILES
-    kernel = kernel.removesuffix("_packed")
-    configs = [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles[kernel]]
-    return autotune.prune(configs, lambda config: _resources(kernel, _block_d(head_dim), dtype.itemsize, config))
-
 
 @per_target
 def _tuning(kernel: str, head_dim: int, dtype: torch.dtype, mode: int, length: str) -> tuple[str, list[autotune.Config]]:
     key = autotune.key(f"mask_attention_{kernel}", f"D{_block_d(head_dim)}", dtype, MODES[mode], length)
-    return key, candidates(kernel, head_dim, dtype)
+    return key, candidates(kernel, MODES[mode], _block_d(head_dim), dtype)
 
 
 def _launch(kernel: str, q: Tensor, mode: int, run: Callable[[autotune.Config], T]) -> T:
@@ -106,15 +72,19 @@ def _head_strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _constants(q: Tensor, tma: bool) -> dict[str, Any]:
-    head_dim = q.shape[-1]
-    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    return {"D": head_dim, "BLOCK_D": _block_d(head_dim), "TMA": tma, "PRECISION": precision}
+@per_target
+def _constants(head_dim: int, dtype: torch.dtype, tma: bool) -> dict[str, Any]:
+    return {"D": head_dim, "BLOCK_D": _block_d(head_dim), "TMA": tma, "PRECISION": precision(dtype)}
 
 
 def _tma_ready(*tensors: Tensor) -> bool:
-    """Descriptors (Hopper and newer) need 16-byte alignment of base and strides, and a head dim that is a power of two from 16 to 128."""
-    return capability() >= 90 and tensors[0].shape[-1] in (16, 32, 64, 128) and all(map(_aligned, tensors))
+    """Descriptors need 16-byte alignment of base and strides, and a head dim that is a power of two from 16 to 128.
+
+    They serve Hopper and sm_100, whose matrix units read shared memory. sm_120 has them too, but feeds its matrix unit from registers:
+    there dkv spills 450 bytes with descriptors and nothing with pointers.
+    """
+    supported = matrix_unit() in ("wgmma", "tcgen05") and tensors[0].shape[-1] in (16, 32, 64, 128)
+    return supported and all(map(_aligned, tensors))
 
 
 def _aligned(x: Tensor) -> bool:
@@ -151,7 +121,7 @@ def _vectors(query_gate: Tensor | None, key_bias: Tensor | None, unread: Tensor)
     return query_gate.contiguous(), key_bias.contiguous()
 
 
-def splits_for(tiles: int, keys: int, device: torch.device) -> int:
+def splits_for(tiles: int, keys: int) -> int:
     """Number of programs that share the keys of a tile: enough to fill the device, with at least MIN_SPLIT_KEYS keys each."""
     most = keys // MIN_SPLIT_KEYS
     return max(1, min(PROGRAMS * multiprocessors() // tiles, most)) if most > 1 else 1
@@ -172,7 +142,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     def split(count: int, config: autotune.Config) -> tuple[int, int]:
         """Tiles of `count` rows, over heads and batch, and programs that share the keys of each."""
         tiles = cdiv(count, config["BLOCK_M"])
-        return tiles, splits_for(tiles * batch * heads, keys, q.device)
+        return tiles, splits_for(tiles * batch * heads, keys)
 
     def partial_results(splits: int, count: int) -> tuple[Tensor, Tensor]:
         out_parts = q.new_empty((splits * batch, heads, count, head_dim), dtype=torch.float32)
@@ -194,7 +164,8 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
             fwd.mask_attention_fwd_kernel, (tiles * batch * heads, splits),
             (q, *tiled(config["BLOCK_N"]), gate, bias, *target),
             (*strides, *_head_strides(target[0]), *vector_strides, batch * heads * queries, tiles, heads, queries, keys, scale),
-            ROWS=rows.contiguous, SPLIT=splits > 1, **_constants(q, tma), **config,
+            ROWS=rows.contiguous, SPLIT=splits > 1, **_constants(head_dim, q.dtype, tma),
+            **config | {"SPECIALISED": tma and "SPECIALISED" in config},
         )  # fmt: skip
         if splits > 1:
             merge(target, rows.contiguous)
@@ -206,7 +177,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
             fwd.mask_attention_fwd_kernel_packed, (tiles * batch * heads, splits),
             (q, *tiled(config["BLOCK_N"]), gate, bias, *target),
             (*strides, *_head_strides(target[0]), *vector_strides, batch * heads * rows.packed,
-             tiles, heads, keys, scale, rows.per_frame, rows.special, rows.packed), **_constants(q, tma), **config,
+             tiles, heads, keys, scale, rows.per_frame, rows.special, rows.packed), **_constants(head_dim, q.dtype, tma), **config,
         )  # fmt: skip
         merge(target, rows.mode)
 
@@ -247,19 +218,19 @@ def backward(
             bwd.mask_attention_bwd_kernel_dq, (tiles * batch * heads,),
             (q, *tiled(config["BLOCK_N"]), d_out, gate, bias, lse2, delta, d_q, d_gate_heads),
             (*strides, *_head_strides(d_q), *vector_strides, tiles, heads, queries, keys, scale),
-            ROWS=rows.contiguous, **_constants(q, tma), **config,
+            ROWS=rows.contiguous, **_constants(head_dim, q.dtype, tma), **config,
         )  # fmt: skip
 
     def run_dq_packed(config: autotune.Config) -> tuple[Tensor, Tensor]:
         tiles = cdiv(rows.packed, config["BLOCK_M"])
-        splits = splits_for(tiles * batch * heads, keys, q.device)
+        splits = splits_for(tiles * batch * heads, keys)
         parts = q.new_empty((splits, batch, heads, rows.packed, head_dim), dtype=torch.float32)
         gate_parts = q.new_empty((splits, batch, heads, rows.packed), dtype=torch.float32)
         launcher.launch(
             bwd.mask_attention_bwd_kernel_dq_packed, (tiles * batch * heads, splits),
             (q, *tiled(config["BLOCK_N"]), d_out, gate, bias, lse, delta, parts, gate_parts),
             (*strides, *vector_strides, batch * heads * rows.packed, tiles, heads, queries, keys, scale, *packed_sizes),
-            **_constants(q, tma), **config,
+            **_constants(head_dim, q.dtype, tma), **config,
         )  # fmt: skip
         return parts, gate_parts
 
@@ -270,7 +241,7 @@ def backward(
             bwd.mask_attention_bwd_kernel_dkv, (tiles * batch * heads,),
             (*_tiled((q, d_out), tma)(config["BLOCK_M"]), q, d_out, k, v, gate, bias, lse, lse2, delta, d_k, d_v, d_bias_heads),
             (*strides, *_head_strides(d_k), *vector_strides, tiles, heads, queries, keys, scale, *packed_sizes),
-            BLOCK_P=PACKED_M, ROWS=rows.mode, **_constants(q, tma), **config,
+            BLOCK_P=PACKED_M, ROWS=rows.mode, **_constants(head_dim, q.dtype, tma), **config,
         )  # fmt: skip
 
     _launch("bwd_kernel_dq", q, rows.contiguous, run_dq)

@@ -14,7 +14,7 @@ from . import autotune, launcher
 from . import mask_head as fwd
 from . import mask_head_backward as bwd
 from .launcher import cdiv, next_power_of_2
-from .target import capability, per_target
+from .target import capability, per_target, precision
 
 T = TypeVar("T")
 STATISTICS_P, STATISTICS_C = 64, 32
@@ -47,7 +47,13 @@ def _block_h(hidden: int) -> int:
 
 def _constants(tokens: Tensor, hidden: int) -> dict[str, Any]:
     """Half-precision tokens carry no more digits than tf32, so one tf32 matmul is enough. fp32 tokens take three (tf32x3)."""
-    return {"BLOCK_H": _block_h(hidden), "PRECISION": "tf32x3" if tokens.dtype == torch.float32 else "tf32"}
+    return {"BLOCK_H": _block_h(hidden), "PRECISION": precision(tokens.dtype)}
+
+
+def resources(kernel: str, dtype: torch.dtype, hidden: int, config: autotune.Config) -> autotune.ResourceEstimate:
+    patches, block_c, stages = config["BLOCK_P"], config["BLOCK_C"], config["num_stages"]
+    owner, terms = (block_c, 1) if kernel == "bwd_kernel_channels" else (patches, 3 if dtype == torch.float32 else 1)
+    return autotune.ResourceEstimate((stages * block_c + patches) * hidden * 4, owner * hidden + terms * patches * block_c)
 
 
 def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Config]:
@@ -55,13 +61,7 @@ def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Co
     if capability() == 90 and kernel != "bwd_kernel_channels" and dtype != torch.float32:
         tiles = [*tiles, HOPPER_ROWS]
     configs = [dict(zip(("BLOCK_P", "BLOCK_C", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles]
-
-    def resources(config: autotune.Config) -> autotune.ResourceEstimate:
-        patches, block_c, stages = config["BLOCK_P"], config["BLOCK_C"], config["num_stages"]
-        owner, terms = (block_c, 1) if kernel == "bwd_kernel_channels" else (patches, 3 if dtype == torch.float32 else 1)
-        return autotune.ResourceEstimate((stages * block_c + patches) * hidden * 4, owner * hidden + terms * patches * block_c)
-
-    return autotune.prune(configs, resources)
+    return autotune.prune(configs, lambda config: resources(kernel, dtype, hidden, config))
 
 
 @per_target
@@ -129,14 +129,14 @@ def backward(d_bias: Tensor, tokens: Tensor, parameters: list[Tensor], grid: tup
     return [total.reshape(parameter.shape).to(parameter.dtype) for total, parameter in zip(sums, parameters, strict=True)]
 
 
-def examples() -> dict[str, Callable[[], None]]:
+def example(dtype: torch.dtype) -> None:
     """Forward and backward at the official size (10 frames of 24 x 37 patches, 1024 channels), for dry runs."""
     grid, special_tokens = (24, 37), 5
     parameters = [torch.empty(shape) for shape in [(1024, 1, 3, 3), (1024,), (256, 1024, 1, 1), (256,), (1, 256, 1, 1), (1,)]]
+    tokens = torch.empty(1, 10, 893, 1024, dtype=dtype)
+    bias = forward(tokens, parameters, grid, special_tokens)
+    backward(bias, tokens, parameters, grid, special_tokens)
 
-    def launch(dtype: torch.dtype) -> None:
-        tokens = torch.empty(1, 10, 893, 1024, dtype=dtype)
-        bias = forward(tokens, parameters, grid, special_tokens)
-        backward(bias, tokens, parameters, grid, special_tokens)
 
-    return {"mask head, bf16": partial(launch, torch.bfloat16), "mask head, fp32": partial(launch, torch.float32)}
+def examples() -> dict[str, Callable[[], None]]:
+    return {"mask head, bf16": partial(example, torch.bfloat16), "mask head, fp32": partial(example, torch.float32)}

@@ -15,17 +15,22 @@ from .target import per_target
 
 T = TypeVar("T")
 # Tokens and warps. The first is the built-in choice. Not yet measured on a GPU.
-TILES = [(32, 4), (64, 4), (16, 2), (64, 8), (128, 8)]
+TILES = [(32, 4), (64, 4), (16, 2), (64, 8), (128, 8), (32, 8)]
 
 
 def _blocks(head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "BLOCK_D": next_power_of_2(head_dim)}
 
 
+def resources(head_dim: int, config: autotune.Config) -> autotune.ResourceEstimate:
+    """Shared memory: sums over tokens pass between warps. Registers: about eight blocks of values (q or k, partner, angles, results)."""
+    block_d = next_power_of_2(head_dim)
+    return autotune.ResourceEstimate(4 * block_d * config["num_warps"] + 1024, 8 * config["BLOCK_N"] * block_d)
+
+
 def candidates(head_dim: int) -> list[autotune.Config]:
-    """A program holds about eight blocks of values: q or k, partner, angles, results."""
     configs = [{"BLOCK_N": tokens, "num_warps": warps} for tokens, warps in TILES]
-    return autotune.prune(configs, lambda config: autotune.ResourceEstimate(0, 8 * config["BLOCK_N"] * next_power_of_2(head_dim)))
+    return autotune.prune(configs, lambda config: resources(head_dim, config))
 
 
 @per_target
@@ -104,16 +109,16 @@ def backward(
     return d_qkv, d_qw, d_qb, d_kw, d_kb
 
 
-def examples() -> dict[str, Callable[[], None]]:
+def example(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> None:
     """Forward and backward at the official size (10 frames of 893 tokens, 16 heads of 64), for dry runs."""
     from ..reference.qk_norm_rope import rope_tables
 
     grid, special_tokens = (24, 37), 5
+    qkv = torch.empty(1, 10 * 893, 3, 16, head_dim, dtype=dtype)
+    weight, bias, (cos, sin) = torch.empty(head_dim), torch.empty(head_dim), rope_tables(grid, head_dim)
+    q, k = forward(qkv, weight, bias, weight, bias, cos, sin, grid, special_tokens, 1e-5)
+    backward(q, k, qkv, weight, weight, cos, sin, grid, special_tokens, 1e-5)
 
-    def launch() -> None:
-        qkv = torch.empty(1, 10 * 893, 3, 16, 64, dtype=torch.bfloat16)
-        weight, bias, (cos, sin) = torch.empty(64), torch.empty(64), rope_tables(grid, 64)
-        q, k = forward(qkv, weight, bias, weight, bias, cos, sin, grid, special_tokens, 1e-5)
-        backward(q, k, qkv, weight, weight, cos, sin, grid, special_tokens, 1e-5)
 
-    return {"QK-norm + RoPE": launch}
+def examples() -> dict[str, Callable[[], None]]:
+    return {"QK-norm + RoPE": example}

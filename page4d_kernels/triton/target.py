@@ -10,12 +10,13 @@ import torch
 import triton
 
 T = TypeVar("T")
+AMD = ("gfx942", "gfx950")  # MI300 and MI350: what has been compiled ahead of time
 
 
 class Target(NamedTuple):
     """What launches depend on. Two devices of one kind are one target."""
 
-    capability: int  # compute capability, 90 for Hopper; 0 in the interpreter
+    capability: int | str  # compute capability, 90 for Hopper; an AMD architecture's name, "gfx942"; 0 in the interpreter
     shared: int  # maximum bytes of shared memory per program
     multiprocessors: int
 
@@ -36,9 +37,14 @@ def device_type() -> str:
 
 def unavailable() -> list[str]:
     """Why Triton kernels cannot run on this machine."""
-    if interpreted() or torch.cuda.is_available():
+    if interpreted():
         return []
-    return ["Triton kernels need a CUDA device (or TRITON_INTERPRET=1, for tests)"]
+    if not torch.cuda.is_available():
+        return ["Triton kernels need a CUDA device (or TRITON_INTERPRET=1, for tests)"]
+    found = capability()
+    if isinstance(found, str) and found not in AMD:
+        return [f"on AMD the Triton kernels have been compiled for {' and '.join(AMD)} only (and run on neither), this is {found}"]
+    return []
 
 
 def current() -> Target:
@@ -50,10 +56,10 @@ def current() -> Target:
 
 
 @lru_cache(maxsize=64)
-def _ask(driver: Any, device: int) -> Target:
+def _ask(driver: Any, device: int | str) -> Target:
     """Each device is asked once, because an answer can take a millisecond: the driver reads the clock rates with the rest."""
     properties = driver.utils.get_device_properties(device)
-    return Target(int(driver.get_current_target().arch), properties["max_shared_mem"], properties["multiprocessor_count"])
+    return Target(driver.get_current_target().arch, properties["max_shared_mem"], properties["multiprocessor_count"])
 
 
 def per_target(function: Callable[..., T]) -> Callable[..., T]:
@@ -67,8 +73,30 @@ def per_target(function: Callable[..., T]) -> Callable[..., T]:
     return once
 
 
-def capability() -> int:
+def capability() -> int | str:
+    """Compute capability or architecture of the current target: see `Target`."""
     return current().capability
+
+
+def architecture() -> str:
+    """The name of the current target: sm_90, gfx942."""
+    found = capability()
+    return found if isinstance(found, str) else f"sm_{found}"
+
+
+def matrix_unit() -> str:
+    """The matrix instructions of the current target, by which tiles are chosen: mma, wgmma (Hopper), tcgen05 (sm_100) or mfma (AMD)."""
+    found = capability()
+    if isinstance(found, str):
+        return "mfma"
+    return "wgmma" if found == 90 else "tcgen05" if 100 <= found < 120 else "mma"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Precision of a matmul with an fp32 operand: three tf32 products for fp32 tensors, one for half-precision ones. AMD has no tf32."""
+    if matrix_unit() == "mfma":
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def multiprocessors() -> int:
