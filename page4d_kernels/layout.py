@@ -43,10 +43,12 @@ class TokenLayout:
 
 def to_token_major(x: Tensor) -> Tensor:
     """`x` (B, H, N, D) stored as (B, N, H, D), the memory layout of all outputs: the projections around attention use it."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    by_token = x.transpose(1, 2)
+    return x if by_token.is_contiguous() else by_token.contiguous().transpose(1, 2)
 
 
 def empty_token_major(like: Tensor) -> Tensor:
     """An uninitialised (B, H, N, D) tensor stored as (B, N, H, D), with the shape, dtype and device of `like`."""
-    batch, heads, tokens, head_dim = like.shape
-    return torch.empty(batch, tokens, heads, head_dim, dtype=like.dtype, device=like.device).transpose(1, 2)
+    _, heads, tokens, head_dim = like.shape
+    strides = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)

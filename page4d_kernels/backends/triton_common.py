@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,33 +14,42 @@ import torch
 from .registry import Backend
 
 
+@functools.cache
+def _module(name: str) -> ModuleType:
+    """A module of `page4d_kernels.triton`, imported when it is first needed, because it imports Triton."""
+    return importlib.import_module(f"page4d_kernels.triton.{name}")
+
+
 def unavailable() -> list[str]:
     if importlib.util.find_spec("triton") is None:
         return ["triton is not installed (pip install triton)"]
-    from ..triton import target
-
-    return target.unavailable()
+    return _module("target").unavailable()
 
 
 def unsupported(problem: Any) -> list[str]:
     """The reasons that follow from the device and dtype of `problem`."""
-    from ..triton.target import interpreted
-
+    target = _module("target")
     reasons = []
-    if problem.device != ("cpu" if interpreted() else "cuda"):
-        reasons.append(f"it runs on {'cpu, in the interpreter' if interpreted() else 'cuda'}, the tensors are on {problem.device}")
+    if problem.device != target.device_type():
+        where = "cpu, in the interpreter" if target.interpreted() else "cuda"
+        reasons.append(f"it runs on {where}, the tensors are on {problem.device}")
     if problem.dtype == torch.float64:
         reasons.append("it takes float32, float16 and bfloat16, not float64")
-    if interpreted() and problem.dtype == torch.bfloat16:
+    if problem.dtype == torch.bfloat16 and target.interpreted():
         reasons.append("Triton's interpreter computes bfloat16 wrongly")
     return reasons
 
 
 def launch(op: str, direction: str) -> Callable[..., Any]:
-    """The function `direction` ("forward" or "backward") of an op's launch module. The module is imported on the first call."""
+    """The function `direction` ("forward" or "backward") of an op's launch module, called with the tensors' device as the current one.
+
+    Triton launches on the current device, whatever device the tensors are on. The module is imported on the first call.
+    """
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"page4d_kernels.triton.{op}_launch"), direction)(*args)
+        first = args[0] if isinstance(args[0], torch.Tensor) else args[0].q
+        with torch.cuda.device_of(first):  # restores the caller's current device afterwards
+            return getattr(_module(f"{op}_launch"), direction)(*args)
 
     return run
 

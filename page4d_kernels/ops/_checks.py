@@ -1,4 +1,7 @@
-"""Argument checks shared by the ops. Each error is one line that says what is wrong and what was expected."""
+"""Argument checks shared by the ops. Each error is one line that says what is wrong and what was expected.
+
+A check runs before every launch, so a message that is put together from its parts is made only when it is needed.
+"""
 
 from __future__ import annotations
 
@@ -25,26 +28,41 @@ def expect(condition: bool, message: str) -> None:
 def expect_tensor(name: str, x: Tensor, rank: int, shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, not {type(x).__name__}")
-    expect(x.dim() == rank, f"{name} must have {rank} dimensions {shape}, not shape {tuple(x.shape)}")
+    if x.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions {shape}, not shape {tuple(x.shape)}")
 
 
 def expect_floats(op: str, x: Tensor) -> None:
-    names = ", ".join(map(dtype_name, FLOATS))
     if x.dtype not in FLOATS:
-        raise TypeError(f"{op} takes {names}, not {dtype_name(x.dtype)}")
+        raise TypeError(f"{op} takes {', '.join(map(dtype_name, FLOATS))}, not {dtype_name(x.dtype)}")
 
 
 def expect_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Same device and dtype."""
     if x.dtype != other.dtype:
         raise TypeError(f"{name} is {dtype_name(x.dtype)} but {other_name} is {dtype_name(other.dtype)}: convert one of them")
-    expect(x.device == other.device, f"{name} is on {x.device} but {other_name} is on {other.device}: move one of them")
+    expect_device(name, x, other_name, other)
+
+
+def expect_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        verb = "are" if other_name.endswith("tokens") else "is"
+        raise ValueError(f"{name} is on {x.device} but {other_name} {verb} on {other.device}: move one of them")
+
+
+def expect_frames(grid: tuple[int, int], special_tokens: int) -> None:
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid must be (h, w), both at least 1, not {tuple(grid)}")
+    if special_tokens < 0:
+        raise ValueError(f"special_tokens must be at least 0, not {special_tokens}")
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Disable autocast inside an op, which chooses its dtypes itself. Autocast would round the fp32 logits and bias."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def values_can_be_read(x: Tensor) -> bool:
@@ -55,5 +73,6 @@ def values_can_be_read(x: Tensor) -> bool:
 
 
 def expect_finite(name: str, x: Tensor) -> None:
-    if values_can_be_read(x):
-        expect(bool(x.isfinite().all()), f"{name} has {int((~x.isfinite()).sum())} values that are not finite")
+    """Reads the values: see `values_can_be_read`."""
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} has {int((~x.isfinite()).sum())} values that are not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,11 @@ from ..backends.mask_attention.problem import AttentionArgs, AttentionProblem
 from ..backends.registry import BackendError
 from ..layout import TokenLayout, to_token_major
 from ..reference import accumulation_dtype
-from ._checks import dtype_name, expect, expect_finite, expect_floats, expect_like, expect_tensor, values_can_be_read, without_autocast
+from . import _checks
+from ._checks import dtype_name, expect, expect_device, expect_finite, expect_floats, expect_like, expect_tensor, without_autocast
+from ._operator import operator
+
+NO_GRADIENT: frozenset[str] = frozenset()
 
 
 def mask_attention(
@@ -88,19 +93,22 @@ def describe(
     return_lse: bool = False,
 ) -> AttentionProblem:
     """The problem to pass to `BACKENDS.reasons` and `is_backend_supported`."""
-    tensors = {"q": q, "k": k, "v": v, "query_gate": query_gate, "key_bias": key_bias}
-    needs = [name for name, x in tensors.items() if x is not None and x.requires_grad] if torch.is_grad_enabled() else []
+    needs = NO_GRADIENT
+    if torch.is_grad_enabled():
+        tensors = {"q": q, "k": k, "v": v, "query_gate": query_gate, "key_bias": key_bias}
+        needs = frozenset([name for name, x in tensors.items() if x is not None and x.requires_grad])
     batch, heads, queries, head_dim = q.shape
     biased = query_gate is not None
-    aligned = all(_aligned(x) for x in (q, k, v))
-    return AttentionProblem(
-        q.device.type, q.dtype, batch, heads, queries, k.shape[2], head_dim, biased, layout, frozenset(needs), return_lse, aligned
-    )
+    aligned = _aligned(q) and _aligned(k) and _aligned(v)
+    return AttentionProblem(q.device.type, q.dtype, batch, heads, queries, k.shape[2], head_dim, biased, layout, needs, return_lse, aligned)
 
 
 def _aligned(x: Tensor) -> bool:
     """Checks the strides only: the address of a tensor is unknown during tracing."""
-    return all(stride * x.element_size() % 16 == 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)
+    batch, heads, rows, _ = x.shape
+    s_batch, s_head, s_row, _ = x.stride()
+    unit = 16 // x.element_size()
+    return (batch == 1 or s_batch % unit == 0) and (heads == 1 or s_head % unit == 0) and (rows == 1 or s_row % unit == 0)
 
 
 def _check(
@@ -115,40 +123,49 @@ def _check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         expect_tensor(name, x, 4, "(B, H, N, D)")
         expect_like(name, x, "q", q)
-        expect(x.stride(-1) == 1 or x.shape[-1] == 1, f"{name} must have unit stride in its last dimension, not {x.stride(-1)}")
+        if x.stride(-1) != 1 and x.shape[-1] != 1:
+            raise ValueError(f"{name} must have unit stride in its last dimension, not {x.stride(-1)}")
     expect_floats("mask_attention", q)
-    expect(k.shape == v.shape, f"k and v must have the same shape, not {tuple(k.shape)} and {tuple(v.shape)}")
-    fits = q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
-    expect(fits, f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, heads and head dim")
-    expect(all(size > 0 for size in (*q.shape, k.shape[2])), f"no dimension may be empty: q {tuple(q.shape)}, k {tuple(k.shape)}")
+    (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, not {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape != (batch, heads, keys, head_dim):
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, heads and head dim")
+    if 0 in (batch, heads, queries, head_dim, keys):
+        raise ValueError(f"no dimension may be empty: q {tuple(q.shape)}, k {tuple(k.shape)}")
     expect((query_gate is None) == (key_bias is None), "query_gate and key_bias must be given together or not at all")
     if query_gate is not None and key_bias is not None:
-        for name, x, other, tokens in (("query_gate", query_gate, "q", q.shape[2]), ("key_bias", key_bias, "k", k.shape[2])):
+        wanted = accumulation_dtype(q.dtype)
+        for name, x, other, tokens in (("query_gate", query_gate, "q", queries), ("key_bias", key_bias, "k", keys)):
             expect_tensor(name, x, 2, "(B, N)")
-            shape = (q.shape[0], tokens)
-            expect(x.shape == shape, f"{name} must have shape {shape} to fit {other}, not {tuple(x.shape)}")
-            expect(x.device == q.device, f"{name} is on {x.device} but q is on {q.device}: move one of them")
-            wanted = accumulation_dtype(q.dtype)
+            if x.shape != (batch, tokens):
+                raise ValueError(f"{name} must have shape {(batch, tokens)} to fit {other}, not {tuple(x.shape)}")
+            expect_device(name, x, "q", q)
             if x.dtype != wanted:
                 raise TypeError(f"{name} must be {dtype_name(wanted)} with {dtype_name(q.dtype)} q, not {dtype_name(x.dtype)}")
-            expect_finite(name, x)
+        if _checks.values_can_be_read(q):
+            expect_finite("query_gate", query_gate)
+            expect_finite("key_bias", key_bias)
     if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
         raise ValueError(f"scale must be a positive number, not {scale!r}")
     if layout is not None:
         if not isinstance(layout, TokenLayout):
             raise TypeError(f"layout must be a TokenLayout, not {type(layout).__name__}")
-        fits = layout.tokens == q.shape[2] == k.shape[2]
-        expect(fits, f"{layout} has {layout.tokens} tokens, but there are {q.shape[2]} queries and {k.shape[2]} keys")
-        if query_gate is not None and env.flag("PAGE4D_DEBUG") and values_can_be_read(query_gate):
+        if not layout.tokens == queries == keys:
+            raise ValueError(f"{layout} has {layout.tokens} tokens, but there are {queries} queries and {keys} keys")
+        if query_gate is not None and env.flag("PAGE4D_DEBUG") and _checks.values_can_be_read(query_gate):
             rest = query_gate.unflatten(1, (layout.frames, layout.tokens_per_frame))[:, :, layout.special_tokens :]
             expect(not bool(rest.any()), f"query_gate is not zero outside the special tokens, as {layout} promises")
 
 
+_layout = functools.lru_cache(TokenLayout)
+
+
 def _unpack(layout: Sequence[int] | None) -> TokenLayout | None:
-    return None if layout is None else TokenLayout(*layout)
+    return None if layout is None else _layout(*layout)
 
 
-@torch.library.custom_op("page4d::mask_attention", mutates_args=())
+@operator("mask_attention")
 def _op(
     q: Tensor,
     k: Tensor,
@@ -171,7 +188,7 @@ def _(q, k, v, query_gate, key_bias, layout, scale, backend):
     return out, q.new_empty(batch, heads, queries, dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("page4d::mask_attention_backward", mutates_args=())
+@operator("mask_attention_backward")
 def _backward_op(
     q: Tensor,
     k: Tensor,

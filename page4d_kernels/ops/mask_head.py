@@ -10,7 +10,8 @@ from torch import Tensor
 from ..backends.mask_head import BACKENDS
 from ..backends.mask_head.problem import MaskHeadProblem
 from ..reference import accumulation_dtype
-from ._checks import expect, expect_floats, expect_tensor, without_autocast
+from ._checks import expect, expect_device, expect_floats, expect_frames, expect_tensor, without_autocast
+from ._operator import operator
 
 
 def mask_head(
@@ -64,14 +65,15 @@ def mask_head(
 def _check(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], special_tokens: int) -> None:
     expect_tensor("tokens", tokens, 4, "(B, S, P, C)")
     expect_floats("mask_head", tokens)
-    expect(all(size > 0 for size in tokens.shape), f"no dimension may be empty: tokens {tuple(tokens.shape)}")
-    expect(len(grid) == 2 and min(grid) >= 1, f"grid must be (h, w), both at least 1, not {tuple(grid)}")
-    expect(special_tokens >= 0, f"special_tokens must be at least 0, not {special_tokens}")
+    if 0 in tokens.shape:
+        raise ValueError(f"no dimension may be empty: tokens {tuple(tokens.shape)}")
+    expect_frames(grid, special_tokens)
     patches = grid[0] * grid[1]
     expect(patches >= 2, "the mask head needs at least two patches (the standard deviation of one is undefined): use a larger image")
     per_frame = special_tokens + patches
-    wrong = f"grid {tuple(grid)} and {special_tokens} special tokens make {per_frame} tokens per frame, not {tokens.shape[2]}"
-    expect(tokens.shape[2] == per_frame, wrong)
+    if tokens.shape[2] != per_frame:
+        wrong = f"grid {tuple(grid)} and {special_tokens} special tokens make {per_frame} tokens per frame, not {tokens.shape[2]}"
+        raise ValueError(wrong)
     names = ("depthwise_weight", "depthwise_bias", "hidden_weight", "hidden_bias", "out_weight", "out_bias")
     for name, parameter, rank in zip(names, parameters, (4, 1, 4, 1, 4, 1), strict=True):
         expect_tensor(name, parameter, rank, "")
@@ -79,11 +81,12 @@ def _check(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], spec
     channels, hidden = tokens.shape[3], parameters[2].shape[0]
     shapes = [(channels, 1, 3, 3), (channels,), (hidden, channels, 1, 1), (hidden,), (1, hidden, 1, 1), (1,)]
     for name, parameter, shape in zip(names, parameters, shapes, strict=True):
-        expect(parameter.shape == shape, f"{name} must have shape {shape}, not {tuple(parameter.shape)}")
-        expect(parameter.device == tokens.device, f"{name} is on {parameter.device} but tokens are on {tokens.device}: move one of them")
+        if parameter.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, not {tuple(parameter.shape)}")
+        expect_device(name, parameter, "tokens", tokens)
 
 
-@torch.library.custom_op("page4d::mask_head", mutates_args=())
+@operator("mask_head")
 def _op(tokens: Tensor, parameters: Sequence[Tensor], grid: Sequence[int], special_tokens: int, backend: str) -> Tensor:
     height, width = grid
     with without_autocast(tokens):
@@ -96,7 +99,7 @@ def _(tokens, parameters, grid, special_tokens, backend):
     return tokens.new_empty(batch, frames * per_frame, dtype=accumulation_dtype(tokens.dtype))
 
 
-@torch.library.custom_op("page4d::mask_head_backward", mutates_args=())
+@operator("mask_head_backward")
 def _backward_op(
     d_bias: Tensor, tokens: Tensor, parameters: Sequence[Tensor], grid: Sequence[int], special_tokens: int, backend: str
 ) -> list[Tensor]:

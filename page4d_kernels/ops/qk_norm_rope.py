@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..backends.qk_norm_rope import BACKENDS
 from ..backends.qk_norm_rope.problem import QkNormRopeProblem
-from ._checks import expect, expect_floats, expect_tensor, without_autocast
+from ._checks import expect_device, expect_floats, expect_frames, expect_tensor, without_autocast
+from ._operator import operator
 
 
 def qk_norm_rope(
@@ -67,29 +68,33 @@ def _check(qkv: Tensor, parameters: tuple[Tensor, ...], cos: Tensor, sin: Tensor
     expect_tensor("qkv", qkv, 5, "(B, N, 3, H, D)")
     expect_floats("qk_norm_rope", qkv)
     head_dim = qkv.shape[-1]
-    expect(qkv.shape[2] == 3, f"qkv must be (B, N, 3, H, D), not {tuple(qkv.shape)}")
-    expect(head_dim % 4 == 0, f"the head dim must be a multiple of 4 for 2-D RoPE, not {head_dim}")
-    expect(qkv.stride(-1) == 1, f"qkv must have unit stride in its last dimension, not {qkv.stride(-1)}")
-    expect(all(size > 0 for size in qkv.shape), f"no dimension may be empty: qkv {tuple(qkv.shape)}")
+    if qkv.shape[2] != 3:
+        raise ValueError(f"qkv must be (B, N, 3, H, D), not {tuple(qkv.shape)}")
+    if head_dim % 4:
+        raise ValueError(f"the head dim must be a multiple of 4 for 2-D RoPE, not {head_dim}")
+    if qkv.stride(-1) != 1:
+        raise ValueError(f"qkv must have unit stride in its last dimension, not {qkv.stride(-1)}")
+    if 0 in qkv.shape:
+        raise ValueError(f"no dimension may be empty: qkv {tuple(qkv.shape)}")
     for name, x in zip(("q_weight", "q_bias", "k_weight", "k_bias"), parameters, strict=True):
         expect_tensor(name, x, 1, "(D,)")
         expect_floats("qk_norm_rope", x)
-        expect(x.shape[0] == head_dim, f"{name} must have length {head_dim}, the head dim, not {x.shape[0]}")
-        expect(x.device == qkv.device, f"{name} is on {x.device} but qkv is on {qkv.device}: move one of them")
-    expect(len(grid) == 2 and min(grid) >= 1, f"grid must be (h, w), both at least 1, not {tuple(grid)}")
-    expect(special_tokens >= 0, f"special_tokens must be at least 0, not {special_tokens}")
+        if x.shape[0] != head_dim:
+            raise ValueError(f"{name} must have length {head_dim}, the head dim, not {x.shape[0]}")
+        expect_device(name, x, "qkv", qkv)
+    expect_frames(grid, special_tokens)
     per_frame = special_tokens + grid[0] * grid[1]
-    frames_fit = qkv.shape[1] % per_frame == 0
-    expect(frames_fit, f"{qkv.shape[1]} tokens are not a multiple of {per_frame}, the tokens per frame of grid {tuple(grid)}")
+    if qkv.shape[1] % per_frame:
+        raise ValueError(f"{qkv.shape[1]} tokens are not a multiple of {per_frame}, the tokens per frame of grid {tuple(grid)}")
     for name, x in (("cos", cos), ("sin", sin)):
         expect_tensor(name, x, 2, "(positions, D/4)")
         expect_floats("qk_norm_rope", x)
-        fits = x.shape[0] > max(grid) and x.shape[1] == head_dim // 4
-        expect(fits, f"{name} must be (at least {max(grid) + 1}, {head_dim // 4}), not {tuple(x.shape)}")
-        expect(x.device == qkv.device, f"{name} is on {x.device} but qkv is on {qkv.device}: move one of them")
+        if x.shape[0] <= max(grid) or x.shape[1] != head_dim // 4:
+            raise ValueError(f"{name} must be (at least {max(grid) + 1}, {head_dim // 4}), not {tuple(x.shape)}")
+        expect_device(name, x, "qkv", qkv)
 
 
-@torch.library.custom_op("page4d::qk_norm_rope", mutates_args=())
+@operator("qk_norm_rope")
 def _op(
     qkv: Tensor,
     q_weight: Tensor,
@@ -115,7 +120,7 @@ def _(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, grid, special_tokens, e
     return tuple(qkv.new_empty(batch, heads, tokens, head_dim) for _ in range(2))
 
 
-@torch.library.custom_op("page4d::qk_norm_rope_backward", mutates_args=())
+@operator("qk_norm_rope_backward")
 def _backward_op(
     d_q: Tensor,
     d_k: Tensor,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..backends.residual_norm import BACKENDS
 from ..backends.residual_norm.problem import ResidualNormProblem
-from ._checks import FLOATS, expect, expect_floats, without_autocast
+from ._checks import FLOATS, expect_device, expect_floats, without_autocast
+from ._operator import operator
 
 
 def residual_norm(
@@ -62,16 +63,19 @@ def _check(x: Tensor, branch: Tensor, vectors: dict[str, Tensor], dtype: torch.d
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
         expect_floats("residual_norm", tensor)
-        expect(tensor.device == x.device, f"{name} is on {tensor.device} but x is on {x.device}: move one of them")
+        expect_device(name, tensor, "x", x)
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, not {dtype}")
-    expect(x.dim() >= 1 and x.numel() > 0, f"x must be (..., C) and not empty, not {tuple(x.shape)}")
-    expect(branch.shape == x.shape, f"branch must have the shape of x, {tuple(x.shape)}, not {tuple(branch.shape)}")
+    if x.dim() < 1 or x.numel() == 0:
+        raise ValueError(f"x must be (..., C) and not empty, not {tuple(x.shape)}")
+    if branch.shape != x.shape:
+        raise ValueError(f"branch must have the shape of x, {tuple(x.shape)}, not {tuple(branch.shape)}")
     for name, vector in vectors.items():
-        expect(vector.shape == x.shape[-1:], f"{name} must have shape ({x.shape[-1]},), as x has channels, not {tuple(vector.shape)}")
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must have shape ({x.shape[-1]},), as x has channels, not {tuple(vector.shape)}")
 
 
-@torch.library.custom_op("page4d::residual_norm", mutates_args=())
+@operator("residual_norm")
 def _op(
     x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -85,7 +89,7 @@ def _(x, branch, scale, weight, bias, eps, dtype, backend):
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("page4d::residual_norm_backward", mutates_args=())
+@operator("residual_norm_backward")
 def _backward_op(
     d_total: Tensor, d_normal: Tensor, total: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

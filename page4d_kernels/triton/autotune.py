@@ -1,8 +1,8 @@
 """Tile sizes of the kernels: built in, from a table, or timed on first use.
 
 A configuration is a dictionary of launch constants, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}.
-Its key holds the kernel, the architecture, the head dim, channels or hidden size, the dtype and, for attention, how rows see the bias. It
-does not depend on sequence length or batch size: a new clip length triggers no timing and no compilation.
+Its key holds the kernel, the architecture, the head dim, channels or hidden size, the dtype and, for attention, how rows see the bias and
+whether there are few or many. It does not hold the sequence length or batch size: a new clip length triggers no timing and no compilation.
 
 PAGE4D_AUTOTUNE sets when candidates are timed:
 
@@ -30,7 +30,7 @@ import torch
 import triton
 
 from .. import env
-from .target import capability, interpreted, limits
+from .target import architecture, interpreted, limits
 
 logger = logging.getLogger("page4d_kernels")
 
@@ -39,7 +39,9 @@ T = TypeVar("T")
 TABLES = Path(__file__).parent / "tables"
 MODES = ("off", "fast", "full")
 FAST = 4  # candidates timed by "fast"
+FEW = 4096  # rows: a single frame, as the encoder sees it, has at most 1374; a global layer passes the limit at 3 to 5 frames
 _chosen: dict[str, Config] = {}  # choices timed by this process
+_untimed: set[str] = set()  # keys of which no candidate ran: they are not tried again
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,19 @@ def mode() -> str:
 
 
 def key(kernel: str, *traits: object) -> str:
-    """Such as `mask_attention_fwd_kernel sm_90 D64 bfloat16 packed`."""
-    return " ".join([kernel, f"sm_{capability()}", *(str(trait).removeprefix("torch.") for trait in traits)])
+    """Such as `mask_attention_fwd_kernel sm_90 D64 bfloat16 plain few`."""
+    return " ".join([kernel, architecture(), *(str(trait).removeprefix("torch.") for trait in traits)])
+
+
+def length_class(rows: int) -> str:
+    """How a key names the number of query rows of a sequence. What is best for one frame need not be best for a long clip."""
+    return "few" if rows <= FEW else "many"
 
 
 def prune(candidates: list[Config], resources: Callable[[Config], ResourceEstimate]) -> list[Config]:
-    """The candidates that fit by the estimate. The first, the built-in choice, is always kept."""
-    return [candidate for i, candidate in enumerate(candidates) if i == 0 or resources(candidate).fits(candidate)]
+    """The candidates that fit by the estimate. If none does, the one that needs the least shared memory: its launch may raise the error."""
+    fitting = [candidate for candidate in candidates if resources(candidate).fits(candidate)]
+    return fitting or [min(candidates, key=lambda candidate: resources(candidate).shared)]
 
 
 def choose(name: str, candidates: list[Config], run: Callable[[Config], object]) -> Config:
@@ -77,24 +85,21 @@ def choose(name: str, candidates: list[Config], run: Callable[[Config], object])
     if name in _chosen:
         return _chosen[name]
     timing = mode()
-    known = _table(_own()).get(name) or _table(_shipped()).get(name)
-    if timing == "off" or (timing == "fast" and known is not None) or not _can_time():
+    known = _table(env.get("PAGE4D_AUTOTUNE_TABLE"), name.split(" ", 2)[1]).get(name)
+    if timing == "off" or (timing == "fast" and known is not None) or name in _untimed or not _can_time():
         return known or candidates[0]
-    times = [(_time(run, candidate), i) for i, candidate in enumerate(candidates[: FAST if timing == "fast" else None])]
+    times = [(_time(name, run, candidate), i) for i, candidate in enumerate(candidates[: FAST if timing == "fast" else None])]
     best, index = min(times)
     if best == float("inf"):
-        return candidates[0]  # its launch then raises the error
+        _untimed.add(name)
+        logger.warning(f"autotune: {name}: none of {len(times)} candidates ran, so the {'table' if known else 'first'} serves")
+        return known or candidates[0]
     logger.info(f"autotune: {name}: {candidates[index]} ({best:.3f} ms, best of {len(times)})")
     _chosen[name] = candidates[index]
-    own = _own()
-    if own is not None:
-        dump(own)
+    own = env.get("PAGE4D_AUTOTUNE_TABLE")
+    if own:
+        dump(Path(own))
     return candidates[index]
-
-
-def launch(kernel: str, traits: tuple[object, ...], candidates: list[Config], run: Callable[[Config], T]) -> T:
-    """Choose the configuration of `kernel` for `traits` and return `run(configuration)`, which launches it."""
-    return run(choose(key(kernel, *traits), candidates, run))
 
 
 def dump(path: Path) -> None:
@@ -107,18 +112,10 @@ def dump(path: Path) -> None:
     _table.cache_clear()
 
 
-def _own() -> Path | None:
-    path = env.get("PAGE4D_AUTOTUNE_TABLE")
-    return Path(path) if path else None
-
-
-def _shipped() -> Path:
-    return TABLES / f"sm_{capability()}.json"
-
-
 @cache
-def _table(path: Path | None) -> dict[str, Config]:
-    return {} if path is None else _read(path)
+def _table(own: str, architecture: str) -> dict[str, Config]:
+    """The shipped table of the architecture, and over it the one at the path `own`, if that is not empty."""
+    return _read(TABLES / f"{architecture}.json") | (_read(Path(own)) if own else {})
 
 
 def _read(path: Path) -> dict[str, Config]:
@@ -139,9 +136,12 @@ def _can_time() -> bool:
     return not interpreted() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def _time(run: Callable[[Config], object], config: Config) -> float:
-    """Median milliseconds with a cold cache. Infinite for a configuration that does not fit."""
+def _time(name: str, run: Callable[[Config], object], config: Config) -> float:
+    """Median milliseconds with a cold cache. Infinite for a configuration that fails, whatever with: it may need too many resources, break
+    the compiler (a plain RuntimeError) or ptxas, or leave no memory for what clears the cache."""
     try:
         return float(triton.testing.do_bench(lambda: run(config), warmup=10, rep=50, return_mode="median"))
-    except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        logger.info(f"autotune: {name}: dropped {config}, which failed with {type(error).__name__}: {reason}")
         return float("inf")

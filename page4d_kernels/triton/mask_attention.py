@@ -2,10 +2,11 @@
 
 Flash attention with three additions. Naming: i_* program ids, o_* offsets, m_* masks, p_* pointers, b_* blocks, s_* strides.
 
-1. Only some tiles see the bias. With a `TokenLayout` (ROWS = PACKED) the gated rows, the first `special` of each frame, are gathered
-   into separate tiles, the first ceil(frames * special / BLOCK_M) of the grid. Only these run the loop with bias code. All other tiles
-   cover contiguous rows and have no bias code. They do not store the special rows. Without a layout (ROWS = CHECKED) each tile checks
-   its gate and takes one loop or the other. Without a bias ROWS = PLAIN.
+1. Only some tiles see the bias. With a `TokenLayout` (ROWS = PACKED) there are two launches. `mask_attention_fwd_kernel` covers all rows
+   in contiguous tiles, without bias code. Then `mask_attention_fwd_kernel_packed` covers the gated rows, the first `special` of each
+   frame, gathered into tiles of their own, and overwrites what the first launch stored there. One kernel with both loops would need the
+   registers of the biased loop in every tile. Without a layout (ROWS = CHECKED) each tile checks its gate and takes one loop or the
+   other. Without a bias ROWS = PLAIN.
 2. The softmax is in base 2. In the forward, plain tiles keep q k^T unscaled and apply scale * log2(e) as one factor in the exponent.
    Biased tiles keep natural logits, scale included, and multiply by log2(e) after subtracting the maximum. In the backward, q k^T is
    multiplied by scale * log2(e) in every tile. The bias gets its log2(e) from r in the dq kernel and from c in the dkv kernel, because
@@ -17,8 +18,8 @@ Flash attention with three additions. Naming: i_* program ids, o_* offsets, m_* 
 The first grid axis counts tiles, heads and batch, because the other axes are limited to 65535. Lengths are not specialised: a kernel is
 compiled once for all clips.
 
-With few query tiles a GPU would be partly idle. Then the keys are split over programs, and `mask_attention_fwd_kernel_merge` merges the
-partial results by log-sum-exp.
+With few query tiles, as in every packed launch, a GPU would be partly idle. Then the keys are split over programs, and
+`mask_attention_fwd_kernel_merge` merges the partial results by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _load_tile(x, i_b, i_h, i_n, n, s_b, s_h, s_n, D: tl.constexpr, BLOCK_D: tl.
 def _softmax_over_keys(
     b_acc, b_row_sum, b_row_max, b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BIASED: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BIASED: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys start ... end. Only the last tile of a sequence is MASKED. Returns numerator, denominator, maximum.
 
@@ -86,7 +87,7 @@ def _softmax_over_keys(
     digits.
     """
     to_base2 = LOG2E if BIASED else scale * LOG2E
-    for i_n in tl.range(start, end, BLOCK_N):
+    for i_n in tl.range(start, end, BLOCK_N, warp_specialize=SPECIALISED):
         b_k = _load_tile(k, i_b, i_h, i_n, n_k, s_kb, s_kh, s_kn, D, BLOCK_D, BLOCK_N, TMA)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         o_n = i_n + tl.arange(0, BLOCK_N)
@@ -113,7 +114,7 @@ def _softmax_over_keys(
 def _attend(
     b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BIASED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BIASED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """Output (BLOCK_M, BLOCK_D) in fp32 and natural log-sum-exp (BLOCK_M,) of one tile of rows over keys start ... end."""
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -122,26 +123,33 @@ def _attend(
     whole = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
     b_acc, b_row_sum, b_row_max = _softmax_over_keys(
         b_acc, b_row_sum, b_row_max, b_q, b_r, k, v, p_c, i_b, i_h, start, whole, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
-        D, BLOCK_D, BLOCK_M, BLOCK_N, BIASED, False, TMA, PRECISION,
+        D, BLOCK_D, BLOCK_M, BLOCK_N, BIASED, False, TMA, PRECISION, SPECIALISED,
     )  # fmt: skip
     b_acc, b_row_sum, b_row_max = _softmax_over_keys(
         b_acc, b_row_sum, b_row_max, b_q, b_r, k, v, p_c, i_b, i_h, whole, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
-        D, BLOCK_D, BLOCK_M, BLOCK_N, BIASED, True, TMA, PRECISION,
+        D, BLOCK_D, BLOCK_M, BLOCK_N, BIASED, True, TMA, PRECISION, SPECIALISED,
     )  # fmt: skip
     b_out = b_acc / tl.where(b_row_sum == 0, 1.0, b_row_sum)[:, None]
     b_lse = tl.where(b_row_sum == 0, float("-inf"), (b_row_max if BIASED else b_row_max * scale) + tl.log2(b_row_sum) * LN2)
     return b_out, b_lse
 
 
-@triton.jit(do_not_specialize=["s_rb", "s_cb", "tiles", "heads", "n_q", "n_k", "s_split", "per_frame", "special", "n_packed"])
+@triton.jit
+def _share_of_keys(n_k, BLOCK_N: tl.constexpr):
+    """First and end of the keys that are this program's by its place on the second grid axis. Shares are whole tiles."""
+    span = tl.cdiv(tl.cdiv(n_k, tl.num_programs(1)), BLOCK_N) * BLOCK_N
+    start = tl.program_id(1) * span
+    return start, tl.minimum(start + span, n_k)
+
+
+@triton.jit(do_not_specialize=["s_rb", "s_cb", "s_split", "tiles", "heads", "n_q", "n_k"])
 def mask_attention_fwd_kernel(
     q, k, v, p_r, p_c, p_out, p_lse,
-    s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on, s_rb, s_cb, s_split,
-    tiles, heads, n_q, n_k, scale, per_frame, special, n_packed,
+    s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on, s_rb, s_cb, s_split, tiles, heads, n_q, n_k, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of rows * batch * heads, splits of the keys).
+    """Contiguous rows; with CHECKED a tile with a gate has its bias. Grid (tiles of rows * batch * heads, splits of the keys).
 
     q (B, H, Nq, D): a pointer; k, v (B, H, Nk, D): descriptors or pointers; r (B, Nq), c (B, Nk) fp32; out (B, H, Nq, D), lse (B, H, Nq)
     fp32. With SPLIT, out and lse are fp32 partial results, one per split, `s_split` rows of lse apart.
@@ -150,67 +158,75 @@ def mask_attention_fwd_kernel(
     i_b, i_h = i_bh // heads, i_bh % heads
     start, end = 0, n_k
     if SPLIT:
-        span = tl.cdiv(tl.cdiv(n_k, tl.num_programs(1)), BLOCK_N) * BLOCK_N
-        start = i_split * span
-        end = tl.minimum(start + span, n_k)
-    p_r += i_b.to(tl.int64) * s_rb
+        start, end = _share_of_keys(n_k, BLOCK_N)
     p_c += i_b.to(tl.int64) * s_cb
     p_lse += i_bh.to(tl.int64) * n_q + i_split.to(tl.int64) * s_split
     p_out += i_b.to(tl.int64) * s_ob + i_h.to(tl.int64) * s_oh + i_split.to(tl.int64) * s_split * D
-
-    n_gated = tl.cdiv(n_packed, BLOCK_M) if ROWS == PACKED else 0
-    if ROWS == PACKED and i_tile < n_gated:
-        o_rows, o_p = _packed_rows(i_tile, per_frame, special, BLOCK_M)
-        m_rows = o_p < n_packed
-        p_q = q + i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
-        b_q = _load_rows(p_q, o_rows, m_rows, s_qn, D, BLOCK_D)
-        b_r = tl.load(p_r + o_rows, mask=m_rows, other=0.0)
+    o_rows = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_rows = o_rows < n_q
+    b_q = _load_rows(q + i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh, o_rows, m_rows, s_qn, D, BLOCK_D)
+    b_r = tl.zeros([BLOCK_M], dtype=tl.float32)
+    gated = False
+    if ROWS == CHECKED:
+        b_r = tl.load(p_r + i_b.to(tl.int64) * s_rb + o_rows, mask=m_rows, other=0.0)
+        gated = tl.max(tl.abs(b_r), 0) > 0
+    if ROWS == CHECKED and gated:
         b_out, b_lse = _attend(
             b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, True, TMA, PRECISION,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, True, TMA, PRECISION, False,
         )  # fmt: skip
-        _store_rows(p_out, b_out, o_rows, m_rows, s_on, D, BLOCK_D)
-        tl.store(p_lse + o_rows, b_lse, mask=m_rows)
     else:
-        o_rows = (i_tile - n_gated) * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_rows = o_rows < n_q
-        p_q = q + i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
-        b_q = _load_rows(p_q, o_rows, m_rows, s_qn, D, BLOCK_D)
-        b_r = tl.zeros([BLOCK_M], dtype=tl.float32)
-        gated = False
-        if ROWS == CHECKED:
-            b_r = tl.load(p_r + o_rows, mask=m_rows, other=0.0)
-            gated = tl.max(tl.abs(b_r), 0) > 0
-        if ROWS == CHECKED and gated:
-            b_out, b_lse = _attend(
-                b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, True, TMA, PRECISION,
-            )  # fmt: skip
-        else:
-            b_out, b_lse = _attend(
-                b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, False, TMA, PRECISION,
-            )  # fmt: skip
-        if ROWS == PACKED:
-            m_rows = m_rows & (o_rows % per_frame >= special)  # the packed tiles write the special rows
-        _store_rows(p_out, b_out, o_rows, m_rows, s_on, D, BLOCK_D)
-        tl.store(p_lse + o_rows, b_lse, mask=m_rows)
+        b_out, b_lse = _attend(
+            b_q, b_r, k, v, p_c, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, False, TMA, PRECISION, SPECIALISED,
+        )  # fmt: skip
+    _store_rows(p_out, b_out, o_rows, m_rows, s_on, D, BLOCK_D)
+    tl.store(p_lse + o_rows, b_lse, mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["s_split", "heads", "n_q", "splits"])
+@triton.jit(do_not_specialize=["s_rb", "s_cb", "s_split", "tiles", "heads", "n_k", "per_frame", "special", "n_packed"])
+def mask_attention_fwd_kernel_packed(
+    q, k, v, p_r, p_c, p_out, p_lse,
+    s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on, s_rb, s_cb, s_split,
+    tiles, heads, n_k, scale, per_frame, special, n_packed,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gated rows, with their bias. Grid (tiles of packed rows * batch * heads, splits of the keys).
+
+    Arguments as above. out and lse are always partial results, even of a single split, and hold the n_packed rows alone.
+    """
+    i_tile, i_bh, i_split = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    start, end = _share_of_keys(n_k, BLOCK_N)
+    p_lse += i_bh.to(tl.int64) * n_packed + i_split.to(tl.int64) * s_split
+    p_out += i_b.to(tl.int64) * s_ob + i_h.to(tl.int64) * s_oh + i_split.to(tl.int64) * s_split * D
+    o_rows, o_p = _packed_rows(i_tile, per_frame, special, BLOCK_M)
+    m_rows = o_p < n_packed
+    b_q = _load_rows(q + i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh, o_rows, m_rows, s_qn, D, BLOCK_D)
+    b_r = tl.load(p_r + i_b.to(tl.int64) * s_rb + o_rows, mask=m_rows, other=0.0)
+    b_out, b_lse = _attend(
+        b_q, b_r, k, v, p_c + i_b.to(tl.int64) * s_cb, i_b, i_h, start, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
+        D, BLOCK_D, BLOCK_M, BLOCK_N, True, TMA, PRECISION, False,
+    )  # fmt: skip
+    _store_rows(p_out, b_out, o_p, m_rows, s_on, D, BLOCK_D)
+    tl.store(p_lse + o_p, b_lse, mask=m_rows)
+
+
+@triton.jit(do_not_specialize=["s_split", "heads", "n_q", "n_rows", "splits", "per_frame", "special"])
 def mask_attention_fwd_kernel_merge(
-    p_parts, p_part_lse, p_out, p_lse, s_split, s_ob, s_oh, s_on, heads, n_q, splits,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_parts, p_part_lse, p_out, p_lse, s_split, s_ob, s_oh, s_on, heads, n_q, n_rows, splits, per_frame, special,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits in order: out = sum_i exp(lse_i - lse) out_i. Grid (tiles of rows * batch * heads,).
 
-    parts (splits, B, H, Nq, D) and part_lse (splits, B, H, Nq) fp32, contiguous, `s_split` rows apart.
+    parts (splits, B, H, n_rows, D) and part_lse (splits, B, H, n_rows) fp32, contiguous, `s_split` rows apart. They hold all rows, or with
+    PACKED the gated ones, which go to their positions in out and lse (B, H, Nq).
     """
-    tiles = tl.cdiv(n_q, BLOCK_M)
+    tiles = tl.cdiv(n_rows, BLOCK_M)
     i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     o_rows = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_rows = o_rows < n_q
-    first = i_bh.to(tl.int64) * n_q
+    m_rows = o_rows < n_rows
+    first = i_bh.to(tl.int64) * n_rows
     b_row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     offset = first
     for _ in range(splits):
@@ -227,6 +243,8 @@ def mask_attention_fwd_kernel_merge(
         offset += s_split
     b_out = b_acc / tl.where(b_row_sum == 0, 1.0, b_row_sum)[:, None]
     b_lse = tl.where(b_row_sum == 0, float("-inf"), b_row_max + tl.log2(b_row_sum) * LN2)
+    if ROWS == PACKED:
+        o_rows, _ = _packed_rows(i_tile, per_frame, special, BLOCK_M)
     p_out += (i_bh // heads).to(tl.int64) * s_ob + (i_bh % heads).to(tl.int64) * s_oh
     _store_rows(p_out, b_out, o_rows, m_rows, s_on, D, BLOCK_D)
-    tl.store(p_lse + first + o_rows, b_lse, mask=m_rows)
+    tl.store(p_lse + i_bh.to(tl.int64) * n_q + o_rows, b_lse, mask=m_rows)

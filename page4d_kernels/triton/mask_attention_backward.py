@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .mask_attention import CHECKED, LOG2E, PACKED, PLAIN, _load_rows, _load_tile, _packed_rows, _store_rows
+from .mask_attention import CHECKED, LOG2E, PACKED, PLAIN, _load_rows, _load_tile, _packed_rows, _share_of_keys, _store_rows
 
 
 @triton.jit(do_not_specialize=["heads", "n_q", "per_frame", "special"])
@@ -73,7 +73,7 @@ def _dq_over_keys(
 
 @triton.jit
 def _dq_tile(
-    q, d_out, k, v, p_c, o_rows, m_rows, b_lse2, b_delta, b_r, i_b, i_h, n_k,
+    q, d_out, k, v, p_c, o_rows, m_rows, b_lse2, b_delta, b_r, i_b, i_h, start, end, n_k,
     s_qn, s_dn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BIASED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -82,67 +82,82 @@ def _dq_tile(
     b_do = _load_rows(d_out, o_rows, m_rows, s_dn, D, BLOCK_D)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_dr = tl.zeros([BLOCK_M], dtype=tl.float32)
-    whole = n_k // BLOCK_N * BLOCK_N
+    whole = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
     b_dq, b_dr = _dq_over_keys(
-        b_dq, b_dr, b_q, b_do, b_lse2, b_delta, b_r, k, v, p_c, i_b, i_h, 0, whole, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
+        b_dq, b_dr, b_q, b_do, b_lse2, b_delta, b_r, k, v, p_c, i_b, i_h, start, whole, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
         D, BLOCK_D, BLOCK_N, BIASED, False, TMA, PRECISION,
     )  # fmt: skip
     return _dq_over_keys(
-        b_dq, b_dr, b_q, b_do, b_lse2, b_delta, b_r, k, v, p_c, i_b, i_h, whole, n_k, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
+        b_dq, b_dr, b_q, b_do, b_lse2, b_delta, b_r, k, v, p_c, i_b, i_h, whole, end, n_k, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale,
         D, BLOCK_D, BLOCK_N, BIASED, True, TMA, PRECISION,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["s_rb", "s_cb", "tiles", "heads", "n_q", "n_k", "per_frame", "special", "n_packed"])
+@triton.jit(do_not_specialize=["s_rb", "s_cb", "tiles", "heads", "n_q", "n_k"])
 def mask_attention_bwd_kernel_dq(
-    q, k, v, d_out, p_r, p_c, p_lse, p_lse2, p_delta, p_dq, p_dr,
+    q, k, v, d_out, p_r, p_c, p_lse2, p_delta, p_dq, p_dr,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_db, s_dh, s_dn, s_gb, s_gh, s_gn, s_rb, s_cb,
-    tiles, heads, n_q, n_k, scale, per_frame, special, n_packed,
+    tiles, heads, n_q, n_k, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, and dr per head. Grid (tiles of rows as in the forward * batch * heads,). k, v: descriptors or pointers; q, d_out: pointers.
+    """dq of contiguous rows, and dr (B, H, Nq) with CHECKED. Grid (tiles of rows * batch * heads,). k, v: descriptors or pointers.
 
-    dr: (B, H, n_packed) with PACKED, (B, H, Nq) with CHECKED. r is multiplied by log2(e) for the base-2 logits; dr needs c unscaled.
+    r is multiplied by log2(e) for the base-2 logits; dr needs c unscaled. With PACKED the special rows get 0 here, because their lse2 is
+    +inf.
     """
     i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_b, i_h = i_bh // heads, i_bh % heads
     q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
     d_out += i_b.to(tl.int64) * s_db + i_h.to(tl.int64) * s_dh
     p_dq += i_b.to(tl.int64) * s_gb + i_h.to(tl.int64) * s_gh
-    p_r += i_b.to(tl.int64) * s_rb
     p_c += i_b.to(tl.int64) * s_cb
     first = i_bh.to(tl.int64) * n_q
-    n_gated = tl.cdiv(n_packed, BLOCK_M) if ROWS == PACKED else 0
-    if ROWS == PACKED and i_tile < n_gated:
-        o_rows, o_p = _packed_rows(i_tile, per_frame, special, BLOCK_M)
-        m_rows = o_p < n_packed
-        b_lse2 = _gated_lse2(p_lse + first, o_rows, m_rows)
-        b_delta = tl.load(p_delta + first + o_rows, mask=m_rows, other=0.0)
-        b_r = tl.load(p_r + o_rows, mask=m_rows, other=0.0) * LOG2E
-        b_dq, b_dr = _dq_tile(
-            q, d_out, k, v, p_c, o_rows, m_rows, b_lse2, b_delta, b_r, i_b, i_h, n_k,
-            s_qn, s_dn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, True, TMA, PRECISION,
-        )  # fmt: skip
-        _store_rows(p_dq, b_dq * scale, o_rows, m_rows, s_gn, D, BLOCK_D)
-        tl.store(p_dr + i_bh.to(tl.int64) * n_packed + o_p, b_dr, mask=m_rows)
-    else:
-        o_rows = (i_tile - n_gated) * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_rows = o_rows < n_q
-        b_lse2 = tl.load(p_lse2 + first + o_rows, mask=m_rows, other=float("inf"))
-        b_delta = tl.load(p_delta + first + o_rows, mask=m_rows, other=0.0)
-        b_r = tl.zeros([BLOCK_M], dtype=tl.float32)
-        if ROWS == CHECKED:
-            b_r = tl.load(p_r + o_rows, mask=m_rows, other=0.0) * LOG2E
-        b_dq, b_dr = _dq_tile(
-            q, d_out, k, v, p_c, o_rows, m_rows, b_lse2, b_delta, b_r, i_b, i_h, n_k,
-            s_qn, s_dn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, ROWS == CHECKED, TMA, PRECISION,
-        )  # fmt: skip
-        if ROWS == CHECKED:
-            tl.store(p_dr + first + o_rows, b_dr, mask=m_rows)
-        if ROWS == PACKED:
-            m_rows = m_rows & (o_rows % per_frame >= special)  # the packed tiles write the special rows
-        _store_rows(p_dq, b_dq * scale, o_rows, m_rows, s_gn, D, BLOCK_D)
+    o_rows = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_rows = o_rows < n_q
+    b_lse2 = tl.load(p_lse2 + first + o_rows, mask=m_rows, other=float("inf"))
+    b_delta = tl.load(p_delta + first + o_rows, mask=m_rows, other=0.0)
+    b_r = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if ROWS == CHECKED:
+        b_r = tl.load(p_r + i_b.to(tl.int64) * s_rb + o_rows, mask=m_rows, other=0.0) * LOG2E
+    b_dq, b_dr = _dq_tile(
+        q, d_out, k, v, p_c, o_rows, m_rows, b_lse2, b_delta, b_r, i_b, i_h, 0, n_k, n_k,
+        s_qn, s_dn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, ROWS == CHECKED, TMA, PRECISION,
+    )  # fmt: skip
+    if ROWS == CHECKED:
+        tl.store(p_dr + first + o_rows, b_dr, mask=m_rows)
+    _store_rows(p_dq, b_dq * scale, o_rows, m_rows, s_gn, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["s_rb", "s_cb", "s_split", "tiles", "heads", "n_q", "n_k", "per_frame", "special", "n_packed"])
+def mask_attention_bwd_kernel_dq_packed(
+    q, k, v, d_out, p_r, p_c, p_lse, p_delta, p_dq, p_dr,
+    s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_db, s_dh, s_dn, s_rb, s_cb, s_split,
+    tiles, heads, n_q, n_k, scale, per_frame, special, n_packed,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq (splits, B, H, n_packed, D) and dr (splits, B, H, n_packed) of the gated rows over each share of the keys, fp32, contiguous.
+
+    Grid (tiles of packed rows * batch * heads, splits of the keys); `s_split` rows lie between splits. The caller adds the shares in order.
+    """
+    i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    i_b, i_h = i_bh // heads, i_bh % heads
+    start, end = _share_of_keys(n_k, BLOCK_N)
+    q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
+    d_out += i_b.to(tl.int64) * s_db + i_h.to(tl.int64) * s_dh
+    first = i_bh.to(tl.int64) * n_q
+    o_rows, o_p = _packed_rows(i_tile, per_frame, special, BLOCK_M)
+    m_rows = o_p < n_packed
+    b_lse2 = _gated_lse2(p_lse + first, o_rows, m_rows)
+    b_delta = tl.load(p_delta + first + o_rows, mask=m_rows, other=0.0)
+    b_r = tl.load(p_r + i_b.to(tl.int64) * s_rb + o_rows, mask=m_rows, other=0.0) * LOG2E
+    b_dq, b_dr = _dq_tile(
+        q, d_out, k, v, p_c + i_b.to(tl.int64) * s_cb, o_rows, m_rows, b_lse2, b_delta, b_r, i_b, i_h, start, end, n_k,
+        s_qn, s_dn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, True, TMA, PRECISION,
+    )  # fmt: skip
+    offset = i_bh.to(tl.int64) * n_packed + tl.program_id(1).to(tl.int64) * s_split
+    _store_rows(p_dq + offset * D, b_dq * scale, o_p, m_rows, D, D, BLOCK_D)
+    tl.store(p_dr + offset + o_p, b_dr, mask=m_rows)
 
 
 @triton.jit
@@ -166,13 +181,14 @@ def mask_attention_bwd_kernel_dkv(
     q, d_out, p_q, p_d_out, p_k, p_v, p_r, p_c, p_lse, p_lse2, p_delta, p_dk, p_dv, p_dc,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_db, s_dh, s_dn, s_gb, s_gh, s_gn, s_rb, s_cb,
     tiles, heads, n_q, n_k, scale, per_frame, special, n_packed,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     ROWS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv, and dc (B, H, Nk) per head. Grid (tiles of keys * batch * heads,).
 
     q and d_out are passed twice: as descriptors (with TMA) for contiguous rows, and as pointers for packed rows. dk and dv share strides.
-    c is multiplied by log2(e) for the base-2 logits; dc needs r unscaled.
+    c is multiplied by log2(e) for the base-2 logits; dc needs r unscaled. The packed rows come in tiles of BLOCK_P, few enough that their
+    loop needs no more registers than the one over contiguous rows.
     """
     i_tile, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -186,8 +202,9 @@ def mask_attention_bwd_kernel_dkv(
     b_dc = tl.zeros([BLOCK_N], dtype=tl.float32)
     b_c = tl.zeros([BLOCK_N], dtype=tl.float32)
     p_r += i_b.to(tl.int64) * s_rb
-    if ROWS != PLAIN:
-        b_c = tl.load(p_c + i_b.to(tl.int64) * s_cb + o_n, mask=m_n, other=0.0) * LOG2E
+    p_c += i_b.to(tl.int64) * s_cb
+    if ROWS == CHECKED:
+        b_c = tl.load(p_c + o_n, mask=m_n, other=0.0) * LOG2E
 
     for i_m in tl.range(0, n_q, BLOCK_M):
         o_m = i_m + tl.arange(0, BLOCK_M)
@@ -205,8 +222,9 @@ def mask_attention_bwd_kernel_dkv(
     if ROWS == PACKED:
         p_q += i_b.to(tl.int64) * s_qb + i_h.to(tl.int64) * s_qh
         p_d_out += i_b.to(tl.int64) * s_db + i_h.to(tl.int64) * s_dh
-        for i_t in tl.range(0, tl.cdiv(n_packed, BLOCK_M)):
-            o_m, o_p = _packed_rows(i_t, per_frame, special, BLOCK_M)
+        b_c = tl.load(p_c + o_n, mask=m_n, other=0.0) * LOG2E
+        for i_t in tl.range(0, tl.cdiv(n_packed, BLOCK_P)):
+            o_m, o_p = _packed_rows(i_t, per_frame, special, BLOCK_P)
             m_m = o_p < n_packed
             b_q = _load_rows(p_q, o_m, m_m, s_qn, D, BLOCK_D)
             b_do = _load_rows(p_d_out, o_m, m_m, s_dn, D, BLOCK_D)

@@ -7,14 +7,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
 from ..reference.mask_head import MIN_STD
-from . import autotune
+from . import autotune, launcher
 from . import mask_head as fwd
 from . import mask_head_backward as bwd
-from .target import capability
+from .launcher import cdiv, next_power_of_2
+from .target import capability, per_target, precision
 
 T = TypeVar("T")
 STATISTICS_P, STATISTICS_C = 64, 32
@@ -29,8 +29,9 @@ HOPPER_ROWS = (64, 32, 8, 2)  # wide enough for wgmma; Triton 3.7 aborts on it f
 def _statistics(tokens: Tensor, patches: int, special_tokens: int) -> tuple[Tensor, Tensor]:
     batch, frames, _, channels = tokens.shape
     mean, rstd = (torch.empty(batch * frames, channels, dtype=torch.float32, device=tokens.device) for _ in range(2))
-    fwd.mask_head_fwd_kernel_stats[(batch * frames, triton.cdiv(channels, STATISTICS_C))](
-        tokens, mean, rstd, *tokens.stride(), frames, channels, special_tokens, patches, MIN_STD,
+    launcher.launch(
+        fwd.mask_head_fwd_kernel_stats, (batch * frames, cdiv(channels, STATISTICS_C)),
+        (tokens, mean, rstd), (*tokens.stride(), frames, channels, special_tokens, patches, MIN_STD),
         BLOCK_P=STATISTICS_P, BLOCK_C=STATISTICS_C, num_warps=4,
     )  # fmt: skip
     return mean, rstd
@@ -41,12 +42,18 @@ def _weights(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _block_h(hidden: int) -> int:
-    return max(16, triton.next_power_of_2(hidden))
+    return max(16, next_power_of_2(hidden))
 
 
 def _constants(tokens: Tensor, hidden: int) -> dict[str, Any]:
     """Half-precision tokens carry no more digits than tf32, so one tf32 matmul is enough. fp32 tokens take three (tf32x3)."""
-    return {"BLOCK_H": _block_h(hidden), "PRECISION": "tf32x3" if tokens.dtype == torch.float32 else "tf32"}
+    return {"BLOCK_H": _block_h(hidden), "PRECISION": precision(tokens.dtype)}
+
+
+def resources(kernel: str, dtype: torch.dtype, hidden: int, config: autotune.Config) -> autotune.ResourceEstimate:
+    patches, block_c, stages = config["BLOCK_P"], config["BLOCK_C"], config["num_stages"]
+    owner, terms = (block_c, 1) if kernel == "bwd_kernel_channels" else (patches, 3 if dtype == torch.float32 else 1)
+    return autotune.ResourceEstimate((stages * block_c + patches) * hidden * 4, owner * hidden + terms * patches * block_c)
 
 
 def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Config]:
@@ -54,18 +61,17 @@ def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Co
     if capability() == 90 and kernel != "bwd_kernel_channels" and dtype != torch.float32:
         tiles = [*tiles, HOPPER_ROWS]
     configs = [dict(zip(("BLOCK_P", "BLOCK_C", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles]
+    return autotune.prune(configs, lambda config: resources(kernel, dtype, hidden, config))
 
-    def resources(config: autotune.Config) -> autotune.ResourceEstimate:
-        patches, block_c, stages = config["BLOCK_P"], config["BLOCK_C"], config["num_stages"]
-        owner, terms = (block_c, 1) if kernel == "bwd_kernel_channels" else (patches, 3 if dtype == torch.float32 else 1)
-        return autotune.ResourceEstimate((stages * block_c + patches) * hidden * 4, owner * hidden + terms * patches * block_c)
 
-    return autotune.prune(configs, resources)
+@per_target
+def _tuning(kernel: str, dtype: torch.dtype, hidden: int) -> tuple[str, list[autotune.Config]]:
+    return autotune.key(f"mask_head_{kernel}", f"H{hidden}", dtype), candidates(kernel, dtype, hidden)
 
 
 def _launch(kernel: str, tokens: Tensor, hidden: int, run: Callable[[autotune.Config], T]) -> T:
-    block_h = _block_h(hidden)
-    return autotune.launch(f"mask_head_{kernel}", (f"H{block_h}", tokens.dtype), candidates(kernel, tokens.dtype, block_h), run)
+    key, configs = _tuning(kernel, tokens.dtype, _block_h(hidden))
+    return run(autotune.choose(key, configs, run))
 
 
 def forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], special_tokens: int) -> Tensor:
@@ -75,9 +81,10 @@ def forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], spe
     out = torch.empty(batch, frames * per_frame, dtype=torch.float32, device=tokens.device)
 
     def run(config: autotune.Config) -> None:
-        fwd.mask_head_fwd_kernel[(triton.cdiv(patches, config["BLOCK_P"]), batch * frames)](
-            tokens, *statistics, *weights, out, *tokens.stride(), frames, channels, hidden, special_tokens, *grid,
-            BLOCK_S=triton.next_power_of_2(max(special_tokens, 1)), **_constants(tokens, hidden), **config,
+        launcher.launch(
+            fwd.mask_head_fwd_kernel, (cdiv(patches, config["BLOCK_P"]), batch * frames),
+            (tokens, *statistics, *weights, out), (*tokens.stride(), frames, channels, hidden, special_tokens, *grid),
+            BLOCK_S=next_power_of_2(max(special_tokens, 1)), **_constants(tokens, hidden), **config,
         )  # fmt: skip
 
     _launch("fwd_kernel", tokens, hidden, run)
@@ -96,20 +103,22 @@ def backward(d_bias: Tensor, tokens: Tensor, parameters: list[Tensor], grid: tup
     sizes = (*tokens.stride(), frames, channels, hidden, special_tokens, *grid)
 
     def run_hidden(config: autotune.Config) -> list[Tensor]:
-        tiles = triton.cdiv(patches, config["BLOCK_P"])
+        tiles = cdiv(patches, config["BLOCK_P"])
         programs = tiles * batch * frames
         parts = [fp32(programs, hidden), fp32(programs), fp32(programs, hidden)]
-        bwd.mask_head_bwd_kernel_hidden[(tiles, batch * frames)](
-            d_bias, tokens, *statistics, *weights, d_a2, *parts, *sizes, **_constants(tokens, hidden), **config
+        launcher.launch(
+            bwd.mask_head_bwd_kernel_hidden, (tiles, batch * frames),
+            (d_bias, tokens, *statistics, *weights, d_a2, *parts), sizes, **_constants(tokens, hidden), **config
         )  # fmt: skip
         return parts
 
     def run_channels(config: autotune.Config) -> list[Tensor]:
-        tiles = triton.cdiv(patches, config["BLOCK_P"])
+        tiles = cdiv(patches, config["BLOCK_P"])
         shares = min(SHARES, tiles * batch * frames)
         parts = [fp32(shares, channels, hidden), fp32(shares, 9, channels), fp32(shares, channels)]
-        bwd.mask_head_bwd_kernel_channels[(triton.cdiv(channels, config["BLOCK_C"]), shares)](
-            tokens, *statistics, *weights[:3], d_a2, *parts, *sizes, tiles, tiles * batch * frames,
+        launcher.launch(
+            bwd.mask_head_bwd_kernel_channels, (cdiv(channels, config["BLOCK_C"]), shares),
+            (tokens, *statistics, *weights[:3], d_a2, *parts), (*sizes, tiles, tiles * batch * frames),
             BLOCK_K=32, **_constants(tokens, hidden), **config,
         )  # fmt: skip
         return parts
@@ -120,14 +129,14 @@ def backward(d_bias: Tensor, tokens: Tensor, parameters: list[Tensor], grid: tup
     return [total.reshape(parameter.shape).to(parameter.dtype) for total, parameter in zip(sums, parameters, strict=True)]
 
 
-def examples() -> dict[str, Callable[[], None]]:
+def example(dtype: torch.dtype) -> None:
     """Forward and backward at the official size (10 frames of 24 x 37 patches, 1024 channels), for dry runs."""
     grid, special_tokens = (24, 37), 5
     parameters = [torch.empty(shape) for shape in [(1024, 1, 3, 3), (1024,), (256, 1024, 1, 1), (256,), (1, 256, 1, 1), (1,)]]
+    tokens = torch.empty(1, 10, 893, 1024, dtype=dtype)
+    bias = forward(tokens, parameters, grid, special_tokens)
+    backward(bias, tokens, parameters, grid, special_tokens)
 
-    def launch(dtype: torch.dtype) -> None:
-        tokens = torch.empty(1, 10, 893, 1024, dtype=dtype)
-        bias = forward(tokens, parameters, grid, special_tokens)
-        backward(bias, tokens, parameters, grid, special_tokens)
 
-    return {"mask head, bf16": partial(launch, torch.bfloat16), "mask head, fp32": partial(launch, torch.float32)}
+def examples() -> dict[str, Callable[[], None]]:
+    return {"mask head, bf16": partial(example, torch.bfloat16), "mask head, fp32": partial(example, torch.float32)}

@@ -282,6 +282,29 @@ def test_compiled_and_checkpointed_block(backend):
         assert (x.float() - y.float()).norm() <= 2e-2 * y.float().norm()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one(backend):
+    """Tensors on cuda:1 while cuda:0 is current, forward and backward, after the same call on cuda:0."""
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        inputs = attention_inputs(frames(2), dtype=torch.bfloat16, packed=True, device=device).requires_grad_()
+        out = inputs.attend(backend)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs.tensors())])
+        assert torch.cuda.current_device() == 0
+    for first, second in zip(*results, strict=True):
+        assert second.device.index == 1 and torch.equal(first, second.to(first.device))
+
+
+def test_repeated_launches_see_new_tensors():
+    """Launches are remembered by sizes, dtypes and alignments: other addresses, aligned or not, give the results of a first launch."""
+    inputs = attention_inputs(frames(2), dtype=torch.bfloat16, device="cuda")
+    expected = inputs.attend("triton")
+    memory = torch.zeros(inputs.q.numel() + 16, dtype=torch.bfloat16, device="cuda")
+    for offset in (0, 8, 1, 3, 8, 0):
+        q = memory[offset : offset + inputs.q.numel()].view_as(inputs.q).copy_(inputs.q)
+        assert (dataclasses.replace(inputs, q=q).attend("triton") - expected).abs().max() < 2e-2
+
+
 def test_full_autotune(monkeypatch, tmp_path):
     """Every candidate runs, the choice is written down, and the result stays within the rounding of another order of sums."""
     from page4d_kernels.triton import autotune

@@ -49,7 +49,7 @@ class TestInterpretedTriton:
         """Few query tiles: three programs share the keys of each and are merged."""
         from page4d_kernels.triton import mask_attention_launch as launch
 
-        monkeypatch.setattr(launch, "splits_for", lambda tiles, keys, device: 3)
+        monkeypatch.setattr(launch, "splits_for", lambda tiles, keys: 3)
         inputs = attention_inputs(TokenLayout(3, 59, 5), batch=2, packed=True)
         vectors = (None, None) if promise is None else (inputs.query_gate, inputs.key_bias)
         found, expected = (
@@ -62,7 +62,7 @@ class TestInterpretedTriton:
     def test_more_splits_than_tiles_of_keys(self, monkeypatch):
         from page4d_kernels.triton import mask_attention_launch as launch
 
-        monkeypatch.setattr(launch, "splits_for", lambda tiles, keys, device: 5)
+        monkeypatch.setattr(launch, "splits_for", lambda tiles, keys: 5)
         inputs = attention_inputs(TokenLayout(1, 40, 5))
         found, expected = (mask_attention(*inputs.tensors(), layout=inputs.layout, backend=name) for name in ("triton", "reference"))
         assert torch.allclose(found, expected, atol=2e-5)

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OP = "residual_norm"
 FOLDERS = ("page4d_kernels", "benchmarks", "tests/kernels")
 NOT_NEEDED = {  # files that mention the op but need no change for a new one
+    "benchmarks/host_time.py": "measures several ops by name",
     "tests/kernels/test_gpu.py": "captures several ops in one CUDA graph",
     "tests/kernels/test_triton_compiled.py": "checks the launch grids of several ops by name",
 }

@@ -27,6 +27,17 @@ def test_import_loads_nothing_heavy_beyond_torch():
     assert "page4d.model" in loaded and not set(heavy) & set(loaded)
 
 
+def test_an_operator_does_not_load_the_compiler():
+    code = """
+import sys, torch, page4d_kernels
+x = torch.ones(1, 1, 4, 8, requires_grad=True)
+out = page4d_kernels.mask_attention(x, x, x, backend="chunked")
+out.sum().backward()
+print("torch._dynamo" in sys.modules)
+"""
+    assert python(code) == "False"
+
+
 def test_versions_agree():
     (declared,) = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert python("import page4d; print(page4d.__version__)") == declared
