@@ -113,6 +113,7 @@ FP32: dict[str, Tiles] = {  # float32, head dims up to 64
         "bwd_kernel_dq_checked": [(32, 32, 4, 1)],
         "bwd_kernel_dq_packed": [(32, 32, 4, 1)],
         "bwd_kernel_dkv": [(32, 32, 4, 1)],
+        "bwd_kernel_dkv_checked": [(32, 32, 8, 1)],
     },
     "tcgen05": {
         "fwd_kernel": [(64, 32, 4, 2), (64, 32, 8, 2)],
