@@ -11,15 +11,15 @@
 
 namespace page4d::PAGE4D_ISA {
 
-constexpr int64_t chunk_rows = 768;  // at most; a multiple of every engine's `block`
+constexpr int64_t chunk_rows = 768;  // at most; a multiple of every engine's `rows`
 constexpr int64_t tile_keys = 256;
 constexpr float log2e = 1.4426950408889634f;
 
-// Rows are divided as evenly as possible into chunks of whole blocks.
+// Rows are divided as evenly as possible into chunks of whole register tiles.
 template <class E>
 int64_t rows_of_chunk(int64_t queries) {
     const int64_t chunks = (queries + chunk_rows - 1) / chunk_rows;
-    return round_up((queries + chunks - 1) / chunks, E::block);
+    return round_up((queries + chunks - 1) / chunks, E::rows);
 }
 
 // Working space of a task.
@@ -85,13 +85,15 @@ inline void store_units(uint32_t* to, Vec x) { _mm512_storeu_ps(to, x.v); }
 
 template <class E, class T>
 void pack_rows(typename E::Unit* to, const T* from, int64_t stride, int64_t rows, int64_t padded, int64_t units, int64_t head_dim) {
-    for (int64_t i = 0; i < padded; ++i)
-        for (int64_t u = 0; u < units; ++u) {
-            if (i < rows)
-                pack_one(to + i * units + u, from + i * stride, u, head_dim);
-            else
-                to[i * units + u] = 0;
+    const int64_t whole = head_dim / E::pair / Vec::width * Vec::width;
+    for (int64_t i = 0; i < padded; ++i, to += units, from += stride) {
+        int64_t u = 0;
+        if (i < rows) {
+            for (; u < whole; u += Vec::width) store_units(to + u, units_of(to, from, u));
+            for (; u < units; ++u) pack_one(to + u, from, u, head_dim);
         }
+        for (; u < units; ++u) to[u] = 0;
+    }
 }
 
 // Packs K as (units, keys) in panels of keys by transposing square blocks. Zeros past the last key and channel.
@@ -119,10 +121,10 @@ void pack_transposed(typename E::Unit* to, const T* from, int64_t stride, int64_
 
 // Packs V as (keys or pairs of keys, channels) in panels of channels. Zeros past the last key and channel.
 template <class E, class T>
-void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t keys, Panels panels, int64_t head_dim) {
+void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t keys, int64_t padded, Panels panels, int64_t head_dim) {
     const int64_t width = panels.width();
     for (int64_t p = 0; p < panels.count; ++p)
-        for (int64_t key = 0; key < tile_keys; key += E::pair, to += width) {
+        for (int64_t key = 0; key < padded; key += E::pair, to += width) {
             const T* first = from + key * stride + p * width;
             const T* second = first + (E::pair - 1) * stride;
             const int64_t channels = smaller(width, head_dim - p * width);
@@ -179,7 +181,7 @@ template <class E, class T>
 void attend(const MaskAttention& p, int64_t task, char* scratch) {
     const int64_t chunk = rows_of_chunk<E>(p.queries), chunks = (p.queries + chunk - 1) / chunk;
     const int64_t b = task / chunks / p.heads, h = task / chunks % p.heads, first = task % chunks * chunk;
-    const int64_t rows = smaller(chunk, p.queries - first), padded = round_up(rows, E::block);
+    const int64_t rows = smaller(chunk, p.queries - first), padded = round_up(rows, E::rows);
     const T* q = static_cast<const T*>(p.q) + b * p.q_stride[0] + h * p.q_stride[1] + first * p.q_stride[2];
     const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + h * p.k_stride[1];
     const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + h * p.v_stride[1];
@@ -187,7 +189,7 @@ void attend(const MaskAttention& p, int64_t task, char* scratch) {
     const float* c = p.bias ? p.bias + b * p.bias_stride : nullptr;
     size_t bytes;
     const Space<E> space(p.head_dim, scratch, &bytes);
-    const int64_t width = space.key_panels.columns(), channels = space.out_panels.columns();
+    const int64_t channels = space.out_panels.columns();
     const auto* probs = reinterpret_cast<const typename E::Unit*>(space.probs);
 
     E::begin();
@@ -197,11 +199,14 @@ void attend(const MaskAttention& p, int64_t task, char* scratch) {
 
     for (int64_t j = 0; j < p.keys; j += tile_keys) {
         const int64_t keys = smaller(tile_keys, p.keys - j);
-        pack_transposed<E>(space.k, k + j * p.k_stride[2], p.k_stride[2], keys, space.key_panels, space.units, p.head_dim);
-        pack_values<E>(space.v, v + j * p.v_stride[2], p.v_stride[2], keys, space.out_panels, p.head_dim);
+        const Panels panels = space.key_panels.first(keys);
+        const int64_t width = panels.columns();
+        pack_transposed<E>(space.k, k + j * p.k_stride[2], p.k_stride[2], keys, panels, space.units, p.head_dim);
+        pack_values<E>(space.v, v + j * p.v_stride[2], p.v_stride[2], keys, width, space.out_panels, p.head_dim);
         for (int64_t i = 0; i < padded; i += E::block) {
-            multiply<E>(E::block, space.key_panels, space.units, space.q + i * space.units, space.units, space.k, space.logits, width, false);
-            for (int64_t row = 0; row < E::block; ++row) {
+            const int64_t block = smaller(E::block, padded - i);
+            multiply<E>(block, panels, space.units, space.q + i * space.units, space.units, space.k, space.logits, width, false);
+            for (int64_t row = 0; row < block; ++row) {
                 const float gate = r && i + row < rows ? r[i + row] : 0.0f;
                 const float rescale = softmax_row<E>(space.logits + row * width, space.probs + row * width, keys, width, p.scale, gate,
                                                      c ? c + j : nullptr, space.row_max + i + row, space.row_sum + i + row);
@@ -210,7 +215,7 @@ void attend(const MaskAttention& p, int64_t task, char* scratch) {
                     for (int64_t d = 0; d < channels; d += Vec::width) store(o + d, load(o + d) * broadcast(rescale));
                 }
             }
-            multiply<E>(E::block, space.out_panels, tile_keys / E::pair, probs, width / E::pair, space.v, space.out + i * channels, channels, true);
+            multiply<E>(block, space.out_panels, width / E::pair, probs, width / E::pair, space.v, space.out + i * channels, channels, true);
         }
     }
 
