@@ -15,6 +15,7 @@ constexpr int64_t most_rows = 1920;  // of a chunk; a multiple of every engine's
 constexpr int64_t few_rows = 768;    // threads without work do not make chunks smaller than about half of this
 constexpr int64_t tile_keys = 256;
 constexpr float log2e = 1.4426950408889634f;
+constexpr float slack = 8.0f;  // a higher maximum by less than this leaves the sums as they are: exp2 of the logits stays below 2^12
 
 // Every chunk packs all keys of its head, which are far apart in a packed projection. Therefore a head has as few chunks as keep all threads
 // busy. Rows do not depend on each other, so results do not depend on the chunks. They are as even as whole register tiles allow.
@@ -152,7 +153,7 @@ void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t ke
 // precision.
 inline bool natural(float scale, float r) { return r != 0.0f || scale <= 0.0f; }
 
-// Updates the maximum of a row. Returns the factor for its earlier sums.
+// Updates the maximum of a row, up to `slack`. Returns the factor for its earlier sums.
 inline float raise_max(float* s, int64_t keys, int64_t width, float scale, float r, const float* c, float* row_max) {
     if (natural(scale, r)) {
         const int64_t whole = keys / Vec::width * Vec::width;
@@ -167,7 +168,7 @@ inline float raise_max(float* s, int64_t keys, int64_t width, float scale, float
         lane_max[1] = max(lane_max[1], load(s + j + Vec::width));
     }
     const float tile_max = max(max(lane_max[0], lane_max[1])) * (natural(scale, r) ? 1.0f : scale), old = *row_max;
-    if (!(tile_max > old)) return 1.0f;
+    if (!(tile_max > old + slack)) return 1.0f;
     *row_max = tile_max;
     return old == -INFINITY ? 1.0f : exp2f((old - tile_max) * log2e);  // 1: there are no sums yet
 }
@@ -205,7 +206,8 @@ void attend(const MaskAttention& p, int64_t task, char* scratch) {
     E::begin();
     pack_rows<E>(space.q, q, p.q_stride[2], rows, padded, space.units, p.head_dim);
     for (int64_t i = 0; i < padded; ++i) space.row_max[i] = -INFINITY, space.row_sum[i] = 0.0f;
-    for (int64_t i = 0; i < padded * channels; ++i) space.out[i] = 0.0f;
+    if (p.keys == 0)  // else the first tile overwrites it
+        for (int64_t i = 0; i < padded * channels; ++i) space.out[i] = 0.0f;
 
     for (int64_t j = 0; j < p.keys; j += tile_keys) {
         const int64_t keys = smaller(tile_keys, p.keys - j);
@@ -228,7 +230,7 @@ void attend(const MaskAttention& p, int64_t task, char* scratch) {
                 const int64_t at = (row - i) * width;
                 space.row_sum[row] += exp2_row<E>(space.logits + at, space.probs + at, width, p.scale, gate(row), space.row_max[row]);
             }
-            multiply<E>(block, space.out_panels, width / E::pair, probs, width / E::pair, space.v, space.out + i * channels, channels, true);
+            multiply<E>(block, space.out_panels, width / E::pair, probs, width / E::pair, space.v, space.out + i * channels, channels, j > 0);
         }
     }
 

@@ -116,7 +116,7 @@ inline Vec load_bf16(const uint16_t* p) {
 
 #endif
 
-// 2^x for x <= 0, by a minimax polynomial on [-1/2, 1/2]. The relative error is below 2e-7. Returns 0 below -126.5, including -inf.
+// 2^x for x < 127, by a minimax polynomial on [-1/2, 1/2]. The relative error is below 2e-7. Returns 0 below -126.5, including -inf.
 // NaN stays NaN.
 //
 // x = n + f with n the nearest integer. Floats from 2^23 to 2^24 are the integers, so adding 1.5 * 2^23 rounds x, and adding 127 more leaves
