@@ -1,7 +1,7 @@
 // Mask-modulated attention for one engine: an online softmax over tiles of keys, for one chunk of query rows per task.
 //
 // A task is one chunk of rows of one head. It packs each tile of K (transposed) and V once for all its rows. The size of the working space
-// does not depend on the sequence length. The softmax adds the bias r_i c_j, and only in rows with r_i != 0.
+// is bounded for any sequence length. The softmax adds the bias r_i c_j, and only in rows with r_i != 0.
 #pragma once
 
 #include <math.h>
@@ -11,15 +11,20 @@
 
 namespace page4d::PAGE4D_ISA {
 
-constexpr int64_t chunk_rows = 768;  // at most; a multiple of every engine's `block`
+constexpr int64_t most_rows = 1920;  // of a chunk; a multiple of every engine's `rows`
+constexpr int64_t few_rows = 768;    // threads without work do not make chunks smaller than about half of this
 constexpr int64_t tile_keys = 256;
 constexpr float log2e = 1.4426950408889634f;
+constexpr float slack = 8.0f;  // a higher maximum by less than this leaves the sums as they are: exp2 of the logits stays below 2^12
 
-// Rows are divided as evenly as possible into chunks of whole blocks.
+// Every chunk packs all keys of its head, which are far apart in a packed projection. Therefore a head has as few chunks as keep all threads
+// busy. Rows do not depend on each other, so results do not depend on the chunks. They are as even as whole register tiles allow.
 template <class E>
-int64_t rows_of_chunk(int64_t queries) {
-    const int64_t chunks = (queries + chunk_rows - 1) / chunk_rows;
-    return round_up((queries + chunks - 1) / chunks, E::block);
+int64_t rows_of_chunk(const MaskAttention& p) {
+    const int64_t heads = p.batch * p.heads, wanted = (4 * p.threads + heads - 1) / heads;
+    const int64_t fewest = (p.queries + most_rows - 1) / most_rows, most = (p.queries + few_rows - 1) / few_rows;
+    const int64_t chunks = wanted < fewest ? fewest : smaller(wanted, most);
+    return round_up((p.queries + chunks - 1) / chunks, E::rows);
 }
 
 // Working space of a task.
@@ -31,7 +36,7 @@ struct Space {
     Panels key_panels, out_panels;
     int64_t units;
 
-    Space(int64_t head_dim, char* base, size_t* bytes) {
+    Space(int64_t head_dim, int64_t chunk, char* base, size_t* bytes) {
         key_panels = panels_for<E>(tile_keys);
         out_panels = panels_for<E>(head_dim);
         units = round_up((head_dim + E::pair - 1) / E::pair, E::step);
@@ -41,13 +46,13 @@ struct Space {
             used += static_cast<size_t>(round_up(count * 4, 64));
             return place;
         };
-        q = reinterpret_cast<typename E::Unit*>(take(chunk_rows * units));
+        q = reinterpret_cast<typename E::Unit*>(take(chunk * units));
         k = reinterpret_cast<typename E::Unit*>(take(key_panels.columns() * units));
         v = reinterpret_cast<typename E::Unit*>(take(tile_keys / E::pair * out_panels.columns()));
         logits = reinterpret_cast<float*>(take(E::block * key_panels.columns()));
-        out = reinterpret_cast<float*>(take(chunk_rows * out_panels.columns()));
-        row_max = reinterpret_cast<float*>(take(chunk_rows));
-        row_sum = reinterpret_cast<float*>(take(chunk_rows));
+        out = reinterpret_cast<float*>(take(chunk * out_panels.columns()));
+        row_max = reinterpret_cast<float*>(take(chunk));
+        row_sum = reinterpret_cast<float*>(take(chunk));
         probs = E::pair == 1 ? reinterpret_cast<typename E::Element*>(logits)
                              : reinterpret_cast<typename E::Element*>(take(E::block * key_panels.columns() / E::pair));
         *bytes = used;
@@ -85,13 +90,15 @@ inline void store_units(uint32_t* to, Vec x) { _mm512_storeu_ps(to, x.v); }
 
 template <class E, class T>
 void pack_rows(typename E::Unit* to, const T* from, int64_t stride, int64_t rows, int64_t padded, int64_t units, int64_t head_dim) {
-    for (int64_t i = 0; i < padded; ++i)
-        for (int64_t u = 0; u < units; ++u) {
-            if (i < rows)
-                pack_one(to + i * units + u, from + i * stride, u, head_dim);
-            else
-                to[i * units + u] = 0;
+    const int64_t whole = head_dim / E::pair / Vec::width * Vec::width;
+    for (int64_t i = 0; i < padded; ++i, to += units, from += stride) {
+        int64_t u = 0;
+        if (i < rows) {
+            for (; u < whole; u += Vec::width) store_units(to + u, units_of(to, from, u));
+            for (; u < units; ++u) pack_one(to + u, from, u, head_dim);
         }
+        for (; u < units; ++u) to[u] = 0;
+    }
 }
 
 // Packs K as (units, keys) in panels of keys by transposing square blocks. Zeros past the last key and channel.
@@ -119,10 +126,10 @@ void pack_transposed(typename E::Unit* to, const T* from, int64_t stride, int64_
 
 // Packs V as (keys or pairs of keys, channels) in panels of channels. Zeros past the last key and channel.
 template <class E, class T>
-void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t keys, Panels panels, int64_t head_dim) {
+void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t keys, int64_t padded, Panels panels, int64_t head_dim) {
     const int64_t width = panels.width();
     for (int64_t p = 0; p < panels.count; ++p)
-        for (int64_t key = 0; key < tile_keys; key += E::pair, to += width) {
+        for (int64_t key = 0; key < padded; key += E::pair, to += width) {
             const T* first = from + key * stride + p * width;
             const T* second = first + (E::pair - 1) * stride;
             const int64_t channels = smaller(width, head_dim - p * width);
@@ -138,16 +145,18 @@ void pack_values(typename E::Unit* to, const T* from, int64_t stride, int64_t ke
         }
 }
 
-// One row of a tile: from x = q k^T to exp2 of the logits. Returns `rescale`, the factor for the earlier sums of this row.
+// The softmax of a row of a tile has two steps, from x = q k^T to exp2 of the logits. Each step handles all rows of a block before the next,
+// because the maximum of one row is a chain of dependent instructions: only with several rows in flight does it take no time.
 //
-// Without a gate, the scale is folded into the exponent: exp2(x scale log2(e) - row_max log2(e)). With a gate, the row is converted to natural
-// logits first, and log2(e) is applied after the maximum is subtracted: multiplied into a large gate, its rounding would lose precision.
-template <class E>
-float softmax_row(float* s, typename E::Element* probs, int64_t keys, int64_t width, float scale, float r, const float* c, float* row_max,
-                  float* row_sum) {
-    const bool natural = r != 0.0f || scale <= 0.0f;
-    const int64_t whole = keys / Vec::width * Vec::width;
-    if (natural) {
+// In rows without a gate, the scale is folded into the exponent: exp2(x scale log2(e) - row_max log2(e)). Rows with a gate become natural
+// logits in the first step, and log2(e) is applied after the maximum is subtracted: multiplied into a large gate, its rounding would lose
+// precision.
+inline bool natural(float scale, float r) { return r != 0.0f || scale <= 0.0f; }
+
+// Updates the maximum of a row, up to `slack`. Returns the factor for its earlier sums.
+inline float raise_max(float* s, int64_t keys, int64_t width, float scale, float r, const float* c, float* row_max) {
+    if (natural(scale, r)) {
+        const int64_t whole = keys / Vec::width * Vec::width;
         const Vec factor = broadcast(scale), gate = broadcast(r);
         for (int64_t j = 0; j < whole; j += Vec::width) store(s + j, r != 0.0f ? fma(gate, load(c + j), load(s + j) * factor) : load(s + j) * factor);
         for (int64_t j = whole; j < keys; ++j) s[j] = s[j] * scale + (r != 0.0f ? r * c[j] : 0.0f);
@@ -158,59 +167,70 @@ float softmax_row(float* s, typename E::Element* probs, int64_t keys, int64_t wi
         lane_max[0] = max(lane_max[0], load(s + j));
         lane_max[1] = max(lane_max[1], load(s + j + Vec::width));
     }
-    const float tile_max = max(max(lane_max[0], lane_max[1])) * (natural ? 1.0f : scale), row_max_old = *row_max;
-    const float row_max_new = tile_max > row_max_old ? tile_max : row_max_old;
-    const float shift = row_max_new == -INFINITY ? 0.0f : row_max_new;  // without a finite logit, all values stay exp2(-inf) = 0
+    const float tile_max = max(max(lane_max[0], lane_max[1])) * (natural(scale, r) ? 1.0f : scale), old = *row_max;
+    if (!(tile_max > old + slack)) return 1.0f;
+    *row_max = tile_max;
+    return old == -INFINITY ? 1.0f : exp2f((old - tile_max) * log2e);  // 1: there are no sums yet
+}
+
+// Replaces the logits of a row by their exp2, as an operand. Returns the sum.
+template <class E>
+float exp2_row(const float* s, typename E::Element* probs, int64_t width, float scale, float r, float row_max) {
+    const float shift = row_max == -INFINITY ? 0.0f : row_max;  // without a finite logit, all values stay exp2(-inf) = 0
     const Vec base = broadcast(shift), to_base2 = broadcast(log2e), slope = broadcast(scale * log2e), offset = broadcast(-shift * log2e);
     Vec sums = broadcast(0.0f);
     for (int64_t j = 0; j < width; j += Vec::width) {
-        const Vec x = natural ? (load(s + j) - base) * to_base2 : fma(load(s + j), slope, offset);
-        const Vec p = exp2(x);
+        const Vec p = exp2(natural(scale, r) ? (load(s + j) - base) * to_base2 : fma(load(s + j), slope, offset));
         sums = sums + p;
         store_elements(probs + j, p);
     }
-    const float rescale = row_max_old == row_max_new ? 1.0f : exp2f((row_max_old - shift) * log2e);
-    *row_sum = *row_sum * rescale + sum(sums);
-    *row_max = row_max_new;
-    return rescale;
+    return sum(sums);
 }
 
 template <class E, class T>
 void attend(const MaskAttention& p, int64_t task, char* scratch) {
-    const int64_t chunk = rows_of_chunk<E>(p.queries), chunks = (p.queries + chunk - 1) / chunk;
+    const int64_t chunk = rows_of_chunk<E>(p), chunks = (p.queries + chunk - 1) / chunk;
     const int64_t b = task / chunks / p.heads, h = task / chunks % p.heads, first = task % chunks * chunk;
-    const int64_t rows = smaller(chunk, p.queries - first), padded = round_up(rows, E::block);
+    const int64_t rows = smaller(chunk, p.queries - first), padded = round_up(rows, E::rows);
     const T* q = static_cast<const T*>(p.q) + b * p.q_stride[0] + h * p.q_stride[1] + first * p.q_stride[2];
     const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + h * p.k_stride[1];
     const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + h * p.v_stride[1];
     const float* r = p.gate ? p.gate + b * p.gate_stride + first : nullptr;
     const float* c = p.bias ? p.bias + b * p.bias_stride : nullptr;
     size_t bytes;
-    const Space<E> space(p.head_dim, scratch, &bytes);
-    const int64_t width = space.key_panels.columns(), channels = space.out_panels.columns();
+    const Space<E> space(p.head_dim, chunk, scratch, &bytes);
+    const int64_t channels = space.out_panels.columns();
     const auto* probs = reinterpret_cast<const typename E::Unit*>(space.probs);
+    const auto gate = [&](int64_t row) { return r && row < rows ? r[row] : 0.0f; };
 
     E::begin();
     pack_rows<E>(space.q, q, p.q_stride[2], rows, padded, space.units, p.head_dim);
     for (int64_t i = 0; i < padded; ++i) space.row_max[i] = -INFINITY, space.row_sum[i] = 0.0f;
-    for (int64_t i = 0; i < padded * channels; ++i) space.out[i] = 0.0f;
+    if (p.keys == 0)  // else the first tile overwrites it
+        for (int64_t i = 0; i < padded * channels; ++i) space.out[i] = 0.0f;
 
     for (int64_t j = 0; j < p.keys; j += tile_keys) {
         const int64_t keys = smaller(tile_keys, p.keys - j);
-        pack_transposed<E>(space.k, k + j * p.k_stride[2], p.k_stride[2], keys, space.key_panels, space.units, p.head_dim);
-        pack_values<E>(space.v, v + j * p.v_stride[2], p.v_stride[2], keys, space.out_panels, p.head_dim);
+        const Panels panels = space.key_panels.first(keys);
+        const int64_t width = panels.columns();
+        pack_transposed<E>(space.k, k + j * p.k_stride[2], p.k_stride[2], keys, panels, space.units, p.head_dim);
+        pack_values<E>(space.v, v + j * p.v_stride[2], p.v_stride[2], keys, width, space.out_panels, p.head_dim);
         for (int64_t i = 0; i < padded; i += E::block) {
-            multiply<E>(E::block, space.key_panels, space.units, space.q + i * space.units, space.units, space.k, space.logits, width, false);
-            for (int64_t row = 0; row < E::block; ++row) {
-                const float gate = r && i + row < rows ? r[i + row] : 0.0f;
-                const float rescale = softmax_row<E>(space.logits + row * width, space.probs + row * width, keys, width, p.scale, gate,
-                                                     c ? c + j : nullptr, space.row_max + i + row, space.row_sum + i + row);
-                if (rescale != 1.0f) {
-                    float* o = space.out + (i + row) * channels;
-                    for (int64_t d = 0; d < channels; d += Vec::width) store(o + d, load(o + d) * broadcast(rescale));
-                }
+            const int64_t block = smaller(E::block, padded - i);
+            multiply<E>(block, panels, space.units, space.q + i * space.units, space.units, space.k, space.logits, width, false);
+            for (int64_t row = i; row < i + block; ++row) {
+                const float rescale =
+                    raise_max(space.logits + (row - i) * width, keys, width, p.scale, gate(row), c ? c + j : nullptr, space.row_max + row);
+                if (rescale == 1.0f) continue;
+                space.row_sum[row] *= rescale;
+                float* o = space.out + row * channels;
+                for (int64_t d = 0; d < channels; d += Vec::width) store(o + d, load(o + d) * broadcast(rescale));
             }
-            multiply<E>(E::block, space.out_panels, tile_keys / E::pair, probs, width / E::pair, space.v, space.out + i * channels, channels, true);
+            for (int64_t row = i; row < i + block; ++row) {
+                const int64_t at = (row - i) * width;
+                space.row_sum[row] += exp2_row<E>(space.logits + at, space.probs + at, width, p.scale, gate(row), space.row_max[row]);
+            }
+            multiply<E>(block, space.out_panels, width / E::pair, probs, width / E::pair, space.v, space.out + i * channels, channels, j > 0);
         }
     }
 
@@ -228,8 +248,8 @@ void attend(const MaskAttention& p, int64_t task, char* scratch) {
 template <class E>
 Plan plan_attention(const MaskAttention& p) {
     size_t bytes;
-    const Space<E> space(p.head_dim, nullptr, &bytes);
-    const int64_t chunk = rows_of_chunk<E>(p.queries);
+    const int64_t chunk = rows_of_chunk<E>(p);
+    const Space<E> space(p.head_dim, chunk, nullptr, &bytes);
     return {p.batch * p.heads * ((p.queries + chunk - 1) / chunk), bytes};
 }
 

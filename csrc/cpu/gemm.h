@@ -13,6 +13,7 @@ struct Panels {
     int64_t count, vectors;
     int64_t width() const { return vectors * Vec::width; }
     int64_t columns() const { return count * width(); }
+    Panels first(int64_t columns) const { return {(columns + width() - 1) / width(), vectors}; }
 };
 
 template <class E>

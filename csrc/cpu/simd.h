@@ -30,10 +30,8 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float max(Vec a) { return _mm512_reduce_max_ps(a.v); }
-inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// a * 2^n for integer n. Returns 0 where the result is too small for a float.
-inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-constexpr float smallest_exponent = -200.0f;
+// The low 9 bits as the sign and exponent of a float: 2^(bits - 127), and 0 for bits = 0.
+inline Vec power_of_bits(Vec a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))}; }
 // Any 64 bytes, as 16 units of 32 bits.
 inline Vec load_units(const void* p) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
 // 16 bf16 values of each of two rows, interleaved: each unit holds one value of each row.
@@ -95,14 +93,7 @@ inline float max(Vec a) {
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
-inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline Vec scale_by_power(Vec a, Vec n) {
-    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
-    const __m256 tiny = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.5f), _CMP_LT_OQ);
-    // NaN is preserved by the multiplication: `a` is NaN, whatever the exponent.
-    return {_mm256_andnot_ps(tiny, _mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent)))};
-}
-constexpr float smallest_exponent = -127.0f;
+inline Vec power_of_bits(Vec a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))}; }
 inline void transpose(Vec (&r)[8]) {
     __m256 t[8], u[8];
     for (int i = 0; i < 8; i += 2) {
@@ -125,18 +116,21 @@ inline Vec load_bf16(const uint16_t* p) {
 
 #endif
 
-// 2^x for x <= 0, by a minimax polynomial on [-1/2, 1/2]. The relative error is below 2e-7. Returns 0 for very small x, including -inf.
+// 2^x for x < 127, by a minimax polynomial on [-1/2, 1/2]. The relative error is below 2e-7. Returns 0 below -126.5, including -inf.
 // NaN stays NaN.
+//
+// x = n + f with n the nearest integer. Floats from 2^23 to 2^24 are the integers, so adding 1.5 * 2^23 rounds x, and adding 127 more leaves
+// the biased exponent of 2^n in the low bits. This takes fewer instructions than rounding and converting.
 inline Vec exp2(Vec x) {
-    x = max(broadcast(smallest_exponent), x);
-    const Vec n = round(x), f = x - n;
+    x = max(broadcast(-127.0f), x);
+    const Vec integer = broadcast(0x1.8p23f + 127.0f), biased = x + integer, f = x - (biased - integer);
     Vec p = broadcast(0.001326472731307149f);
     p = fma(p, f, broadcast(0.009671512991189957f));
     p = fma(p, f, broadcast(0.05550733581185341f));
     p = fma(p, f, broadcast(0.24022242426872253f));
     p = fma(p, f, broadcast(0.6931470036506653f));
     p = fma(p, f, broadcast(1.0f));
-    return scale_by_power(p, n);
+    return p * power_of_bits(biased);  // a product, so that NaN stays NaN
 }
 
 // erf(x) as x P(x^2) / Q(x^2), minimax on [-3.95, 3.95] and clamped beyond. The absolute error is below 4e-7 everywhere.

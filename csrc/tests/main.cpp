@@ -84,6 +84,8 @@ void attention(Level level, DType dtype, int64_t batch, int64_t heads, int64_t q
     Buffer q(rows * head_dim, dtype, 1), k(columns * head_dim, dtype, 1), v(columns * head_dim, dtype), gate(batch * queries, DType::f32),
         bias(batch * keys, DType::f32);
     q.fill(rows * head_dim), k.fill(columns * head_dim), v.fill(columns * head_dim), gate.fill(batch * queries), bias.fill(batch * keys);
+    for (int64_t i = 0; i < batch * keys; ++i)  // later tiles have much higher logits, so that earlier sums are rescaled
+        reinterpret_cast<float*>(bias.data())[i] += 0.04f * static_cast<float>(i % keys);
     const auto run = [&](Level at, Buffer& out, Buffer& lse) {
         MaskAttention p{};
         p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data(), p.lse = reinterpret_cast<float*>(lse.data());
@@ -103,6 +105,18 @@ void attention(Level level, DType dtype, int64_t batch, int64_t heads, int64_t q
     run(Level::scalar, expected, expected_lse);
     compare(out, expected, rows * head_dim, dtype == DType::f32 ? 2e-5 : 4e-2, "mask_attention", level);
     compare(lse, expected_lse, rows, dtype == DType::f32 ? 2e-5 : 1e-4, "mask_attention, log-sum-exp", level);
+}
+
+void attention_without_keys(Level level) {
+    constexpr int64_t rows = 3, head_dim = 5;
+    std::vector<float> q(rows * head_dim, 1.0f), out(rows * head_dim, NAN), lse(rows, NAN);
+    MaskAttention p{};
+    p.q = q.data(), p.out = out.data(), p.lse = lse.data(), p.batch = p.heads = 1, p.queries = rows, p.head_dim = head_dim;
+    p.q_stride[2] = p.out_stride[2] = head_dim, p.scale = 1.0f, p.threads = 1, p.level = level;
+    const Status status = mask_attention(p);
+    expect(status == Status::ok, describe(status), level, 0);
+    for (const float x : out) expect(x == 0.0f, "mask_attention without keys", level, x);
+    for (const float x : lse) expect(x == -INFINITY, "mask_attention without keys, log-sum-exp", level, x);
 }
 
 void head(Level level, DType dtype, int64_t frames, int64_t channels, int64_t hidden, int64_t special, int64_t height, int64_t width) {
@@ -186,7 +200,9 @@ int main() {
                 attention(level, dtype, 1, 1, 7, 257, 128, biased);
                 attention(level, dtype, 1, 3, 65, 31, 1, biased);
                 attention(level, dtype, 3, 2, 1, 513, 33, biased);
+                attention(level, dtype, 2, 4, 1930, 5, 16, biased);  // more rows than the largest chunk has
             }
+        attention_without_keys(level);
         for (const DType dtype : {DType::f32, DType::bf16}) {
             head(level, dtype, 1, 70, 20, 5, 7, 9);
             head(level, dtype, 3, 64, 16, 0, 1, 2);
