@@ -79,15 +79,14 @@ __device__ inline uint64_t wgmma_descriptor(const void* matrix, uint32_t panel_b
     return swizzle_128 | (block_bytes >> 4) << 32 | static_cast<uint64_t>(panel_bytes >> 4) << 16 | ((shared_address(matrix) & 0x3ffff) >> 4);
 }
 
-// 2^x for x <= 0, without the special-function unit. x = n + f with |f| <= 1/2, and a cubic gives 2^f. The relative error of 8e-5 is below
-// the rounding of bf16 and fp16. Smaller x are clamped to -125, so the sum of a row of -inf is
-// not 0; `fully_masked` therefore also tests the row maximum.
+// 2^x for x <= 0, without the special-function unit. x = n + f with |f| <= 1/2, a cubic gives 2^f, and n becomes the exponent of a factor. The
+// relative error of 8e-5 is below the rounding of bf16 and fp16. Smaller x are clamped to -125, so the sum of a row of -inf is not 0;
+// `fully_masked` therefore also tests the row maximum. NaN stays NaN: adding n to the exponent bits of 2^f instead would lose it.
 __device__ inline float exp2_polynomial(float x) {
-    constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the lowest bits
+    constexpr float round = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it leaves n in the lowest bits, and 127 is the bias of exponents
     x = max_or_nan(x, -125.0f);
     const float shifted = x + round, f = x - (shifted - round);
-    const float power = fmaf(fmaf(fmaf(0.05517167f, f, 0.24261112f), f, 0.69326099f), f, 0.99992807f);
-    return __int_as_float(__float_as_int(power) + (__float_as_int(shifted) << 23));
+    return fmaf(fmaf(fmaf(0.05517167f, f, 0.24261112f), f, 0.69326099f), f, 0.99992807f) * __int_as_float(__float_as_int(shifted) << 23);
 }
 
 template <class T, int D>

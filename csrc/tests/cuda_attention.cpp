@@ -23,6 +23,7 @@ struct Case {
     unsigned blocks = 2;
     float spread = 1.0f, strength = 32.0f;
     bool extremes = false;  // row 7: all logits -inf; row 20: NaN
+    int nan_key = -1;       // NaN in this key, so in all rows
 };
 
 template <class T>
@@ -55,6 +56,7 @@ void attention_case(const Case& c) {
         for (int d = 0; d < D; ++d) set(0, 7, d, d == 0 ? 1e30f : 0.0f);
         set(0, 20, 3, NAN);
     }
+    if (c.nan_key >= 0) set(1, c.nan_key, 3, NAN);
     std::vector<float> gate(static_cast<size_t>(c.batch * queries), 0.0f), bias(static_cast<size_t>(c.batch * keys));
     for (size_t i = 0; i < gate.size(); ++i) {
         const bool special = static_cast<int>(i) % queries % c.per_frame < c.special;
@@ -144,6 +146,8 @@ void kernel_cases() {
     attention_case<T, D>({1, 1, 1, 70, 5, 700, Gate::anywhere, 1, 1});            // more keys than the stages hold; gates in some warpgroups only
     attention_case<T, D>({1, 2, 1, 200, 0, 300, Gate::anywhere, 3, 2, 3.0f});     // keys split, the last split ragged
     attention_case<T, D>({2, 1, 2, 40, 5, 0, Gate::layout, 1, 2, 6.0f, 256.0f});  // large logits
+    for (const int key : {20, 25})  // in a column of ex2_approx, of exp2_polynomial
+        attention_case<T, D>({1, 1, 3, 59, 5, 0, Gate::layout, 1, 2, 1.0f, 32.0f, false, key});
     if (std::is_same_v<T, __nv_bfloat16>)                                         // fp16 logits do not reach -inf
         for (const int splits : {1, 2}) attention_case<T, D>({1, 1, 3, 59, 5, 0, Gate::layout, splits, 2, 1.0f, 32.0f, true});
 }

@@ -218,7 +218,7 @@ void wgmma_rs(T, float (&d)[N], const uint32_t* a, uint64_t b) {
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------------------------
 inline float ex2_approx(float x) { return std::exp2(x); }
-inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : std::max(x, y); }
+inline float max_or_nan(float x, float y) { return x != x || y != y ? bits_as<float>(0x7fffffffu) : std::max(x, y); }  // the device's NaN
 inline uint32_t pack(__nv_bfloat16, float low, float high) {
     return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16;
 }
