@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(AttentionTile<T, D>::threads, 1) mask_attentio
         fence_mbarrier_init();
     }
     __syncthreads();
-    const int warpgroup = threadIdx.x / 128;
+    const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);  // so ptxas knows that it is uniform in a warp
     if (warpgroup == 0) {
         setmaxnreg_dec<Tile::producer_registers>();
         if (threadIdx.x == 0) load<T, D>(p, shared);

@@ -188,15 +188,19 @@ inline void __syncthreads() {
     std::exit(1);
 }
 
-inline float __shfl_xor_sync(unsigned, float x, int mask) {
-    static float lanes[64][32];
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    lanes[warp][lane] = x;
+// Every lane gives `mine` and receives what lane `from` gave.
+template <class T>
+T exchange_in_warp(T mine, unsigned from) {
+    static T lanes[64][32];
+    const unsigned warp = threadIdx.x / 32;
+    lanes[warp][threadIdx.x % 32] = mine;
     block().meet({of_warp, static_cast<int>(warp)}, 32, [] {});
-    const float other = lanes[warp][lane ^ static_cast<unsigned>(mask)];
+    const T other = lanes[warp][from];
     block().meet({of_warp, static_cast<int>(warp)}, 32, [] {});
     return other;
 }
+inline float __shfl_xor_sync(unsigned, float x, int mask) { return exchange_in_warp(x, threadIdx.x % 32 ^ static_cast<unsigned>(mask)); }
+inline int __shfl_sync(unsigned, int x, int lane) { return exchange_in_warp(x, static_cast<unsigned>(lane)); }
 
 inline bool __any_sync(unsigned, bool mine) {
     static bool lanes[64][32];
