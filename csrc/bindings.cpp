@@ -155,6 +155,12 @@ PYBIND11_MODULE(_native, module) {
     module.def("mask_head", run_head, py::call_guard<py::gil_scoped_release>());
     module.def("qk_norm_rope", run_rope, py::call_guard<py::gil_scoped_release>());
 #if defined(PAGE4D_WITH_CUDA)
+    module.def("cuda_shared_memory", [](int device) {
+        int bytes = 0;
+        raise_if(cuda_shared_memory(device, bytes), "cuda_shared_memory");
+        return bytes;
+    });
+    module.def("mask_head_cuda_shared_bytes", mask_head_cuda_shared_bytes);
     module.def("mask_head_cuda", run_head_cuda, py::call_guard<py::gil_scoped_release>());
     module.def("qk_norm_rope_cuda", run_rope_cuda, py::call_guard<py::gil_scoped_release>());
 #endif

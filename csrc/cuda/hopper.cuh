@@ -1,6 +1,7 @@
 // Hopper (sm_90a) instructions that CUDA C++ lacks, one function per instruction: mbarriers, TMA loads, warpgroup MMA (wgmma).
-// csrc/tests/hopper_on_cpu.h has the same functions as loops. Source: the PTX ISA 8.x.
-#pragma once
+// csrc/tests/hopper_on_cpu.h has the same functions as loops and the same include guard. Source: the PTX ISA 8.x.
+#ifndef PAGE4D_CUDA_HOPPER
+#define PAGE4D_CUDA_HOPPER
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -170,3 +171,5 @@ __device__ __forceinline__ uint32_t pack(__half, float low, float high) {
 }
 
 }  // namespace page4d::cuda
+
+#endif

@@ -1,17 +1,16 @@
-// csrc/cuda/mask_attention_sm90.cuh and schedule.h. The whole kernel, including TMA loads and wgmmas, is tested against plain loops in double
-// precision. The schedule is tested to cover every row and key tile once.
+// csrc/cuda/mask_attention_sm90.cu and schedule.h. The whole call, including tensor maps, TMA loads and wgmmas, is tested against plain loops in
+// double precision. The schedule is tested to cover every row and key tile once.
 #include <array>
 #include <set>
 
 #include "checks.h"
 #include "hopper_on_cpu.h"
 //
-#include "../cuda/mask_attention_sm90.cuh"
+#include "../cuda/mask_attention_sm90.cu"
 
 namespace page4d::tests {
 namespace {
 
-using cuda::AttentionTile;
 using cuda::TileScheduler;
 
 enum class Gate { none, layout, anywhere };
@@ -20,7 +19,7 @@ struct Case {
     int batch, heads, frames, per_frame, special, keys;  // keys = 0: as many as queries
     Gate gate;
     int splits = 1;
-    unsigned blocks = 2;
+    int blocks = 2;
     float spread = 1.0f, strength = 32.0f;
     bool extremes = false;  // row 7: all logits -inf; row 20: NaN
     int nan_key = -1;       // NaN in this key, so in all rows
@@ -39,7 +38,6 @@ float value(__nv_bfloat16 x) { return __bfloat162float(x); }
 // If queries and keys are equally many, q, k and v are views of one (B, N, 3, H, D) projection, as in the model.
 template <class T, int D>
 void attention_case(const Case& c) {
-    using Tile = AttentionTile<T, D>;
     const int queries = c.frames * c.per_frame, keys = c.keys ? c.keys : queries, longest = std::max(queries, keys);
     const int64_t row = 3 * c.heads * D + 8, batch_stride = longest * row;
     std::vector<T> qkv(static_cast<size_t>(c.batch * batch_stride));
@@ -68,32 +66,20 @@ void attention_case(const Case& c) {
     std::vector<T> out(rows * D, rounded<T>(NAN));
     std::vector<float> lse(rows, NAN), out_partial(c.splits > 1 ? static_cast<size_t>(c.splits) * rows * D : 0, NAN),
         lse_partial(static_cast<size_t>(c.splits) * rows, NAN);
-    cuda::AttentionArguments p{};
-    const auto map = [&](cuda::TensorMap& to, int which, int tokens, int box) {
-        to = {qkv.data() + which * c.heads * D, 4, {D, tokens, c.heads, c.batch}, {1, row, D, batch_stride}, {64, box, 1, 1}};
-    };
-    const bool layout = c.gate == Gate::layout;
-    p.schedule = {queries,    keys,       c.heads, c.batch, layout ? c.per_frame : 1, layout ? c.special : 0, layout ? c.frames : 0,
-                  Tile::rows, Tile::keys, c.splits};
-    map(p.q, 0, queries, Tile::rows), map(p.k, 1, keys, Tile::keys), map(p.v, 2, keys, Tile::keys);
-    p.q_packed = {qkv.data(),
-                  5,
-                  {D, c.special, c.frames, c.heads, c.batch},
-                  {1, row, c.per_frame * row, D, batch_stride},
-                  {64, c.special, p.schedule.packed_frames, 1, 1}};
+    MaskAttention p{};
+    p.q = qkv.data(), p.k = qkv.data() + c.heads * D, p.v = qkv.data() + 2 * c.heads * D;
     if (c.gate != Gate::none) p.gate = gate.data(), p.bias = bias.data();
-    p.out = out.data(), p.lse = lse.data(), p.out_partial = out_partial.data(), p.lse_partial = lse_partial.data();
+    p.out = out.data(), p.lse = lse.data();
+    p.batch = c.batch, p.heads = c.heads, p.queries = queries, p.keys = keys, p.head_dim = D;
+    for (int64_t* stride : {p.q_stride, p.k_stride, p.v_stride}) stride[0] = batch_stride, stride[1] = D, stride[2] = row;
     p.out_stride[0] = static_cast<int64_t>(queries) * c.heads * D, p.out_stride[1] = D, p.out_stride[2] = c.heads * D;  // token-major
     p.gate_stride = queries, p.bias_stride = keys, p.scale = 1.0f / std::sqrt(static_cast<float>(D));
+    p.dtype = std::is_same_v<T, __half> ? DType::f16 : DType::bf16;
+    if (c.gate == Gate::layout) p.frames = c.frames, p.per_frame = c.per_frame, p.special = c.special;
+    gpu() = {};
+    gpu().multiprocessors = c.blocks;
 
-    launch_on_cpu({c.blocks, 1}, Tile::threads, random(), cuda::mask_attention_fwd_kernel<T, D>, p);
-    if (c.splits > 1) {
-        const size_t pieces = rows * D / 4;
-        launch_on_cpu({static_cast<unsigned>((pieces + cuda::merge_threads - 1) / cuda::merge_threads), 1}, cuda::merge_threads, random(),
-                      cuda::mask_attention_fwd_kernel_merge<T, D>, p);
-    }
-
-    bool good = true;
+    bool good = mask_attention_cuda(p, c.splits, out_partial.data(), lse_partial.data(), 0, nullptr) == Status::ok;
     double worst = 0;
     std::vector<double> probs(static_cast<size_t>(keys));
     for (int b = 0; b < c.batch; ++b)
@@ -146,9 +132,9 @@ void kernel_cases() {
     attention_case<T, D>({1, 1, 1, 70, 5, 700, Gate::anywhere, 1, 1});            // more keys than the stages hold; gates in some warpgroups only
     attention_case<T, D>({1, 2, 1, 200, 0, 300, Gate::anywhere, 3, 2, 3.0f});     // keys split, the last split ragged
     attention_case<T, D>({2, 1, 2, 40, 5, 0, Gate::layout, 1, 2, 6.0f, 256.0f});  // large logits
-    for (const int key : {20, 25})  // in a column of ex2_approx, of exp2_polynomial
+    for (const int key : {20, 25})                                                // in a column of ex2_approx, of exp2_polynomial
         attention_case<T, D>({1, 1, 3, 59, 5, 0, Gate::layout, 1, 2, 1.0f, 32.0f, false, key});
-    if (std::is_same_v<T, __nv_bfloat16>)                                         // fp16 logits do not reach -inf
+    if (std::is_same_v<T, __nv_bfloat16>)  // fp16 logits do not reach -inf
         for (const int splits : {1, 2}) attention_case<T, D>({1, 1, 3, 59, 5, 0, Gate::layout, splits, 2, 1.0f, 32.0f, true});
 }
 

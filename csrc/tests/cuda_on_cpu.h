@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -31,10 +32,23 @@
 
 namespace page4d {
 
-struct Index {
-    unsigned x, y;
+[[noreturn]] inline void fail(const char* what) {
+    std::printf("%s\n", what);
+    std::exit(1);
+}
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline Index threadIdx, blockIdx, gridDim;
+inline dim3 threadIdx, blockIdx, gridDim;
+
+// Dynamic shared memory. A block that has less must not use the rest.
+constexpr size_t most_shared_bytes = 227 * 1024;
+inline unsigned char* memory_of_block() {
+    alignas(1024) static unsigned char memory[most_shared_bytes];
+    return memory;
+}
 
 // ---- fibers -----------------------------------------------------------------------------------------------------------------------
 struct Fiber {
@@ -49,7 +63,8 @@ struct Fiber {
 // Runs the threads of one block until all have ended. Asynchronous work of the device, such as copies, is a list of closures.
 class Block {
   public:
-    Block(unsigned threads, unsigned seed, std::function<void()> kernel) : fibers_(threads), random_(seed), kernel_(std::move(kernel)) {}
+    Block(unsigned threads, size_t shared_bytes, unsigned seed, std::function<void()> kernel)
+        : fibers_(threads), shared_bytes_(shared_bytes), random_(seed), kernel_(std::move(kernel)) {}
 
     void run() {
         current_block() = this;
@@ -72,10 +87,7 @@ class Block {
             }
             if (ended) break;
             if (ready.empty()) {
-                if (in_the_background.empty()) {
-                    std::printf("deadlock: all threads of a block wait for each other\n");
-                    std::exit(1);
-                }
+                if (in_the_background.empty()) fail("deadlock: all threads of a block wait for each other");
                 finish_one();
                 continue;
             }
@@ -118,6 +130,7 @@ class Block {
     }
 
     int threads() const { return static_cast<int>(fibers_.size()); }
+    size_t shared_bytes() const { return shared_bytes_; }
 
     std::vector<std::function<void()>> in_the_background;
 
@@ -146,7 +159,7 @@ class Block {
     }
 
     void resume(unsigned thread) {
-        threadIdx = {thread, 0};
+        threadIdx = {thread};
 #if defined(__SANITIZE_ADDRESS__)
         void* own = nullptr;
         __sanitizer_start_switch_fiber(&own, fibers_[thread].stack.get(), Fiber::stack_bytes);
@@ -168,6 +181,7 @@ class Block {
     }
 
     std::vector<Fiber> fibers_;
+    size_t shared_bytes_;
     std::mt19937 random_;
     std::function<void()> kernel_;
     std::map<std::pair<int, int>, Meeting> meetings_;
@@ -183,10 +197,7 @@ enum Meetings { at_barrier, of_warp, of_warpgroup };
 inline void __syncthreads() {
     block().meet({at_barrier, 0}, block().threads(), [] {});
 }
-[[noreturn]] inline void __trap() {
-    std::printf("a kernel trapped\n");
-    std::exit(1);
-}
+[[noreturn]] inline void __trap() { fail("a kernel trapped"); }
 
 // Every lane gives `mine` and receives what lane `from` gave.
 template <class T>
@@ -247,14 +258,18 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-// Runs kernel(arguments...) for each thread of each block. The seed determines the order of threads.
-template <class Kernel, class... Arguments>
-void launch_on_cpu(Index grid, unsigned threads, unsigned seed, Kernel kernel, const Arguments&... arguments) {
+// Runs a kernel for each thread of each block. Shared memory begins as NaN. The order of threads is random.
+inline void launch_on_cpu(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+    static std::mt19937 random(0);
+    unsigned char* const memory = memory_of_block();
     gridDim = grid;
     for (unsigned y = 0; y < grid.y; ++y)
         for (unsigned x = 0; x < grid.x; ++x) {
             blockIdx = {x, y};
-            Block(threads, seed, [&] { kernel(arguments...); }).run();
+            std::memset(memory, 0xff, most_shared_bytes);
+            Block(threads, shared_bytes, random(), kernel).run();
+            if (!std::all_of(memory + shared_bytes, memory + most_shared_bytes, [](unsigned char byte) { return byte == 0xff; }))
+                fail("a kernel wrote past its shared memory");
         }
 }
 

@@ -1,32 +1,28 @@
 // The functions of csrc/cuda/hopper.cuh as loops that follow the PTX ISA. Positions in shared memory are computed only from descriptors, tensor
 // maps and addresses. Operations that are asynchronous on the device (wgmmas, TMA loads) complete at a random time, and the results of a wgmma
 // are NaN until then. This detects missing waits and stages that are released too early.
-#pragma once
+#ifndef PAGE4D_CUDA_HOPPER
+#define PAGE4D_CUDA_HOPPER
 
 #include <array>
 #include <type_traits>
 
-#include "cuda_on_cpu.h"
+#include "runtime_on_cpu.h"
 
 namespace page4d::cuda {
 
-inline void fail(const char* what) {
-    std::printf("%s\n", what);
-    std::exit(1);
-}
-
 // ---- shared memory ----------------------------------------------------------------------------------------------------------------
-constexpr size_t shared_bytes = 227 * 1024;
-inline unsigned char* dynamic_shared() {
-    alignas(1024) static unsigned char memory[shared_bytes];
-    return memory;
+// Dynamic shared memory begins after the first KiB, which the system keeps.
+constexpr uint32_t shared_base = 0x400;
+inline unsigned char* dynamic_shared() { return memory_of_block(); }
+inline uint32_t shared_address(const void* pointer) {
+    return shared_base + static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - dynamic_shared());
 }
-inline uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - dynamic_shared()); }
 // 128-byte swizzle: address bits 4 to 6 are XORed with bits 7 to 9.
 inline unsigned char* swizzled(uint32_t address) {
     address ^= (address >> 7 & 7) << 4;
-    if (address >= shared_bytes) fail("an address past shared memory");
-    return dynamic_shared() + address;
+    if (address < shared_base || address >= shared_base + block().shared_bytes()) fail("an address outside the block's shared memory");
+    return dynamic_shared() + (address - shared_base);
 }
 
 template <int COUNT>
@@ -71,12 +67,7 @@ inline void mbarrier_wait(Barrier& barrier, uint32_t parity) {
 }
 
 // ---- TMA loads --------------------------------------------------------------------------------------------------------------------
-struct TensorMap {
-    const void* base;
-    int rank;
-    int64_t size[5], stride[5];  // in elements of 2 bytes, the first stride is 1
-    int box[5];
-};
+using TensorMap = CUtensorMap;
 inline void prefetch_tensormap(const TensorMap&) {}
 template <class... Index>
 void tma_load(void* to, const TensorMap& map, Barrier& full, Index... index) {
@@ -227,3 +218,5 @@ inline uint32_t pack(__half, float low, float high) {
 }
 
 }  // namespace page4d::cuda
+
+#endif

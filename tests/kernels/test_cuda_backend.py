@@ -1,0 +1,35 @@
+"""What the CUDA backends do in Python before the library is called. Needs no GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from page4d_kernels import native
+from page4d_kernels.backends.mask_attention.cuda import unexpanded
+from page4d_kernels.backends.mask_head import cuda as head
+from page4d_kernels.backends.mask_head.problem import MaskHeadProblem
+
+
+def test_only_expanded_tensors_are_copied():
+    """A tensor map with stride 0 is not documented. A copy of anything else would cost memory and time that nobody asked for."""
+    one = torch.randn(1, 1, 9, 64)
+    for shape in ((1, 4, 9, 64), (3, 1, 9, 64)):
+        expanded = one.expand(shape)
+        copy = unexpanded(expanded)
+        assert torch.equal(copy, expanded) and min(copy.stride()) > 0
+    row = torch.randn(2, 4, 1, 64).expand(2, 4, 9, 64)
+    assert torch.equal(unexpanded(row), row) and min(unexpanded(row).stride()) > 0
+    packed = torch.randn(2, 9, 3, 4, 64).permute(2, 0, 3, 1, 4)[1]
+    for view in (one, one.expand(1, 1, 9, 64), packed):
+        assert unexpanded(view) is view
+
+
+def test_mask_head_needs_the_shared_memory_of_the_device(monkeypatch):
+    def reasons(hidden: int, width: int) -> list[str]:
+        return head.BACKEND.unsupported(MaskHeadProblem("cuda", torch.float32, 1, 2, (3, width), 5, 24, hidden))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    available = 99 * 1024  # sm_86, sm_89
+    monkeypatch.setattr(native, "mask_head_shared_memory", lambda hidden, width, device: (80_000 + hidden * width, available))
+    assert reasons(64, 94) == []
+    assert reasons(256, 94) == ["256 hidden units and 94 patches in a row need 101.6 KiB of shared memory per block, this GPU has 99.0"]
