@@ -133,8 +133,14 @@ class Block {
     size_t shared_bytes() const { return shared_bytes_; }
 
     std::vector<std::function<void()>> in_the_background;
+    const unsigned serial = ++blocks();  // tells the blocks of all launches apart
 
   private:
+    static unsigned& blocks() {
+        static unsigned count = 0;
+        return count;
+    }
+
     struct Meeting {
         int here = 0;
         unsigned round = 0;
@@ -192,7 +198,7 @@ class Block {
 
 inline Block& block() { return *Block::current_block(); }
 
-enum Meetings { at_barrier, of_warp, of_warpgroup };
+enum Meetings { at_barrier, of_warp, of_warp_at_barrier, of_warpgroup };
 
 inline void __syncthreads() {
     block().meet({at_barrier, 0}, block().threads(), [] {});
