@@ -1,5 +1,7 @@
 // Launches mask_attention_sm90.cuh. Builds the schedule and the tensor maps of q, k and v.
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -75,6 +77,7 @@ Status check(const MaskAttention& p) {
     if (!p.q || !p.k || !p.v || !p.out || !p.lse || (p.gate == nullptr) != (p.bias == nullptr)) return Status::null_pointer;
     const auto fits = [](int64_t x) { return x >= 1 && x <= INT32_MAX / 2; };
     if (!fits(p.batch) || !fits(p.heads) || !fits(p.queries) || !fits(p.keys) || (p.head_dim != 64 && p.head_dim != 128)) return Status::bad_sizes;
+    if (p.variant < 0 || p.variant >= static_cast<int>(std::size(attention_variants))) return Status::bad_variant;
     const int rows = schedule_of(p, 1).tile_rows;
     if (p.special < 0 || p.special > rows || (p.special > 0 && p.frames * p.per_frame != p.queries)) return Status::bad_sizes;
     const double work =
@@ -87,7 +90,7 @@ Status check(const MaskAttention& p) {
 
 Status multiprocessors(int device, int& count) { return to_status(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)); }
 
-template <class T, int D>
+template <class T, int D, int POLYNOMIAL>
 Status launch(const MaskAttention& p, int splits, float* out_partial, float* lse_partial, int device, cudaStream_t stream) {
     using Tile = AttentionTile<T, D>;
     constexpr int bytes = sizeof(AttentionShared<T, D>);
@@ -110,12 +113,15 @@ Status launch(const MaskAttention& p, int splits, float* out_partial, float* lse
     a.gate = p.gate, a.bias = p.bias, a.out = p.out, a.lse = p.lse, a.out_partial = out_partial, a.lse_partial = lse_partial;
     for (int i = 0; i < 3; ++i) a.out_stride[i] = p.out_stride[i];
     a.gate_stride = p.gate_stride, a.bias_stride = p.bias_stride, a.scale = p.scale;
+    // The kernel compares logits before the scale is applied, or natural ones. A margin must be finite, as the first maximum grows from -inf.
+    const float margin = attention_variants[p.variant].rescale_past * 0.6931471805599453f;
+    a.rescale_margin[0] = p.scale > 0.0f ? std::min(margin / p.scale, 1e30f) : 0.0f, a.rescale_margin[1] = margin;
 
     int count = 0;
     if (status == Status::ok) status = multiprocessors(device, count);
-    if (status == Status::ok) status = allow_shared_memory(mask_attention_fwd_kernel<T, D>, bytes, device);
-    if (status == Status::ok)
-        status = launch_kernel(mask_attention_fwd_kernel<T, D>, static_cast<unsigned>(min(count, s.work)), Tile::threads, bytes, stream, a);
+    const auto kernel = mask_attention_fwd_kernel<T, D, POLYNOMIAL>;
+    if (status == Status::ok) status = allow_shared_memory(kernel, bytes, device);
+    if (status == Status::ok) status = launch_kernel(kernel, static_cast<unsigned>(min(count, s.work)), Tile::threads, bytes, stream, a);
     if (status != Status::ok || splits == 1) return status;
     const int64_t pieces = p.batch * p.heads * p.queries * (D / 4);
     return launch_kernel(mask_attention_fwd_kernel_merge<T, D>, static_cast<unsigned>((pieces + merge_threads - 1) / merge_threads), merge_threads, 0,
@@ -123,9 +129,14 @@ Status launch(const MaskAttention& p, int splits, float* out_partial, float* lse
 }
 
 template <class T>
-Status launch_dim(const MaskAttention& p, int splits, float* out_partial, float* lse_partial, int device, cudaStream_t stream) {
-    return p.head_dim == 64 ? launch<T, 64>(p, splits, out_partial, lse_partial, device, stream)
-                            : launch<T, 128>(p, splits, out_partial, lse_partial, device, stream);
+Status launch_variant(const MaskAttention& p, int splits, float* out_partial, float* lse_partial, int device, cudaStream_t stream) {
+    if (p.head_dim == 128) return launch<T, 128, 0>(p, splits, out_partial, lse_partial, device, stream);
+    switch (attention_variants[p.variant].polynomial_every) {
+        case 8: return launch<T, 64, 8>(p, splits, out_partial, lse_partial, device, stream);
+        case 16: return launch<T, 64, 16>(p, splits, out_partial, lse_partial, device, stream);
+        case 0: return launch<T, 64, 0>(p, splits, out_partial, lse_partial, device, stream);
+    }
+    return Status::bad_variant;
 }
 
 }  // namespace
@@ -146,8 +157,8 @@ Status mask_attention_cuda(const MaskAttention& p, int splits, float* out_partia
     if (splits < 1 || splits != cuda::whole_splits(cuda::schedule_of(p, 1).key_tiles, splits)) return Status::bad_sizes;
     if (splits > 1 && (!out_partial || !lse_partial)) return Status::null_pointer;
     const auto to = static_cast<cudaStream_t>(stream);
-    return p.dtype == DType::f16 ? cuda::launch_dim<__half>(p, splits, out_partial, lse_partial, device, to)
-                                 : cuda::launch_dim<__nv_bfloat16>(p, splits, out_partial, lse_partial, device, to);
+    return p.dtype == DType::f16 ? cuda::launch_variant<__half>(p, splits, out_partial, lse_partial, device, to)
+                                 : cuda::launch_variant<__nv_bfloat16>(p, splits, out_partial, lse_partial, device, to);
 }
 
 }  // namespace page4d

@@ -137,6 +137,7 @@ struct Wgmma {
 struct Operand {
     const uint32_t* at;
     size_t words;
+    std::vector<uint32_t> result;  // what the last wgmmas left in an accumulator
     std::vector<uint32_t> fenced;  // the values at the last wgmma_fence; empty: unknown, or a wgmma may have written them since
     unsigned group = 0;            // the last group of wgmmas that had it
     bool pinned = true;            // by fence_operand, since that group
@@ -175,7 +176,7 @@ inline void copy_words(const volatile uint32_t* from, std::vector<uint32_t>& to,
 inline void use(WarpgroupThread& thread, const void* registers, size_t words, bool accumulator) {
     const auto* at = static_cast<const uint32_t*>(registers);
     auto operand = std::find_if(thread.operands.begin(), thread.operands.end(), [at](const Operand& other) { return other.at == at; });
-    if (operand == thread.operands.end()) operand = thread.operands.insert(operand, {at, words, {}});
+    if (operand == thread.operands.end()) operand = thread.operands.insert(operand, {at, words, {}, {}});
     const bool in_flight = accumulator && operand->accumulator && operand->group >= thread.done && !operand->pinned;
     if (!in_flight && !operand->fenced.empty() && !std::equal(at, at + words, operand->fenced.begin()))
         fail("registers of a wgmma were written after the fence before it");
@@ -256,6 +257,9 @@ inline void wgmma_commit() {
                 for (int thread = 0; thread < 128; ++thread)
                     if (p->before[thread].empty()) p->before[thread].assign(p->d[thread], p->d[thread] + p->columns / 2);
                 compute(*p);
+                for (int thread = 0; thread < 128; ++thread)
+                    for (Operand& operand : group.threads[thread].operands)
+                        if (operand.at == reinterpret_cast<const uint32_t*>(p->d[thread])) copy_words(operand.at, operand.result, operand.words);
             }
             group.groups.erase(group.groups.begin());
         });
@@ -272,8 +276,11 @@ void wgmma_wait() {
 template <int N>
 void fence_operand(float (&d)[N]) {
     WarpgroupThread& thread = warpgroup().own();
-    for (Operand& operand : thread.operands)
-        if (operand.at == reinterpret_cast<const uint32_t*>(d) && operand.group < thread.done) operand.pinned = true;
+    for (Operand& operand : thread.operands) {
+        if (operand.at != reinterpret_cast<const uint32_t*>(d) || operand.group >= thread.done || operand.pinned) continue;
+        if (!std::equal(operand.result.begin(), operand.result.end(), operand.at)) fail("an accumulator was written before its fence_operand");
+        operand.pinned = true;
+    }
 }
 
 template <class T>

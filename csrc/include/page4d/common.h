@@ -10,7 +10,17 @@ namespace page4d {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-enum class Status : int { ok = 0, bad_sizes = 1, bad_dtype = 2, null_pointer = 3, no_memory = 4, bad_level = 5, cuda_error = 6, misaligned = 7 };
+enum class Status : int {
+    ok = 0,
+    bad_sizes = 1,
+    bad_dtype = 2,
+    null_pointer = 3,
+    no_memory = 4,
+    bad_level = 5,
+    cuda_error = 6,
+    misaligned = 7,
+    bad_variant = 8
+};
 
 inline const char* describe(Status status) {
     switch (status) {
@@ -22,6 +32,7 @@ inline const char* describe(Status status) {
         case Status::bad_level: return "this processor does not have the instruction set that was asked for";
         case Status::cuda_error: return "CUDA reported an error";
         case Status::misaligned: return "an address or a stride is not a positive multiple of 16 bytes";
+        case Status::bad_variant: return "the kernel has no such variant";
     }
     return "unknown error";
 }

@@ -12,6 +12,7 @@ from . import compiled
 from .problem import AttentionArgs, AttentionProblem, all_of, only_cuda_half
 
 HEAD_DIMS = (64, 128)
+VARIANT = 0  # of the kernel, an index of native.library().mask_attention_cuda_variants; csrc/include/page4d/mask_attention.h says what they are
 MAX_SPECIAL_TOKENS = 128  # per frame, so that a tile of rows holds the special tokens of whole frames
 
 
@@ -32,7 +33,7 @@ def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         splits = native.library().mask_attention_cuda_splits(*call, frames, dtype, device)
         parts = [torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (q, lse)] if splits > 1 else []
         addresses = [x.data_ptr() for x in parts] or [0, 0]
-        native.library().mask_attention_cuda(*call, frames, splits, addresses, dtype, device, stream)
+        native.library().mask_attention_cuda(*call, frames, VARIANT, splits, addresses, dtype, device, stream)
     return out, lse
 
 
