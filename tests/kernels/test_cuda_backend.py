@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from page4d_kernels import native
-from page4d_kernels.backends.mask_attention.cuda import unexpanded
+from page4d_kernels.backends.mask_attention.cuda import VARIANT, unexpanded
 from page4d_kernels.backends.mask_head import cuda as head
 from page4d_kernels.backends.mask_head.problem import MaskHeadProblem
 
@@ -33,3 +34,16 @@ def test_mask_head_needs_the_shared_memory_of_the_device(monkeypatch):
     monkeypatch.setattr(native, "mask_head_shared_memory", lambda hidden, width, device: (80_000 + hidden * width, available))
     assert reasons(64, 94) == []
     assert reasons(256, 94) == ["256 hidden units and 94 patches in a row need 101.6 KiB of shared memory per block, this GPU has 99.0"]
+
+
+@pytest.mark.skipif(bool(native.why_no_cuda("mask_attention_cuda")), reason="needs the CUDA kernels")
+def test_variants_of_the_attention_kernel():
+    library = native.library()
+    assert library.mask_attention_cuda_variants[VARIANT] == (8, 8.0)  # polynomial_every, rescale_past
+    q = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
+    addresses = (q.data_ptr(),) * 3 + (0, 0) + (q.data_ptr(),) * 2
+    missing = len(library.mask_attention_cuda_variants)
+    with pytest.raises(ValueError, match="the kernel has no such variant"):
+        library.mask_attention_cuda(
+            addresses, (1, 1, 8, 8, 64), [q.stride()[:3]] * 4, 0, 0, 1.0, (0, 0, 0), missing, 1, [0, 0], native.DTYPES[q.dtype], 0, 0
+        )

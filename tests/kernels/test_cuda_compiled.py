@@ -69,7 +69,7 @@ def test_machine_code(source, architecture, tmp_path):
 # Of the attention kernels, by head dim: registers at launch, and of a thread of the producer and of a consumer after setmaxnreg. A consumer
 # waits until the producer's registers suffice. With other counts at launch it would wait forever.
 REGISTERS = {64: (128, 32, 160), 128: (168, 24, 240)}
-# By head dim and polynomial share: at most so many instructions in a round of the loop without a bias (counted with ptxas 13.0, and 2 % more).
+# At most so many instructions in a round of the loop without a bias, by head dim and polynomial share (what ptxas 13.0 made, and 2 %).
 LOOP = {(64, 8): 456, (64, 16): 424, (64, 0): 390, (128, 0): 400}
 
 

@@ -12,7 +12,7 @@ from . import compiled
 from .problem import AttentionArgs, AttentionProblem, all_of, only_cuda_half
 
 HEAD_DIMS = (64, 128)
-VARIANT = 0  # of the kernel, an index of native.library().mask_attention_cuda_variants; csrc/include/page4d/mask_attention.h says what they are
+VARIANT = 0  # of the kernel, an index of native.library().mask_attention_cuda_variants; docs/cuda.md says what they are
 MAX_SPECIAL_TOKENS = 128  # per frame, so that a tile of rows holds the special tokens of whole frames
 
 
