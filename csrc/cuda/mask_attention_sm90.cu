@@ -1,6 +1,7 @@
 // Launches mask_attention_sm90.cuh. Builds the schedule and the tensor maps of q, k and v.
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <iterator>
 
 #include "hopper.cuh"
@@ -115,7 +116,7 @@ Status launch(const MaskAttention& p, int splits, float* out_partial, float* lse
     a.gate_stride = p.gate_stride, a.bias_stride = p.bias_stride, a.scale = p.scale;
     // The kernel compares logits before the scale is applied, or natural ones. A margin must be finite, as the first maximum grows from -inf.
     const float margin = attention_variants[p.variant].rescale_past * 0.6931471805599453f;
-    a.rescale_margin[0] = p.scale > 0.0f ? std::min(margin / p.scale, 1e30f) : 0.0f, a.rescale_margin[1] = margin;
+    a.rescale_margin[0] = std::min(margin / p.scale, FLT_MAX), a.rescale_margin[1] = margin;
 
     int count = 0;
     if (status == Status::ok) status = multiprocessors(device, count);
