@@ -292,7 +292,6 @@ struct Consumer {
             fence_operand(s);
             release(shared.k_empty[current.stage]);
             const bool rescaled = softmax<BIASED>(s, tile, bias, false, rescale);
-            fence_operand(s);
             if (row_sum[0] + row_sum[1] < 0.0f) __trap();  // never taken: keeps ptxas from moving the wait before the exponentials
             wgmma_wait<0>();
             fence_operand(out);
