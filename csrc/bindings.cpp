@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "page4d/mask_attention.h"
 #include "page4d/mask_head.h"
@@ -131,9 +133,10 @@ int attention_cuda_splits(const Attention& tensors, const std::array<int64_t, 5>
 }
 
 void run_attention_cuda(const Attention& tensors, const std::array<int64_t, 5>& sizes, const std::array<Three, 4>& strides, int64_t gate_stride,
-                        int64_t bias_stride, float scale, const Layout& layout, int splits, const std::array<Address, 2>& partials, int dtype,
-                        int device, Address stream) {
-    const MaskAttention p = with_layout(attention_problem(tensors, sizes, strides, gate_stride, bias_stride, scale, dtype), layout);
+                        int64_t bias_stride, float scale, const Layout& layout, int variant, int splits, const std::array<Address, 2>& partials,
+                        int dtype, int device, Address stream) {
+    MaskAttention p = with_layout(attention_problem(tensors, sizes, strides, gate_stride, bias_stride, scale, dtype), layout);
+    p.variant = variant;
     raise_if(mask_attention_cuda(p, splits, pointer<float>(partials[0]), pointer<float>(partials[1]), device, pointer<void>(stream)),
              "mask_attention");
 }
@@ -155,10 +158,19 @@ PYBIND11_MODULE(_native, module) {
     module.def("mask_head", run_head, py::call_guard<py::gil_scoped_release>());
     module.def("qk_norm_rope", run_rope, py::call_guard<py::gil_scoped_release>());
 #if defined(PAGE4D_WITH_CUDA)
+    module.def("cuda_shared_memory", [](int device) {
+        int bytes = 0;
+        raise_if(cuda_shared_memory(device, bytes), "cuda_shared_memory");
+        return bytes;
+    });
+    module.def("mask_head_cuda_shared_bytes", mask_head_cuda_shared_bytes);
     module.def("mask_head_cuda", run_head_cuda, py::call_guard<py::gil_scoped_release>());
     module.def("qk_norm_rope_cuda", run_rope_cuda, py::call_guard<py::gil_scoped_release>());
 #endif
 #if defined(PAGE4D_WITH_CUDA_SM90)
+    std::vector<std::pair<int, float>> variants;
+    for (const AttentionVariant& variant : attention_variants) variants.emplace_back(variant.polynomial_every, variant.rescale_past);
+    module.attr("mask_attention_cuda_variants") = variants;
     module.def("mask_attention_cuda_splits", attention_cuda_splits);
     module.def("mask_attention_cuda", run_attention_cuda, py::call_guard<py::gil_scoped_release>());
 #endif

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import env
 
-INTERFACE = 4  # of the functions in csrc/bindings.cpp; must equal the number in csrc/include/page4d/common.h
+INTERFACE = 5  # of the functions in csrc/bindings.cpp; must equal the number in csrc/include/page4d/common.h
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RECORD = Path(__file__).parent / "build_record.json"
@@ -124,6 +124,14 @@ def cpu_launch_args(x: Tensor) -> tuple[int, int, int]:
 def cuda_launch_args(x: Tensor) -> tuple[int, int, int]:
     """The last arguments of every CUDA kernel: dtype, device, the current stream."""
     return DTYPES[x.dtype], x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
+
+
+def mask_head_shared_memory(hidden: int, width: int, device: int) -> tuple[int, int]:
+    """The shared memory in bytes that a block of the CUDA mask head needs, and the most that a block of `device` can have."""
+    return library().mask_head_cuda_shared_bytes(hidden, width), library().cuda_shared_memory(device)
+
+
+mask_head_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fp32(x: Tensor) -> Tensor:

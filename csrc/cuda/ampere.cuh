@@ -1,6 +1,7 @@
 // sm_80 instructions that CUDA C++ lacks, one function per instruction: warp-level tf32 MMA and asynchronous copies into shared memory.
-// csrc/tests/ampere_on_cpu.h has the same functions as loops. Source: the PTX ISA 8.x.
-#pragma once
+// csrc/tests/ampere_on_cpu.h has the same functions as loops and the same include guard. Source: the PTX ISA 8.x.
+#ifndef PAGE4D_CUDA_AMPERE
+#define PAGE4D_CUDA_AMPERE
 
 #include <cstdint>
 
@@ -40,3 +41,5 @@ __device__ __forceinline__ float* dynamic_floats() {
 }
 
 }  // namespace page4d::cuda
+
+#endif

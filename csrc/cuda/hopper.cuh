@@ -1,6 +1,7 @@
 // Hopper (sm_90a) instructions that CUDA C++ lacks, one function per instruction: mbarriers, TMA loads, warpgroup MMA (wgmma).
-// csrc/tests/hopper_on_cpu.h has the same functions as loops. Source: the PTX ISA 8.x.
-#pragma once
+// csrc/tests/hopper_on_cpu.h has the same functions as loops and the same include guard. Source: the PTX ISA 8.x.
+#ifndef PAGE4D_CUDA_HOPPER
+#define PAGE4D_CUDA_HOPPER
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -13,9 +14,12 @@ namespace page4d::cuda {
 using TensorMap = CUtensorMap;
 using Barrier = uint64_t;
 
+// Call it once, from all threads. ptxas would work out the address again wherever it is used, as the block may be in a cluster. Taken from
+// lane 0, it stays in a uniform register.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
     extern __shared__ __align__(1024) unsigned char memory[];
-    return memory;
+    const uint32_t address = __shfl_sync(0xffffffffu, static_cast<uint32_t>(__cvta_generic_to_shared(memory)), 0);
+    return static_cast<unsigned char*>(__cvta_shared_to_generic(address));
 }
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
@@ -170,3 +174,5 @@ __device__ __forceinline__ uint32_t pack(__half, float low, float high) {
 }
 
 }  // namespace page4d::cuda
+
+#endif

@@ -1,4 +1,4 @@
-// Shared by all launches: selects the caller's device for the duration of a launch, and keeps the text of errors.
+// Shared by all launches: selects the caller's device for the duration of a launch, launches kernels, and keeps the text of errors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,6 +28,23 @@ class OnDevice {
 
 // Remembers the text of an error for `cuda_message`, per thread.
 Status to_status(cudaError_t error);
-Status failure(const char* text);
+Status failure(const char* format, ...);
+
+// Call before the first launch of `kernel` with this much dynamic shared memory. The device's default limit is 48 KiB.
+template <class... Parameters>
+Status allow_shared_memory(void (*kernel)(Parameters...), int bytes, int device) {
+    int available = 0;
+    if (const Status status = cuda_shared_memory(device, available); status != Status::ok) return status;
+    if (bytes > available) return failure("a block needs %d bytes of shared memory, and this device has %d", bytes, available);
+    return to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+template <class... Parameters>
+Status launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream, const Parameters&... parameters) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream;
+    return to_status(cudaLaunchKernelEx(&config, kernel, parameters...));
+}
 
 }  // namespace page4d::cuda

@@ -9,10 +9,11 @@
 //   O += P V_last
 //
 // The consumers issue in turns (`WarpSchedulerBarrier`), so that the exponentials of one run under the wgmmas of the others. At head dim
-// 64 both take equally long. The key tile that may be ragged comes first, so the loop needs no mask. One exponential in eight is computed
-// by multiply-adds (`exp2_polynomial`), as the special-function unit is the tighter limit.
+// 64 both take equally long. The key tile that may be ragged comes first, so the loop needs no mask. One exponential in POLYNOMIAL is computed
+// by multiply-adds (`exp2_polynomial`; 0: none), as the special-function unit is a tight limit at head dim 64.
 //
-// Logits, softmax state and sums are fp32. As in the Triton kernel, without a bias the scale is folded into the exponent's factor. With a
+// Logits, softmax state and sums are fp32. Sums are rescaled only when a maximum has grown past a margin: until then, the exponentials are
+// relative to an earlier maximum. As in the Triton kernel, without a bias the scale is folded into the exponent's factor. With a
 // bias, logits are natural and log2(e) is applied after the maximum is subtracted.
 //
 // Include hopper.cuh first. To run on the CPU, include csrc/tests/hopper_on_cpu.h instead.
@@ -24,13 +25,14 @@
 namespace page4d::cuda {
 
 constexpr float log2e = 1.4426950408889634f;
-constexpr int polynomial_every = 8;  // one exponential in eight; not tuned yet
 
 template <class T, int D>
 struct AttentionTile {
     static constexpr int consumers = D == 64 ? 3 : 2, rows = 64 * consumers, keys = 128, stages = D == 64 ? 4 : 2;
     static constexpr int threads = 128 * (consumers + 1);
     static constexpr int producer_registers = D == 64 ? 32 : 24, consumer_registers = D == 64 ? 160 : 240;
+    static constexpr int launch_registers = 65536 / threads / 8 * 8;  // a test checks that ptxas uses as many
+    static_assert(producer_registers + consumers * consumer_registers <= (consumers + 1) * launch_registers, "consumers would wait forever");
     static constexpr int panels = D / 64;  // of 64 columns, 128 bytes: the widest rows that TMA and wgmma can swizzle
     static_assert(sizeof(T) == 2 && D % 64 == 0);
 };
@@ -61,6 +63,7 @@ struct AttentionArguments {
     float* lse_partial;           // (splits, B, H, Nq): likewise, in place of lse
     int64_t out_stride[3], gate_stride, bias_stride;
     float scale;
+    float rescale_margin[2];  // of a row's maximum, without and with a bias
     TileScheduler schedule;
 };
 
@@ -79,15 +82,19 @@ __device__ inline uint64_t wgmma_descriptor(const void* matrix, uint32_t panel_b
     return swizzle_128 | (block_bytes >> 4) << 32 | static_cast<uint64_t>(panel_bytes >> 4) << 16 | ((shared_address(matrix) & 0x3ffff) >> 4);
 }
 
-// 2^x for x <= 0, without the special-function unit. x = n + f with |f| <= 1/2, and a cubic gives 2^f. The relative error of 8e-5 is below
-// the rounding of bf16 and fp16. Smaller x are clamped to -125, so the sum of a row of -inf is
-// not 0; `fully_masked` therefore also tests the row maximum.
+// The descriptor of a matrix `bytes` further on. Its address is in the lower half, where it does not overflow.
+__device__ inline uint64_t descriptor_at(uint64_t first, uint32_t bytes) {
+    return (first & 0xffffffff00000000) | (static_cast<uint32_t>(first) + bytes / 16);
+}
+
+// 2^x for x < 128, without the special-function unit. x = n + f with |f| <= 1/2, a cubic gives 2^f, and n becomes the exponent of a factor. The
+// relative error of 8e-5 is below the rounding of bf16 and fp16. Smaller x are clamped to -125, so the sum of a row of -inf is not 0;
+// `fully_masked` therefore also tests the row maximum. NaN stays NaN: adding n to the exponent bits of 2^f instead would lose it.
 __device__ inline float exp2_polynomial(float x) {
-    constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the lowest bits
+    constexpr float round = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it leaves n in the lowest bits, and 127 is the bias of exponents
     x = max_or_nan(x, -125.0f);
     const float shifted = x + round, f = x - (shifted - round);
-    const float power = fmaf(fmaf(fmaf(0.05517167f, f, 0.24261112f), f, 0.69326099f), f, 0.99992807f);
-    return __int_as_float(__float_as_int(power) + (__float_as_int(shifted) << 23));
+    return fmaf(fmaf(fmaf(0.05517167f, f, 0.24261112f), f, 0.69326099f), f, 0.99992807f) * __int_as_float(__float_as_int(shifted) << 23);
 }
 
 template <class T, int D>
@@ -135,7 +142,7 @@ struct WarpSchedulerBarrier {
 
 // A consumer warpgroup computes 64 rows, 16 per warp. Each of its threads holds two of them, rows lane / 4 and lane / 4 + 8 of its warp. Of each
 // 8-column group j it holds columns 8 j + 2 (lane % 4) + {0, 1}. Accumulator element i is column i % 2 of row (i / 2) % 2 of group i / 4.
-template <class T, int D>
+template <class T, int D, int POLYNOMIAL>
 struct Consumer {
     using Tile = AttentionTile<T, D>;
     static constexpr int logits = Tile::keys / 2;  // per thread
@@ -170,7 +177,8 @@ struct Consumer {
 
     __device__ void issue_logits(float (&s)[logits], int stage) const {
         constexpr uint32_t panel = sizeof(shared.q.at[0]), panel_k = sizeof(shared.k[0].at[0]);
-        const uint64_t q = wgmma_descriptor(&shared.q.at[0][64 * number], panel), keys = wgmma_descriptor(&shared.k[stage], panel_k);
+        const uint64_t q = wgmma_descriptor(&shared.q.at[0][64 * number], panel),
+                       keys = descriptor_at(wgmma_descriptor(&shared.k[0], panel_k), stage * sizeof(shared.k[0]));
 #pragma unroll
         for (int i = 0; i < D / 16; ++i)  // 16 columns are 32 bytes; addresses count 16
             wgmma_ss(T{}, s, q + (i / 4 * panel + i % 4 * 32) / 16, keys + (i / 4 * panel_k + i % 4 * 32) / 16, i > 0);
@@ -178,16 +186,16 @@ struct Consumer {
     }
 
     __device__ void issue_values(int stage) {
-        const uint64_t values = wgmma_descriptor(&shared.v[stage], sizeof(shared.v[0].at[0]));
+        const uint64_t values = descriptor_at(wgmma_descriptor(&shared.v[0], sizeof(shared.v[0].at[0])), stage * sizeof(shared.v[0]));
 #pragma unroll
         for (int i = 0; i < Tile::keys / 16; ++i) wgmma_rs(T{}, out, probs + 4 * i, values + i * 16 * 128 / 16);  // 16 rows of 128 bytes
         wgmma_commit();
     }
 
-    // Adds the bias (logits are then natural), masks keys past the end, and updates the running maximum and sum. Leaves the exponentials in
-    // `s` and the factor for the earlier sums in `rescale`.
+    // Adds the bias (logits are then natural), masks keys past the end, and leaves the exponentials in `s`. Returns whether the maxima of the
+    // warp's rows changed; `rescale` is then the factor for the earlier values of `out`, and that of row_sum is applied.
     template <bool BIASED>
-    __device__ void softmax(float (&s)[logits], int tile, const float* bias, bool ragged, float (&rescale)[2]) {
+    __device__ bool softmax(float (&s)[logits], int tile, const float* bias, bool ragged, float (&rescale)[2]) {
         const int column = tile * Tile::keys + threadIdx.x % 4 * 2, keys = p.schedule.keys;
         if (BIASED) {
 #pragma unroll
@@ -206,28 +214,44 @@ struct Consumer {
                 if (column + i / 4 * 8 + i % 2 >= keys) s[i] = -INFINITY;
         }
         const float to_base2 = BIASED ? log2e : p.scale * log2e;
+        float row_max_new[2];
+        bool grows = false;
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            float row_max_new = row_max[row];
+            float& most = row_max_new[row] = row_max[row];
 #pragma unroll
-            for (int i = 2 * row; i < logits; i += 4) row_max_new = fmaxf(row_max_new, fmaxf(s[i], s[i + 1]));
-            row_max_new = fmaxf(row_max_new, __shfl_xor_sync(0xffffffffu, row_max_new, 1));
-            row_max_new = fmaxf(row_max_new, __shfl_xor_sync(0xffffffffu, row_max_new, 2));
-            const float shift = row_max_new == -INFINITY ? 0.0f : row_max_new, scaled = shift * to_base2;
-            rescale[row] = ex2_approx((row_max[row] - shift) * to_base2);
-            row_max[row] = row_max_new;
+            for (int i = 2 * row; i < logits; i += 4) most = fmaxf(most, fmaxf(s[i], s[i + 1]));
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+            grows = grows || most - row_max[row] > p.rescale_margin[BIASED];  // not while both are -inf
+        }
+        const bool rescaled = __any_sync(0xffffffffu, grows);  // soon becomes rare
+        if (rescaled) {
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+                rescale[row] = ex2_approx((row_max[row] - finite(row_max_new[row])) * to_base2);
+                row_max[row] = row_max_new[row], row_sum[row] *= rescale[row];
+            }
+        }
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const float shift = finite(row_max[row]), scaled = shift * to_base2;
             float sum = 0.0f;
 #pragma unroll
             for (int i = 2 * row; i < logits; i += 4)
 #pragma unroll
                 for (int odd = 0; odd < 2; ++odd) {
                     const float x = BIASED ? (s[i + odd] - shift) * log2e : fmaf(s[i + odd], to_base2, -scaled);
-                    s[i + odd] = (i / 2 + odd) % polynomial_every == polynomial_every - 1 ? exp2_polynomial(x) : ex2_approx(x);
+                    s[i + odd] = by_polynomial(i / 2 + odd) ? exp2_polynomial(x) : ex2_approx(x);
                     sum += s[i + odd];
                 }
-            row_sum[row] = row_sum[row] * rescale[row] + sum;
+            row_sum[row] += sum;
         }
+        return rescaled;
     }
+
+    __device__ static float finite(float row_max) { return row_max == -INFINITY ? 0.0f : row_max; }
+    __device__ static constexpr bool by_polynomial(int i) { return POLYNOMIAL > 0 && (i + 1) % (POLYNOMIAL > 0 ? POLYNOMIAL : 1) == 0; }
 
     __device__ void round_probs(const float (&s)[logits]) {
 #pragma unroll
@@ -267,13 +291,12 @@ struct Consumer {
             wgmma_wait<BIASED ? 0 : 1>();  // registers do not suffice to run a wgmma under a softmax with a bias
             fence_operand(s);
             release(shared.k_empty[current.stage]);
-            softmax<BIASED>(s, tile, bias, false, rescale);
-            fence_operand(s);
+            const bool rescaled = softmax<BIASED>(s, tile, bias, false, rescale);
             if (row_sum[0] + row_sum[1] < 0.0f) __trap();  // never taken: keeps ptxas from moving the wait before the exponentials
             wgmma_wait<0>();
             fence_operand(out);
             release(shared.v_empty[previous.stage]);
-            if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f))  // a maximum changed, which soon becomes rare
+            if (rescaled)
 #pragma unroll
                 for (int i = 0; i < D / 2; ++i) out[i] *= rescale[i / 2 % 2];
             round_probs(s);
@@ -370,7 +393,7 @@ struct Consumer {
 };
 
 // Launched with one block per multiprocessor, or fewer if there are fewer work tiles.
-template <class T, int D>
+template <class T, int D, int POLYNOMIAL>
 __global__ void __launch_bounds__(AttentionTile<T, D>::threads, 1) mask_attention_fwd_kernel(const __grid_constant__ AttentionArguments p) {
     using Tile = AttentionTile<T, D>;
     auto& shared = *reinterpret_cast<AttentionShared<T, D>*>(dynamic_shared());
@@ -385,13 +408,13 @@ __global__ void __launch_bounds__(AttentionTile<T, D>::threads, 1) mask_attentio
         fence_mbarrier_init();
     }
     __syncthreads();
-    const int warpgroup = threadIdx.x / 128;
+    const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);  // so ptxas knows that it is uniform in a warp
     if (warpgroup == 0) {
         setmaxnreg_dec<Tile::producer_registers>();
         if (threadIdx.x == 0) load<T, D>(p, shared);
     } else {
         setmaxnreg_inc<Tile::consumer_registers>();
-        Consumer<T, D>(p, shared, warpgroup - 1).run();
+        Consumer<T, D, POLYNOMIAL>(p, shared, warpgroup - 1).run();
     }
     __syncthreads();  // ptxas gives each role its own register count only if the roles meet again at the end
 }

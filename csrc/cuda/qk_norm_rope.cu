@@ -15,8 +15,7 @@ Status launch(const QkNormRope& p, int device, cudaStream_t stream) {
     if ((reinterpret_cast<uintptr_t>(p.q) | reinterpret_cast<uintptr_t>(p.k)) % 16 != 0) return Status::misaligned;
     const OnDevice guard(device);
     if (guard.status() != cudaSuccess) return to_status(guard.status());
-    qk_norm_rope_fwd_kernel<T, D><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(p, static_cast<int>(tiles), aligned<T>(p));
-    return to_status(cudaGetLastError());
+    return launch_kernel(qk_norm_rope_fwd_kernel<T, D>, static_cast<unsigned>(blocks), threads, 0, stream, p, static_cast<int>(tiles), aligned<T>(p));
 }
 
 template <class T>

@@ -4,8 +4,6 @@
 // Each lane loads 16 bytes, and a group of D * sizeof(T) / 16 lanes holds one head. Sums over the head dimension are warp shuffles within the
 // group. So is the exchange with the RoPE partner: it is D / 4 channels away, which is at the same position of a lane a quarter of the group
 // away. A group processes q and k of one token and head. Both loads are in flight together and share the angles.
-//
-// Included by qk_norm_rope.cu, and by csrc/tests/cuda_rope.cpp, which runs it on the CPU.
 #pragma once
 
 #include "page4d/qk_norm_rope.h"

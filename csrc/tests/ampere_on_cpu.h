@@ -1,5 +1,6 @@
 // The functions of csrc/cuda/ampere.cuh as loops that follow the PTX ISA.
-#pragma once
+#ifndef PAGE4D_CUDA_AMPERE
+#define PAGE4D_CUDA_AMPERE
 
 #include "cuda_on_cpu.h"
 
@@ -36,10 +37,7 @@ inline std::vector<std::function<void()>>& copies_of_thread() {
 }
 template <int BYTES>
 void cp_async(float* to, const float* from, bool valid) {
-    if (reinterpret_cast<uintptr_t>(to) % BYTES != 0 || reinterpret_cast<uintptr_t>(from) % BYTES != 0) {
-        std::printf("a misaligned copy of %d bytes\n", BYTES);
-        std::exit(1);
-    }
+    if (reinterpret_cast<uintptr_t>(to) % BYTES != 0 || reinterpret_cast<uintptr_t>(from) % BYTES != 0) fail("a misaligned asynchronous copy");
     for (size_t i = 0; i < BYTES / sizeof(float); ++i) to[i] = NAN;
     copies_of_thread().push_back([=] {
         for (size_t i = 0; i < BYTES / sizeof(float); ++i) to[i] = valid ? from[i] : 0.0f;
@@ -50,9 +48,8 @@ inline void cp_async_wait_all() {
     copies_of_thread().clear();
 }
 
-inline float* dynamic_floats() {
-    alignas(16) static float memory[227 * 256];
-    return memory;
-}
+inline float* dynamic_floats() { return reinterpret_cast<float*>(memory_of_block()); }
 
 }  // namespace page4d::cuda
+
+#endif

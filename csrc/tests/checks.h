@@ -22,5 +22,6 @@ void check(bool good, const char* what, Arguments... arguments) {
 void qk_norm_rope_cases();
 void mask_attention_cases();
 void mask_head_cases();
+void launch_cases();
 
 }  // namespace page4d::tests

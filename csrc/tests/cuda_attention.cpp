@@ -1,17 +1,16 @@
-// csrc/cuda/mask_attention_sm90.cuh and schedule.h. The whole kernel, including TMA loads and wgmmas, is tested against plain loops in double
-// precision. The schedule is tested to cover every row and key tile once.
+// csrc/cuda/mask_attention_sm90.cu and schedule.h. The whole call, including tensor maps, TMA loads and wgmmas, is tested against plain loops in
+// double precision. The schedule is tested to cover every row and key tile once.
 #include <array>
 #include <set>
 
 #include "checks.h"
 #include "hopper_on_cpu.h"
 //
-#include "../cuda/mask_attention_sm90.cuh"
+#include "../cuda/mask_attention_sm90.cu"
 
 namespace page4d::tests {
 namespace {
 
-using cuda::AttentionTile;
 using cuda::TileScheduler;
 
 enum class Gate { none, layout, anywhere };
@@ -20,9 +19,12 @@ struct Case {
     int batch, heads, frames, per_frame, special, keys;  // keys = 0: as many as queries
     Gate gate;
     int splits = 1;
-    unsigned blocks = 2;
+    int blocks = 2;
     float spread = 1.0f, strength = 32.0f;
     bool extremes = false;  // row 7: all logits -inf; row 20: NaN
+    int nan_key = -1;       // NaN in this key, so in all rows
+    int variant = 0;
+    float scale = 0.0f;  // 0: 1 / sqrt(D)
 };
 
 template <class T>
@@ -38,7 +40,6 @@ float value(__nv_bfloat16 x) { return __bfloat162float(x); }
 // If queries and keys are equally many, q, k and v are views of one (B, N, 3, H, D) projection, as in the model.
 template <class T, int D>
 void attention_case(const Case& c) {
-    using Tile = AttentionTile<T, D>;
     const int queries = c.frames * c.per_frame, keys = c.keys ? c.keys : queries, longest = std::max(queries, keys);
     const int64_t row = 3 * c.heads * D + 8, batch_stride = longest * row;
     std::vector<T> qkv(static_cast<size_t>(c.batch * batch_stride));
@@ -55,6 +56,7 @@ void attention_case(const Case& c) {
         for (int d = 0; d < D; ++d) set(0, 7, d, d == 0 ? 1e30f : 0.0f);
         set(0, 20, 3, NAN);
     }
+    if (c.nan_key >= 0) set(1, c.nan_key, 3, NAN);
     std::vector<float> gate(static_cast<size_t>(c.batch * queries), 0.0f), bias(static_cast<size_t>(c.batch * keys));
     for (size_t i = 0; i < gate.size(); ++i) {
         const bool special = static_cast<int>(i) % queries % c.per_frame < c.special;
@@ -66,32 +68,21 @@ void attention_case(const Case& c) {
     std::vector<T> out(rows * D, rounded<T>(NAN));
     std::vector<float> lse(rows, NAN), out_partial(c.splits > 1 ? static_cast<size_t>(c.splits) * rows * D : 0, NAN),
         lse_partial(static_cast<size_t>(c.splits) * rows, NAN);
-    cuda::AttentionArguments p{};
-    const auto map = [&](cuda::TensorMap& to, int which, int tokens, int box) {
-        to = {qkv.data() + which * c.heads * D, 4, {D, tokens, c.heads, c.batch}, {1, row, D, batch_stride}, {64, box, 1, 1}};
-    };
-    const bool layout = c.gate == Gate::layout;
-    p.schedule = {queries,    keys,       c.heads, c.batch, layout ? c.per_frame : 1, layout ? c.special : 0, layout ? c.frames : 0,
-                  Tile::rows, Tile::keys, c.splits};
-    map(p.q, 0, queries, Tile::rows), map(p.k, 1, keys, Tile::keys), map(p.v, 2, keys, Tile::keys);
-    p.q_packed = {qkv.data(),
-                  5,
-                  {D, c.special, c.frames, c.heads, c.batch},
-                  {1, row, c.per_frame * row, D, batch_stride},
-                  {64, c.special, p.schedule.packed_frames, 1, 1}};
+    MaskAttention p{};
+    p.q = qkv.data(), p.k = qkv.data() + c.heads * D, p.v = qkv.data() + 2 * c.heads * D;
     if (c.gate != Gate::none) p.gate = gate.data(), p.bias = bias.data();
-    p.out = out.data(), p.lse = lse.data(), p.out_partial = out_partial.data(), p.lse_partial = lse_partial.data();
+    p.out = out.data(), p.lse = lse.data();
+    p.batch = c.batch, p.heads = c.heads, p.queries = queries, p.keys = keys, p.head_dim = D;
+    for (int64_t* stride : {p.q_stride, p.k_stride, p.v_stride}) stride[0] = batch_stride, stride[1] = D, stride[2] = row;
     p.out_stride[0] = static_cast<int64_t>(queries) * c.heads * D, p.out_stride[1] = D, p.out_stride[2] = c.heads * D;  // token-major
-    p.gate_stride = queries, p.bias_stride = keys, p.scale = 1.0f / std::sqrt(static_cast<float>(D));
+    p.gate_stride = queries, p.bias_stride = keys, p.scale = c.scale == 0.0f ? 1.0f / std::sqrt(static_cast<float>(D)) : c.scale;
+    p.dtype = std::is_same_v<T, __half> ? DType::f16 : DType::bf16;
+    if (c.gate == Gate::layout) p.frames = c.frames, p.per_frame = c.per_frame, p.special = c.special;
+    p.variant = c.variant;
+    gpu() = {};
+    gpu().multiprocessors = c.blocks;
 
-    launch_on_cpu({c.blocks, 1}, Tile::threads, random(), cuda::mask_attention_fwd_kernel<T, D>, p);
-    if (c.splits > 1) {
-        const size_t pieces = rows * D / 4;
-        launch_on_cpu({static_cast<unsigned>((pieces + cuda::merge_threads - 1) / cuda::merge_threads), 1}, cuda::merge_threads, random(),
-                      cuda::mask_attention_fwd_kernel_merge<T, D>, p);
-    }
-
-    bool good = true;
+    bool good = mask_attention_cuda(p, c.splits, out_partial.data(), lse_partial.data(), 0, nullptr) == Status::ok;
     double worst = 0;
     std::vector<double> probs(static_cast<size_t>(keys));
     for (int b = 0; b < c.batch; ++b)
@@ -129,10 +120,11 @@ void attention_case(const Case& c) {
                 }
             }
     check(good,
-          "mask_attention: %s, head dim %d, batch %d, heads %d, %d frames of %d tokens (%d special), %d keys, gate %d, %d splits: %.2f of the "
+          "mask_attention: %s, head dim %d, batch %d, heads %d, %d frames of %d tokens (%d special), %d keys, gate %d, %d splits, variant %d: %.2f "
+          "of the "
           "tolerance",
           std::is_same_v<T, __half> ? "fp16" : "bf16", D, c.batch, c.heads, c.frames, c.per_frame, c.special, keys, static_cast<int>(c.gate),
-          c.splits, worst);
+          c.splits, c.variant, worst);
 }
 
 template <class T, int D>
@@ -144,7 +136,13 @@ void kernel_cases() {
     attention_case<T, D>({1, 1, 1, 70, 5, 700, Gate::anywhere, 1, 1});            // more keys than the stages hold; gates in some warpgroups only
     attention_case<T, D>({1, 2, 1, 200, 0, 300, Gate::anywhere, 3, 2, 3.0f});     // keys split, the last split ragged
     attention_case<T, D>({2, 1, 2, 40, 5, 0, Gate::layout, 1, 2, 6.0f, 256.0f});  // large logits
-    if (std::is_same_v<T, __nv_bfloat16>)                                         // fp16 logits do not reach -inf
+    for (const int key : {20, 25})                                                // in a column of ex2_approx, of exp2_polynomial
+        attention_case<T, D>({1, 1, 3, 59, 5, 0, Gate::layout, 1, 2, 1.0f, 32.0f, false, key});
+    attention_case<T, D>({1, 1, 2, 20, 5, 300, Gate::layout, 1, 1, 1.0f, 32.0f, false, -1, 0, 1e-39f});  // the margin of maxima would be infinite
+    for (int variant = 1; variant < static_cast<int>(std::size(attention_variants)); ++variant)  // maxima that grow within and past the margin
+        for (const float spread : {1.0f, 16.0f})
+            if (D == 64 || spread > 1.0f) attention_case<T, D>({1, 1, 1, 20, 5, 260, Gate::layout, 1, 1, spread, 32.0f, false, -1, variant});
+    if (std::is_same_v<T, __nv_bfloat16>)  // fp16 logits do not reach -inf
         for (const int splits : {1, 2}) attention_case<T, D>({1, 1, 3, 59, 5, 0, Gate::layout, splits, 2, 1.0f, 32.0f, true});
 }
 
@@ -202,7 +200,7 @@ void merge_cases() {
 
 void polynomial_cases() {
     double worst = 0;
-    for (float x = -124.0f; x <= 0.0f; x += 0.0137f)
+    for (float x = -124.0f; x <= 9.0f; x += 0.0137f)
         worst = std::max(worst, std::abs(cuda::exp2_polynomial(x) / std::exp2(static_cast<double>(x)) - 1));
     check(worst < 8e-5, "exp2_polynomial: relative error %g", worst);
     check(cuda::exp2_polynomial(-INFINITY) < 1e-37f && cuda::exp2_polynomial(-1e30f) >= 0.0f, "exp2_polynomial: far below 0");

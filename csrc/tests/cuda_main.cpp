@@ -4,6 +4,7 @@
 using namespace page4d::tests;
 
 int main() {
+    launch_cases();  // first, see there
     qk_norm_rope_cases();
     mask_attention_cases();
     mask_head_cases();

@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -31,10 +32,23 @@
 
 namespace page4d {
 
-struct Index {
-    unsigned x, y;
+[[noreturn]] inline void fail(const char* what) {
+    std::printf("%s\n", what);
+    std::exit(1);
+}
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline Index threadIdx, blockIdx, gridDim;
+inline dim3 threadIdx, blockIdx, gridDim;
+
+// Dynamic shared memory. A block that has less must not use the rest.
+constexpr size_t most_shared_bytes = 227 * 1024;
+inline unsigned char* memory_of_block() {
+    alignas(1024) static unsigned char memory[most_shared_bytes];
+    return memory;
+}
 
 // ---- fibers -----------------------------------------------------------------------------------------------------------------------
 struct Fiber {
@@ -49,7 +63,8 @@ struct Fiber {
 // Runs the threads of one block until all have ended. Asynchronous work of the device, such as copies, is a list of closures.
 class Block {
   public:
-    Block(unsigned threads, unsigned seed, std::function<void()> kernel) : fibers_(threads), random_(seed), kernel_(std::move(kernel)) {}
+    Block(unsigned threads, size_t shared_bytes, unsigned seed, std::function<void()> kernel)
+        : fibers_(threads), shared_bytes_(shared_bytes), random_(seed), kernel_(std::move(kernel)) {}
 
     void run() {
         current_block() = this;
@@ -72,10 +87,7 @@ class Block {
             }
             if (ended) break;
             if (ready.empty()) {
-                if (in_the_background.empty()) {
-                    std::printf("deadlock: all threads of a block wait for each other\n");
-                    std::exit(1);
-                }
+                if (in_the_background.empty()) fail("deadlock: all threads of a block wait for each other");
                 finish_one();
                 continue;
             }
@@ -118,10 +130,17 @@ class Block {
     }
 
     int threads() const { return static_cast<int>(fibers_.size()); }
+    size_t shared_bytes() const { return shared_bytes_; }
 
     std::vector<std::function<void()>> in_the_background;
+    const unsigned serial = ++blocks();  // tells the blocks of all launches apart
 
   private:
+    static unsigned& blocks() {
+        static unsigned count = 0;
+        return count;
+    }
+
     struct Meeting {
         int here = 0;
         unsigned round = 0;
@@ -146,7 +165,7 @@ class Block {
     }
 
     void resume(unsigned thread) {
-        threadIdx = {thread, 0};
+        threadIdx = {thread};
 #if defined(__SANITIZE_ADDRESS__)
         void* own = nullptr;
         __sanitizer_start_switch_fiber(&own, fibers_[thread].stack.get(), Fiber::stack_bytes);
@@ -168,6 +187,7 @@ class Block {
     }
 
     std::vector<Fiber> fibers_;
+    size_t shared_bytes_;
     std::mt19937 random_;
     std::function<void()> kernel_;
     std::map<std::pair<int, int>, Meeting> meetings_;
@@ -178,25 +198,26 @@ class Block {
 
 inline Block& block() { return *Block::current_block(); }
 
-enum Meetings { at_barrier, of_warp, of_warpgroup };
+enum Meetings { at_barrier, of_warp, of_warp_at_barrier, of_warpgroup };
 
 inline void __syncthreads() {
     block().meet({at_barrier, 0}, block().threads(), [] {});
 }
-[[noreturn]] inline void __trap() {
-    std::printf("a kernel trapped\n");
-    std::exit(1);
-}
+[[noreturn]] inline void __trap() { fail("a kernel trapped"); }
 
-inline float __shfl_xor_sync(unsigned, float x, int mask) {
-    static float lanes[64][32];
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    lanes[warp][lane] = x;
+// Every lane gives `mine` and receives what lane `from` gave.
+template <class T>
+T exchange_in_warp(T mine, unsigned from) {
+    static T lanes[64][32];
+    const unsigned warp = threadIdx.x / 32;
+    lanes[warp][threadIdx.x % 32] = mine;
     block().meet({of_warp, static_cast<int>(warp)}, 32, [] {});
-    const float other = lanes[warp][lane ^ static_cast<unsigned>(mask)];
+    const T other = lanes[warp][from];
     block().meet({of_warp, static_cast<int>(warp)}, 32, [] {});
     return other;
 }
+inline float __shfl_xor_sync(unsigned, float x, int mask) { return exchange_in_warp(x, threadIdx.x % 32 ^ static_cast<unsigned>(mask)); }
+inline int __shfl_sync(unsigned, int x, int lane) { return exchange_in_warp(x, static_cast<unsigned>(lane)); }
 
 inline bool __any_sync(unsigned, bool mine) {
     static bool lanes[64][32];
@@ -243,14 +264,18 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-// Runs kernel(arguments...) for each thread of each block. The seed determines the order of threads.
-template <class Kernel, class... Arguments>
-void launch_on_cpu(Index grid, unsigned threads, unsigned seed, Kernel kernel, const Arguments&... arguments) {
+// Runs a kernel for each thread of each block. Shared memory begins as NaN. The order of threads is random.
+inline void launch_on_cpu(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+    static std::mt19937 random(0);
+    unsigned char* const memory = memory_of_block();
     gridDim = grid;
     for (unsigned y = 0; y < grid.y; ++y)
         for (unsigned x = 0; x < grid.x; ++x) {
             blockIdx = {x, y};
-            Block(threads, seed, [&] { kernel(arguments...); }).run();
+            std::memset(memory, 0xff, most_shared_bytes);
+            Block(threads, shared_bytes, random(), kernel).run();
+            if (!std::all_of(memory + shared_bytes, memory + most_shared_bytes, [](unsigned char byte) { return byte == 0xff; }))
+                fail("a kernel wrote past its shared memory");
         }
 }
 

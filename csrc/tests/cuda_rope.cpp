@@ -1,10 +1,10 @@
-// csrc/cuda/qk_norm_rope.cuh against the plain loops of the compiled library: odd lengths, strides, misaligned inputs.
+// csrc/cuda/qk_norm_rope.cu against the plain loops of the compiled library: odd lengths, strides, misaligned inputs.
 #include <algorithm>
 
 #include "checks.h"
-#include "cuda_on_cpu.h"
+#include "runtime_on_cpu.h"
 //
-#include "../cuda/qk_norm_rope.cuh"
+#include "../cuda/qk_norm_rope.cu"
 
 namespace page4d::tests {
 namespace {
@@ -41,13 +41,8 @@ void rope_case(DType dtype, int64_t batch, int64_t frames, int64_t heads, int64_
     p.qkv = given.data() + offset, p.q = q.get(), p.k = k.get(), p.dtype = dtype;
     const bool aligned = cuda::aligned<T>(p);
     good = good && aligned == (slack % cuda::Pack<T>::size == 0 && offset % cuda::Pack<T>::size == 0);
-    const auto run = [&](auto kernel, int64_t rows) {
-        const int64_t tiles = (tokens + rows - 1) / rows;
-        launch_on_cpu({static_cast<unsigned>(tiles * batch * heads), 1}, cuda::threads, random(), kernel, p, static_cast<int>(tiles), aligned);
-    };
-    if (head_dim == 32) run(cuda::qk_norm_rope_fwd_kernel<T, 32>, cuda::Group<T, 32>::rows);
-    if (head_dim == 64) run(cuda::qk_norm_rope_fwd_kernel<T, 64>, cuda::Group<T, 64>::rows);
-    if (head_dim == 128) run(cuda::qk_norm_rope_fwd_kernel<T, 128>, cuda::Group<T, 128>::rows);
+    gpu() = {};
+    good = good && qk_norm_rope_cuda(p, 0, nullptr) == Status::ok;
     const double rounding = dtype == DType::f32 ? 1e-5 : dtype == DType::f16 ? 1e-3 : 8e-3;
     for (size_t i = 0; i < outputs; ++i)
         for (const auto& [got, want] : {std::pair{cuda::value(q[i / cuda::Pack<T>::size].at[i % cuda::Pack<T>::size]), want_q[i]},

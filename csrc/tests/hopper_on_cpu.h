@@ -1,32 +1,28 @@
 // The functions of csrc/cuda/hopper.cuh as loops that follow the PTX ISA. Positions in shared memory are computed only from descriptors, tensor
 // maps and addresses. Operations that are asynchronous on the device (wgmmas, TMA loads) complete at a random time, and the results of a wgmma
 // are NaN until then. This detects missing waits and stages that are released too early.
-#pragma once
+#ifndef PAGE4D_CUDA_HOPPER
+#define PAGE4D_CUDA_HOPPER
 
 #include <array>
 #include <type_traits>
 
-#include "cuda_on_cpu.h"
+#include "runtime_on_cpu.h"
 
 namespace page4d::cuda {
 
-inline void fail(const char* what) {
-    std::printf("%s\n", what);
-    std::exit(1);
-}
-
 // ---- shared memory ----------------------------------------------------------------------------------------------------------------
-constexpr size_t shared_bytes = 227 * 1024;
-inline unsigned char* dynamic_shared() {
-    alignas(1024) static unsigned char memory[shared_bytes];
-    return memory;
+// Dynamic shared memory begins after the first KiB, which the system keeps.
+constexpr uint32_t shared_base = 0x400;
+inline unsigned char* dynamic_shared() { return memory_of_block(); }
+inline uint32_t shared_address(const void* pointer) {
+    return shared_base + static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - dynamic_shared());
 }
-inline uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - dynamic_shared()); }
 // 128-byte swizzle: address bits 4 to 6 are XORed with bits 7 to 9.
 inline unsigned char* swizzled(uint32_t address) {
     address ^= (address >> 7 & 7) << 4;
-    if (address >= shared_bytes) fail("an address past shared memory");
-    return dynamic_shared() + address;
+    if (address < shared_base || address >= shared_base + block().shared_bytes()) fail("an address outside the block's shared memory");
+    return dynamic_shared() + (address - shared_base);
 }
 
 template <int COUNT>
@@ -35,12 +31,22 @@ template <int COUNT>
 void setmaxnreg_inc() {}
 
 // ---- named barriers of the block ---------------------------------------------------------------------------------------------------
+// A block has 16. All lanes of a warp execute the instruction together, and count as 32 threads.
+inline void check_named_barrier(int barrier, int threads) {
+    if (barrier < 0 || barrier > 15 || threads % 32 != 0) fail("a named barrier past 15, or of a part of a warp");
+    block().meet({of_warp_at_barrier, static_cast<int>(threadIdx.x / 32) * 16 + barrier}, 32, [] {});
+}
 inline void named_barrier_sync(int barrier, int threads) {
+    check_named_barrier(barrier, threads);
     block().meet({at_barrier, barrier}, threads, [] {});
 }
-inline void named_barrier_arrive(int barrier, int threads) { block().arrive({at_barrier, barrier}, threads); }
+inline void named_barrier_arrive(int barrier, int threads) {
+    check_named_barrier(barrier, threads);
+    block().arrive({at_barrier, barrier}, threads);
+}
 inline bool named_barrier_or(bool mine, int barrier, int threads) {
     static bool any[16], result[16];
+    check_named_barrier(barrier, threads);
     any[barrier] = any[barrier] || mine;
     block().meet({at_barrier, barrier}, threads, [&] { result[barrier] = any[barrier], any[barrier] = false; });
     return result[barrier];
@@ -50,33 +56,42 @@ inline bool named_barrier_or(bool mine, int barrier, int threads) {
 struct Barrier {
     int arrivals, missing;
     int64_t bytes;
-    uint32_t phase;  // parity of the current phase
+    uint32_t phase;   // parity of the current phase
+    uint32_t fenced;  // 1: initialised, and visible to all threads and to the copy engine
 
     void step() {
         if (missing == 0 && bytes == 0) missing = arrivals, phase ^= 1;
     }
+    Barrier& ready() {
+        if (fenced != 1) fail("an mbarrier is used before mbarrier_init and fence_mbarrier_init");
+        return *this;
+    }
 };
-inline void mbarrier_init(Barrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, 0}; }
-inline void fence_mbarrier_init() {}
+inline std::vector<Barrier*>& unfenced_barriers() {
+    static std::vector<Barrier*> all;
+    return all;
+}
+inline void mbarrier_init(Barrier& barrier, int arrivals) {
+    barrier = {arrivals, arrivals, 0, 0, 0};
+    unfenced_barriers().push_back(&barrier);
+}
+inline void fence_mbarrier_init() {
+    for (Barrier* barrier : std::exchange(unfenced_barriers(), {})) barrier->fenced = 1;
+}
 inline void mbarrier_arrive(Barrier& barrier) {
-    if (barrier.missing-- == 0) fail("more arrivals than the barrier expects");
+    if (barrier.ready().missing-- == 0) fail("more arrivals than the barrier expects");
     barrier.step();
 }
 inline void mbarrier_arrive_expect_tx(Barrier& barrier, uint32_t bytes) {
-    barrier.bytes += bytes;
+    barrier.ready().bytes += bytes;
     mbarrier_arrive(barrier);
 }
 inline void mbarrier_wait(Barrier& barrier, uint32_t parity) {
-    block().wait_until([&barrier, parity] { return barrier.phase != parity; });
+    block().wait_until([&barrier = barrier.ready(), parity] { return barrier.phase != parity; });
 }
 
 // ---- TMA loads --------------------------------------------------------------------------------------------------------------------
-struct TensorMap {
-    const void* base;
-    int rank;
-    int64_t size[5], stride[5];  // in elements of 2 bytes, the first stride is 1
-    int box[5];
-};
+using TensorMap = CUtensorMap;
 inline void prefetch_tensormap(const TensorMap&) {}
 template <class... Index>
 void tma_load(void* to, const TensorMap& map, Barrier& full, Index... index) {
@@ -118,15 +133,54 @@ struct Wgmma {
     std::vector<float> before[128];
     const uint32_t* registers[128] = {};  // each thread's part of A, or null if it is in shared memory
 };
+// Registers that a thread gave to a wgmma.
+struct Operand {
+    const uint32_t* at;
+    size_t words;
+    std::vector<uint32_t> result;  // what the last wgmmas left in an accumulator
+    std::vector<uint32_t> fenced;  // the values at the last wgmma_fence; empty: unknown, or a wgmma may have written them since
+    unsigned group = 0;            // the last group of wgmmas that had it
+    bool pinned = true;            // by fence_operand, since that group
+    bool accumulator = false;
+};
+struct WarpgroupThread {
+    bool fenced = false;
+    unsigned committed = 0, done = 0;  // groups, and those that wgmma_wait has seen complete
+    std::vector<Operand> operands;
+};
 struct Warpgroup {
+    unsigned block = 0;
     std::shared_ptr<Wgmma> coming;
     std::vector<std::shared_ptr<Wgmma>> uncommitted;
     std::vector<std::vector<std::shared_ptr<Wgmma>>> groups;  // in flight, oldest first
-    bool fenced[128] = {};
+    WarpgroupThread threads[128];
+
+    WarpgroupThread& own() { return threads[threadIdx.x % 128]; }
 };
 inline Warpgroup& warpgroup() {
     static Warpgroup all[8];
-    return all[threadIdx.x / 128];
+    Warpgroup& mine = all[threadIdx.x / 128];
+    if (mine.block != block().serial) mine = {}, mine.block = block().serial;
+    return mine;
+}
+// Reads registers that may no longer be part of a live variable.
+#if defined(__SANITIZE_ADDRESS__)
+__attribute__((no_sanitize_address))
+#endif
+inline void copy_words(const volatile uint32_t* from, std::vector<uint32_t>& to, size_t words) {
+    to.resize(words);
+    uint32_t* const first = to.data();
+    for (size_t i = 0; i < words; ++i) first[i] = from[i];
+}
+// The thread gives these registers to a wgmma.
+inline void use(WarpgroupThread& thread, const void* registers, size_t words, bool accumulator) {
+    const auto* at = static_cast<const uint32_t*>(registers);
+    auto operand = std::find_if(thread.operands.begin(), thread.operands.end(), [at](const Operand& other) { return other.at == at; });
+    if (operand == thread.operands.end()) operand = thread.operands.insert(operand, {at, words, {}, {}});
+    const bool in_flight = accumulator && operand->accumulator && operand->group >= thread.done && !operand->pinned;
+    if (!in_flight && !operand->fenced.empty() && !std::equal(at, at + words, operand->fenced.begin()))
+        fail("registers of a wgmma were written after the fence before it");
+    operand->words = words, operand->group = thread.committed, operand->accumulator = accumulator, operand->pinned = false;
 }
 inline float half_value(bool half, uint16_t bits) { return half ? static_cast<float>(bits_as<_Float16>(bits)) : __bfloat162float({bits}); }
 // Element (row, column) of a matrix in panels of 64 columns and blocks of 8 rows, with rows 128 bytes apart.
@@ -165,7 +219,9 @@ void issue(float (&d)[N], bool half, bool add, bool transposed, const uint32_t* 
     Wgmma& p = *group.coming;
     if (p.columns != 2 * N || p.add != add || p.a != a || p.b != b || p.transposed != transposed)
         fail("threads of a warpgroup issue different wgmmas");
-    if (!group.fenced[thread]) fail("a wgmma without a fence before it");
+    if (!group.own().fenced) fail("a wgmma without a fence before it");
+    use(group.own(), d, N, true);
+    if (registers) use(group.own(), registers, 4, false);
     p.d[thread] = d, p.registers[thread] = registers;
     block().meet({of_warpgroup, static_cast<int>(threadIdx.x / 128)}, 128, [&group] {
         group.uncommitted.push_back(std::move(group.coming));
@@ -180,9 +236,19 @@ void issue(float (&d)[N], bool half, bool add, bool transposed, const uint32_t* 
         std::fill(d, d + N, NAN);
     }
 }
-inline void wgmma_fence() { warpgroup().fenced[threadIdx.x % 128] = true; }
+inline void wgmma_fence() {
+    WarpgroupThread& thread = warpgroup().own();
+    thread.fenced = true;
+    for (Operand& operand : thread.operands) {
+        const bool in_flight = operand.accumulator && operand.group >= thread.done;
+        if (operand.accumulator && !in_flight && !operand.pinned) fail("an accumulator without fence_operand after the wait for it");
+        operand.fenced.clear();
+        if (!in_flight) copy_words(operand.at, operand.fenced, operand.words);
+    }
+}
 inline void wgmma_commit() {
     Warpgroup& group = warpgroup();
+    ++group.own().committed;
     block().meet({of_warpgroup, static_cast<int>(threadIdx.x / 128)}, 128, [&group] {
         group.groups.push_back(std::move(group.uncommitted));
         group.uncommitted.clear();
@@ -191,6 +257,9 @@ inline void wgmma_commit() {
                 for (int thread = 0; thread < 128; ++thread)
                     if (p->before[thread].empty()) p->before[thread].assign(p->d[thread], p->d[thread] + p->columns / 2);
                 compute(*p);
+                for (int thread = 0; thread < 128; ++thread)
+                    for (Operand& operand : group.threads[thread].operands)
+                        if (operand.at == reinterpret_cast<const uint32_t*>(p->d[thread])) copy_words(operand.at, operand.result, operand.words);
             }
             group.groups.erase(group.groups.begin());
         });
@@ -200,10 +269,19 @@ template <int PENDING>
 void wgmma_wait() {
     Warpgroup& group = warpgroup();
     block().wait_until([&group] { return group.groups.size() <= PENDING; });
-    group.fenced[threadIdx.x % 128] = false;
+    WarpgroupThread& thread = group.own();
+    thread.fenced = false;
+    if (thread.committed >= PENDING) thread.done = std::max(thread.done, thread.committed - PENDING);
 }
 template <int N>
-void fence_operand(float (&)[N]) {}
+void fence_operand(float (&d)[N]) {
+    WarpgroupThread& thread = warpgroup().own();
+    for (Operand& operand : thread.operands) {
+        if (operand.at != reinterpret_cast<const uint32_t*>(d) || operand.group >= thread.done || operand.pinned) continue;
+        if (!std::equal(operand.result.begin(), operand.result.end(), operand.at)) fail("an accumulator was written before its fence_operand");
+        operand.pinned = true;
+    }
+}
 
 template <class T>
 constexpr bool is_half = std::is_same_v<T, __half>;
@@ -218,7 +296,7 @@ void wgmma_rs(T, float (&d)[N], const uint32_t* a, uint64_t b) {
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------------------------
 inline float ex2_approx(float x) { return std::exp2(x); }
-inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : std::max(x, y); }
+inline float max_or_nan(float x, float y) { return x != x || y != y ? bits_as<float>(0x7fffffffu) : std::max(x, y); }  // the device's NaN
 inline uint32_t pack(__nv_bfloat16, float low, float high) {
     return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16;
 }
@@ -227,3 +305,5 @@ inline uint32_t pack(__half, float low, float high) {
 }
 
 }  // namespace page4d::cuda
+
+#endif

@@ -4,13 +4,23 @@
 #include <cstdint>
 
 // Increment whenever a struct or a function of these headers or csrc/bindings.cpp changes. page4d_kernels/native.py must have the same number.
-#define PAGE4D_INTERFACE 4
+#define PAGE4D_INTERFACE 5
 
 namespace page4d {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-enum class Status : int { ok = 0, bad_sizes = 1, bad_dtype = 2, null_pointer = 3, no_memory = 4, bad_level = 5, cuda_error = 6, misaligned = 7 };
+enum class Status : int {
+    ok = 0,
+    bad_sizes = 1,
+    bad_dtype = 2,
+    null_pointer = 3,
+    no_memory = 4,
+    bad_level = 5,
+    cuda_error = 6,
+    misaligned = 7,
+    bad_variant = 8
+};
 
 inline const char* describe(Status status) {
     switch (status) {
@@ -21,7 +31,8 @@ inline const char* describe(Status status) {
         case Status::no_memory: return "no memory for the working space";
         case Status::bad_level: return "this processor does not have the instruction set that was asked for";
         case Status::cuda_error: return "CUDA reported an error";
-        case Status::misaligned: return "an address or a stride is not a multiple of 16 bytes";
+        case Status::misaligned: return "an address or a stride is not a positive multiple of 16 bytes";
+        case Status::bad_variant: return "the kernel has no such variant";
     }
     return "unknown error";
 }
@@ -38,5 +49,8 @@ double peak_rate(DType dtype, bool exponentials, int threads, Level level);
 
 // CUDA's message for the last Status::cuda_error of this thread. Only in libraries with CUDA kernels.
 const char* cuda_message();
+
+// The most shared memory that a block can have on this device. Only in libraries with CUDA kernels.
+Status cuda_shared_memory(int device, int& bytes);
 
 }  // namespace page4d

@@ -5,6 +5,15 @@
 
 namespace page4d {
 
+// Choices of the CUDA kernel that change results by rounding only. Which one is fastest is for each device to find out. One exponential in
+// `polynomial_every` is computed by multiply-adds (0: none; at head dim 128 none in any case, as exponentials are not the limit there). Sums
+// are rescaled once the maximum of a row has grown by more than `rescale_past`, in powers of 2.
+struct AttentionVariant {
+    int polynomial_every;
+    float rescale_past;
+};
+constexpr AttentionVariant attention_variants[] = {{8, 8.0f}, {16, 8.0f}, {0, 8.0f}, {8, 0.0f}, {16, 0.0f}, {0, 0.0f}};  // 0 is the default
+
 // Strides are in elements; the head dimension has stride 1. q, k, v and out have one dtype; r, c and lse are fp32.
 struct MaskAttention {
     const void* q;      // (batch, heads, queries, head_dim)
@@ -20,6 +29,7 @@ struct MaskAttention {
     float scale;
     DType dtype;
     int64_t frames, per_frame, special;  // CUDA only: the gate is 0 outside the first `special` of each `per_frame` queries; 0: no such promise
+    int variant;                         // CUDA only: an index of attention_variants
     int threads;                         // CPU only, like the level
     Level level;
 };

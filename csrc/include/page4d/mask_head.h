@@ -34,6 +34,9 @@ Status mask_head(const MaskHead& problem);
 
 // Serves sm_80 and newer, all values of DType, at most 256 hidden units and grids at most 300 wide. `mean` and `rstd` are working space,
 // (batch * frames, channels) fp32. `stream` must be a cudaStream_t of that device. The call does not wait for the kernel.
+//
+// A block of the kernel needs mask_head_cuda_shared_bytes of shared memory; see cuda_shared_memory.
+int mask_head_cuda_shared_bytes(int64_t hidden, int64_t width);
 Status mask_head_cuda(const MaskHead& problem, float* mean, float* rstd, int device, void* stream);
 
 }  // namespace page4d

@@ -12,21 +12,28 @@ from . import compiled
 from .problem import AttentionArgs, AttentionProblem, all_of, only_cuda_half
 
 HEAD_DIMS = (64, 128)
+VARIANT = 0  # of the kernel, an index of native.library().mask_attention_cuda_variants; docs/cuda.md says what they are
 MAX_SPECIAL_TOKENS = 128  # per frame, so that a tile of rows holds the special tokens of whole frames
 
 
+def unexpanded(x: Tensor) -> Tensor:
+    """`x`, or a copy if it is expanded (stride 0 over several entries): what a tensor map does with stride 0 is not documented."""
+    return x.contiguous() if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)) else x
+
+
 def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    args = args._replace(q=unexpanded(args.q), k=unexpanded(args.k), v=unexpanded(args.v))
+    args = args._replace(query_gate=compiled.unit_stride(args.query_gate), key_bias=compiled.unit_stride(args.key_bias))
     q, layout = args.q, args.layout
     out, lse = compiled.outputs(q)
-    gate, bias = compiled.unit_stride(args.query_gate), compiled.unit_stride(args.key_bias)
-    call = compiled.arguments(args._replace(query_gate=gate, key_bias=bias), out, lse)
+    call = compiled.arguments(args, out, lse)
     frames = (0, 0, 0) if layout is None else (layout.frames, layout.tokens_per_frame, layout.special_tokens)
     dtype, device, stream = native.cuda_launch_args(q)
     with torch.cuda.device_of(q):  # restores the caller's current device afterwards
         splits = native.library().mask_attention_cuda_splits(*call, frames, dtype, device)
         parts = [torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (q, lse)] if splits > 1 else []
         addresses = [x.data_ptr() for x in parts] or [0, 0]
-        native.library().mask_attention_cuda(*call, frames, splits, addresses, dtype, device, stream)
+        native.library().mask_attention_cuda(*call, frames, VARIANT, splits, addresses, dtype, device, stream)
     return out, lse
 
 

@@ -27,6 +27,13 @@ def _forward(tokens: Tensor, parameters: list[Tensor], grid: tuple[int, int], sp
 
 def _unsupported(problem: MaskHeadProblem) -> list[str]:
     reasons = native_common.cuda_unsupported(problem)
+    if problem.device == "cuda" and problem.hidden <= MAX_HIDDEN and problem.grid[1] <= MAX_WIDTH:
+        needed, available = native.mask_head_shared_memory(problem.hidden, problem.grid[1], torch.cuda.current_device())
+        if needed > available:
+            reasons.append(
+                f"{problem.hidden} hidden units and {problem.grid[1]} patches in a row need {needed / 1024:.1f} KiB of shared memory "
+                f"per block, this GPU has {available / 1024:.1f}"
+            )
     if problem.hidden > MAX_HIDDEN:
         reasons.append(f"its hidden layer goes up to {MAX_HIDDEN}, not {problem.hidden}")
     if problem.grid[1] > MAX_WIDTH:

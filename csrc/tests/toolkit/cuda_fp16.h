@@ -1,0 +1,3 @@
+// Takes the place of the CUDA toolkit's header in tests.
+#pragma once
+#include "../cuda_on_cpu.h"
