@@ -35,7 +35,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 BACKEND = Backend(
     "flash",
-    "flash-attn packages, then the gated rows again with the bias in fp32",
+    "flash-attn packages, then the gated rows again with the bias",
     gated_rows.around(_plain),
     unsupported=all_of(no_lse, only_cuda_half, _unsupported),
     unavailable=_unavailable,

@@ -26,7 +26,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 BACKEND = Backend(
     "sdpa",
-    "torch SDPA, then the gated rows again with the bias in fp32",
+    "torch SDPA, then the gated rows again with the bias",
     gated_rows.around(_plain),
     unsupported=all_of(no_lse, _stays_linear),
 )

@@ -22,7 +22,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 BACKEND = Backend(
     "xformers",
-    "xformers, then the gated rows again with the bias in fp32",
+    "xformers, then the gated rows again with the bias",
     gated_rows.around(_plain),
     unsupported=all_of(no_lse, only_cuda_half),
     unavailable=_unavailable,
