@@ -27,7 +27,7 @@ REGISTERS = 255  # maximum per thread
 
 def interpreted() -> bool:
     """Whether kernels run in the interpreter. Triton reads the variable when a kernel is defined."""
-    return bool(triton.knobs.runtime.interpret)
+    return triton.knobs.runtime.interpret
 
 
 def device_type() -> str:
