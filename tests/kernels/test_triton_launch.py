@@ -355,6 +355,14 @@ class TestLauncher:
                 launcher.launch(some_kernel, (1,), (x, x), (5, 1, 0.5, False), BLOCK=32, SHIFT=0)
         assert [compiled.metadata.target.arch for compiled, _, _ in seen] == [80, 90, 80, 90]
 
+    def test_amd_gpus_are_left_to_triton(self, seen, bound):
+        """There the size of a tensor's storage matters too."""
+        x = torch.zeros(64)
+        with dry_run("gfx942"):
+            for _ in range(2):
+                launcher.launch(some_kernel, (1,), (x, x), (9, 1, 0.5, False), BLOCK=32, SHIFT=0)
+        assert len(bound) == len(seen) == 2 and not launcher._launches
+
     def test_too_many_are_forgotten(self, seen, bound, monkeypatch):
         monkeypatch.setattr(launcher, "LIMIT", 3)
         x = torch.zeros(64)
