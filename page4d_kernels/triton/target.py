@@ -78,6 +78,12 @@ def capability() -> int | str:
     return current().capability
 
 
+# The choice of a backend asks these two, and torch.compile traces the choice but cannot trace Triton. This is what
+# torch.compiler.assume_constant_result sets, without importing the compiler.
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def architecture() -> str:
     """The name of the current target: sm_90, gfx942."""
     found = capability()

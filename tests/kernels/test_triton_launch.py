@@ -6,11 +6,12 @@ import dataclasses
 import importlib
 import logging
 import os
+import types
 
 import pytest
 import torch
 
-from page4d_kernels import TokenLayout, registries
+from page4d_kernels import TokenLayout, mask_attention, registries
 from page4d_kernels.backends.mask_attention.problem import AttentionArgs
 from page4d_kernels.testing import attention_inputs
 
@@ -248,6 +249,21 @@ class TestTarget:
 def some_kernel(p_x, p_y, n, stride, factor, flag, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     tl.store(p_y + offsets * stride, tl.load(p_x + offsets, offsets < n) * factor + SHIFT + flag)
+
+
+def test_the_choice_can_be_traced(monkeypatch):
+    """torch.compile traces the checks and the choice of the backend, on a GPU too: here with a stand-in for one."""
+    cuda = types.SimpleNamespace(is_available=lambda: True)
+    monkeypatch.setattr(target, "torch", types.SimpleNamespace(cuda=cuda, float32=torch.float32))
+    monkeypatch.setattr(target, "device_type", lambda: "cpu")
+    args = attention_args()
+
+    def attend(q, k, v):
+        return mask_attention(q, k, v, args.query_gate, args.key_bias, layout=LAYOUT, backend="triton")
+
+    with dry_run(90) as stand_in:
+        torch.compile(attend, fullgraph=True, backend="eager")(args.q, args.k, args.v)
+    assert "mask_attention_fwd_kernel" in [launch.kernel for launch in stand_in.launches]
 
 
 class TestLauncher:
