@@ -14,21 +14,18 @@ import torch
 from .registry import Backend
 
 
-@functools.cache
-def _module(name: str) -> ModuleType:
-    """A module of `page4d_kernels.triton`, imported when it is first needed, because it imports Triton."""
-    return importlib.import_module(f"page4d_kernels.triton.{name}")
-
-
 def unavailable() -> list[str]:
     if importlib.util.find_spec("triton") is None:
         return ["triton is not installed (pip install triton)"]
-    return _module("target").unavailable()
+    from ..triton import target
+
+    return target.unavailable()
 
 
 def unsupported(problem: Any) -> list[str]:
     """The reasons that follow from the device and dtype of `problem`."""
-    target = _module("target")
+    from ..triton import target
+
     reasons = []
     if problem.device != target.device_type():
         where = "cpu, in the interpreter" if target.interpreted() else "cuda"
@@ -46,10 +43,14 @@ def launch(op: str, direction: str) -> Callable[..., Any]:
     Triton launches on the current device, whatever device the tensors are on. The module is imported on the first call.
     """
 
+    @functools.cache
+    def module() -> ModuleType:
+        return importlib.import_module(f"page4d_kernels.triton.{op}_launch")
+
     def run(*args: Any) -> Any:
         first = args[0] if isinstance(args[0], torch.Tensor) else args[0].q
         with torch.cuda.device_of(first):  # restores the caller's current device afterwards
-            return getattr(_module(f"{op}_launch"), direction)(*args)
+            return getattr(module(), direction)(*args)
 
     return run
 

@@ -133,7 +133,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     keys = k.shape[2]
     rows = Rows.of(query_gate, layout)
     tma = _tma_ready(k, v)
-    tiled = _tiled((k, v), tma)
+    tiled, constants = _tiled((k, v), tma), _constants(head_dim, q.dtype, tma)
     out = empty_token_major(q)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     gate, bias = _vectors(query_gate, key_bias, lse)
@@ -164,7 +164,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
             fwd.mask_attention_fwd_kernel, (tiles * batch * heads, splits),
             (q, *tiled(config["BLOCK_N"]), gate, bias, *target),
             (*strides, *_head_strides(target[0]), *vector_strides, batch * heads * queries, tiles, heads, queries, keys, scale),
-            ROWS=rows.contiguous, SPLIT=splits > 1, **_constants(head_dim, q.dtype, tma),
+            ROWS=rows.contiguous, SPLIT=splits > 1, **constants,
             **config | {"SPECIALISED": tma and "SPECIALISED" in config},
         )  # fmt: skip
         if splits > 1:
@@ -177,7 +177,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
             fwd.mask_attention_fwd_kernel_packed, (tiles * batch * heads, splits),
             (q, *tiled(config["BLOCK_N"]), gate, bias, *target),
             (*strides, *_head_strides(target[0]), *vector_strides, batch * heads * rows.packed,
-             tiles, heads, keys, scale, rows.per_frame, rows.special, rows.packed), **_constants(head_dim, q.dtype, tma), **config,
+             tiles, heads, keys, scale, rows.per_frame, rows.special, rows.packed), **constants, **config,
         )  # fmt: skip
         merge(target, rows.mode)
 
@@ -208,7 +208,7 @@ def backward(
     d_gate_heads, d_bias_heads = (q.new_empty((batch, heads, n), dtype=torch.float32) for n in (queries, keys))
     gate, bias = _vectors(query_gate, key_bias, lse)
     tma = _tma_ready(k, v)
-    tiled = _tiled((k, v), tma)
+    tiled, constants = _tiled((k, v), tma), _constants(head_dim, q.dtype, tma)
     strides, vector_strides = _head_strides(q, k, v, d_out), (gate.stride(0), bias.stride(0))
     packed_sizes = (rows.per_frame, rows.special, rows.packed)
 
@@ -218,7 +218,7 @@ def backward(
             bwd.mask_attention_bwd_kernel_dq, (tiles * batch * heads,),
             (q, *tiled(config["BLOCK_N"]), d_out, gate, bias, lse2, delta, d_q, d_gate_heads),
             (*strides, *_head_strides(d_q), *vector_strides, tiles, heads, queries, keys, scale),
-            ROWS=rows.contiguous, **_constants(head_dim, q.dtype, tma), **config,
+            ROWS=rows.contiguous, **constants, **config,
         )  # fmt: skip
 
     def run_dq_packed(config: autotune.Config) -> tuple[Tensor, Tensor]:
@@ -230,7 +230,7 @@ def backward(
             bwd.mask_attention_bwd_kernel_dq_packed, (tiles * batch * heads, splits),
             (q, *tiled(config["BLOCK_N"]), d_out, gate, bias, lse, delta, parts, gate_parts),
             (*strides, *vector_strides, batch * heads * rows.packed, tiles, heads, queries, keys, scale, *packed_sizes),
-            **_constants(head_dim, q.dtype, tma), **config,
+            **constants, **config,
         )  # fmt: skip
         return parts, gate_parts
 

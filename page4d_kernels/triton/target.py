@@ -27,7 +27,7 @@ REGISTERS = 255  # maximum per thread
 
 def interpreted() -> bool:
     """Whether kernels run in the interpreter. Triton reads the variable when a kernel is defined."""
-    return bool(triton.knobs.runtime.interpret)
+    return triton.knobs.runtime.interpret
 
 
 def device_type() -> str:
@@ -76,6 +76,12 @@ def per_target(function: Callable[..., T]) -> Callable[..., T]:
 def capability() -> int | str:
     """Compute capability or architecture of the current target: see `Target`."""
     return current().capability
+
+
+# The choice of a backend asks these two, and torch.compile traces the choice but cannot trace Triton. This is what
+# torch.compiler.assume_constant_result sets, without importing the compiler.
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def architecture() -> str:

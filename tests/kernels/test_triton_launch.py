@@ -6,11 +6,12 @@ import dataclasses
 import importlib
 import logging
 import os
+import types
 
 import pytest
 import torch
 
-from page4d_kernels import TokenLayout, registries
+from page4d_kernels import TokenLayout, mask_attention, registries
 from page4d_kernels.backends.mask_attention.problem import AttentionArgs
 from page4d_kernels.testing import attention_inputs
 
@@ -250,6 +251,21 @@ def some_kernel(p_x, p_y, n, stride, factor, flag, BLOCK: tl.constexpr, SHIFT: t
     tl.store(p_y + offsets * stride, tl.load(p_x + offsets, offsets < n) * factor + SHIFT + flag)
 
 
+def test_the_choice_can_be_traced(monkeypatch):
+    """torch.compile traces the checks and the choice of the backend, on a GPU too: here with a stand-in for one."""
+    cuda = types.SimpleNamespace(is_available=lambda: True)
+    monkeypatch.setattr(target, "torch", types.SimpleNamespace(cuda=cuda, float32=torch.float32))
+    monkeypatch.setattr(target, "device_type", lambda: "cpu")
+    args = attention_args()
+
+    def attend(q, k, v):
+        return mask_attention(q, k, v, args.query_gate, args.key_bias, layout=LAYOUT, backend="triton")
+
+    with dry_run(90) as stand_in:
+        torch.compile(attend, fullgraph=True, backend="eager")(args.q, args.k, args.v)
+    assert "mask_attention_fwd_kernel" in [launch.kernel for launch in stand_in.launches]
+
+
 class TestLauncher:
     """A launch like an earlier one is not bound anew, and runs what Triton would have run."""
 
@@ -354,6 +370,14 @@ class TestLauncher:
             with dry_run(capability):
                 launcher.launch(some_kernel, (1,), (x, x), (5, 1, 0.5, False), BLOCK=32, SHIFT=0)
         assert [compiled.metadata.target.arch for compiled, _, _ in seen] == [80, 90, 80, 90]
+
+    def test_amd_gpus_are_left_to_triton(self, seen, bound):
+        """There the size of a tensor's storage matters too."""
+        x = torch.zeros(64)
+        with dry_run("gfx942"):
+            for _ in range(2):
+                launcher.launch(some_kernel, (1,), (x, x), (9, 1, 0.5, False), BLOCK=32, SHIFT=0)
+        assert len(bound) == len(seen) == 2 and not launcher._launches
 
     def test_too_many_are_forgotten(self, seen, bound, monkeypatch):
         monkeypatch.setattr(launcher, "LIMIT", 3)
