@@ -168,7 +168,7 @@ def resources(kernel: str, head_dim: int, dtype: torch.dtype, config: autotune.C
     if unit in ("wgmma", "tcgen05"):
         stages += 2 if fp32 else 1 if unit == "tcgen05" and not forward else 0
     kept = 0 if unit == "mfma" else own * ((1 if forward else 2) - (unit == "mma" and not fp32))
-    logits = (4 if fp32 else 1) if forward else (6 if fp32 else 2)
+    logits = (1 if forward else 2) * (4 if fp32 and unit != "mfma" else 1)
     shared = (2 * looped * stages + kept) * head_dim * size + logits * rows * keys * size + PASSED
     return autotune.ResourceEstimate(shared, (2 if owns_keys else 1) * own * head_dim + (1 if forward else 2) * rows * keys)
 
