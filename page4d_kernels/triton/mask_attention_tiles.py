@@ -158,8 +158,8 @@ FP32_WIDE["mfma"] = {
 def resources(kernel: str, head_dim: int, dtype: torch.dtype, config: autotune.Config) -> autotune.ResourceEstimate:
     """What the compiler asks for at most, as seen in compiled kernels.
 
-    Shared memory: the loop's two tiles once per stage, the program's own tiles, logits that pass between layouts. The units mma and mfma
-    read the own tiles from registers. tf32x3 holds operands in two parts. Registers: accumulators, and logits (and their gradient).
+    Shared memory: the loop's two tiles once per stage, the program's own tiles, logits that pass between layouts. mfma reads its own tiles
+    from registers, mma at least one of them. tf32x3 holds operands in two parts. Registers: accumulators, and logits (and their gradient).
     """
     rows, keys, size, fp32, unit = config["BLOCK_M"], config["BLOCK_N"], dtype.itemsize, dtype == torch.float32, matrix_unit()
     forward, owns_keys = kernel.startswith("fwd"), "dkv" in kernel
@@ -167,8 +167,9 @@ def resources(kernel: str, head_dim: int, dtype: torch.dtype, config: autotune.C
     stages = config["num_stages"]
     if unit in ("wgmma", "tcgen05"):
         stages += 2 if fp32 else 1 if unit == "tcgen05" and not forward else 0
-    kept = (1 if forward else 2) * own if unit != "mfma" and (fp32 or unit != "mma") else 0
-    shared = (2 * looped * stages + kept) * head_dim * size + (4 if fp32 else 1) * rows * keys * size + PASSED
+    kept = 0 if unit == "mfma" else own * ((1 if forward else 2) - (unit == "mma" and not fp32))
+    logits = (1 if forward else 2) * (4 if fp32 and unit != "mfma" else 1)
+    shared = (2 * looped * stages + kept) * head_dim * size + logits * rows * keys * size + PASSED
     return autotune.ResourceEstimate(shared, (2 if owns_keys else 1) * own * head_dim + (1 if forward else 2) * rows * keys)
 
 

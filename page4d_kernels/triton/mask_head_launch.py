@@ -14,7 +14,7 @@ from . import autotune, launcher
 from . import mask_head as fwd
 from . import mask_head_backward as bwd
 from .launcher import cdiv, next_power_of_2
-from .target import capability, per_target, precision
+from .target import capability, matrix_unit, per_target, precision
 
 T = TypeVar("T")
 STATISTICS_P, STATISTICS_C = 64, 32
@@ -58,6 +58,8 @@ def resources(kernel: str, dtype: torch.dtype, hidden: int, config: autotune.Con
 
 def candidates(kernel: str, dtype: torch.dtype, hidden: int) -> list[autotune.Config]:
     tiles = (FP32_TILES if dtype == torch.float32 else TILES)["channels" if kernel == "bwd_kernel_channels" else "rows"]
+    if matrix_unit() == "mfma" and kernel == "bwd_kernel_channels":
+        tiles = FP32_TILES["channels"]  # the others spill on AMD
     if capability() == 90 and kernel != "bwd_kernel_channels" and dtype != torch.float32:
         tiles = [*tiles, HOPPER_ROWS]
     configs = [dict(zip(("BLOCK_P", "BLOCK_C", "num_warps", "num_stages"), tile, strict=True)) for tile in tiles]

@@ -156,6 +156,7 @@ OPTIONS = {
     "preview": ["--kind", "--sequences", "--frames", "--size", "--seed", "--motion-blur", "--noise"],
     "train": ["--resume", "--device"],
     "info": ["--nonsense"],
+    "qualify": ["--op", "--backend", "--device", "--dtypes", "--head-dims", "--seconds", "--seed", "--import", "--nonsense"],
     "bench": ["--nonsense", "nothing"],
 }  # fmt: skip
 
@@ -171,6 +172,7 @@ def test_command_lines(seeds, picture: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Page4D, "forward", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr("page4d.data.synthetic.dataset.SyntheticScenes.__getitem__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("page4d_kernels.qualify.__main__.qualify", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     for generator in seeds("command"):
         name = generator.choice(sorted(COMMANDS))
         arguments = [name]

@@ -35,13 +35,17 @@ PACKED = {"mask_attention_fwd_kernel_packed", "mask_attention_fwd_kernel_merge",
 HELPERS = ("_preprocess", "_merge", "_stats")  # suffixes of kernels without a matmul
 
 
-# The tiles were chosen for the machine code of Triton 3.6 and 3.7, which spills nothing. Bytes that later releases spill, measured:
-KNOWN_SPILLS = {("3.8", "mask_head_bwd_kernel_channels", 100): 16}
+# The tiles were chosen for the machine code of Triton 3.7, which spills nothing. Bytes that other releases spill, measured:
+KNOWN_SPILLS = {
+    ("3.6", "mask_attention_bwd_kernel_dkv", 80): 8,
+    ("3.6", "mask_attention_bwd_kernel_dkv", 120): 16,
+    ("3.8", "mask_head_bwd_kernel_channels", 100): 16,
+}
 
 
 def check(target: int | str, name: str, needs: Resources) -> None:
     release = triton.__version__.rpartition(".")[0]
-    assert needs.stack <= KNOWN_SPILLS.get((release, name, target), 0), f"{target} {name} spills: {needs}"
+    assert needs.stack <= KNOWN_SPILLS.get((release, name.split()[0], target), 0), f"{target} {name} spills: {needs}"
     assert needs.stack or not (needs.instructions.get("STL") or needs.instructions.get("LDL")), f"{target} {name}: {needs}"
     assert needs.shared <= SHARED_MEMORY[target], f"{target} {name}: {needs}"
     assert needs.programs >= 1, f"{target} {name}: {needs}"
