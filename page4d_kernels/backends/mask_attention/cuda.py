@@ -1,4 +1,4 @@
-"""Our CUDA kernel for Hopper (csrc/cuda/mask_attention_sm90.cuh). Not yet run on a GPU; "auto" does not take it. Backward: Triton."""
+"""Our CUDA kernel for Hopper (csrc/cuda/mask_attention_sm90.cuh). Not yet run on a GPU. Backward: Triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our Triton kernels. Not yet run on a GPU; tested in the interpreter and by ahead-of-time compilation. "auto" does not take them."""
+"""Our Triton kernels. Not yet run on a GPU; tested in the interpreter and by ahead-of-time compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our CUDA kernels (csrc/cuda/mask_head.cuh). Not yet run on a GPU; "auto" does not take them. Backward: the reference's formulas."""
+"""Our CUDA kernels (csrc/cuda/mask_head.cuh). Not yet run on a GPU. Backward: the reference's formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our CUDA kernel (csrc/cuda/qk_norm_rope.cuh). Not yet run on a GPU; "auto" does not take it. Backward: the reference's formulas."""
+"""Our CUDA kernel (csrc/cuda/qk_norm_rope.cuh). Not yet run on a GPU. Backward: the reference's formulas."""
 
 from __future__ import annotations
 
