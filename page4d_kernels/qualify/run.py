@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,8 +25,8 @@ from . import record
 from .classes import FORWARD
 from .record import ENTIRE, Entry, OpRecord, Verdict
 
-WAVE = 4  # children at the same time
-BATTERY = 0.6  # the share of the time after which a battery is stopped, so that the others can be timed
+WIDTH = 4  # batteries at the same time: most of a first one is imports and compilation
+BATTERY = 0.65  # the share of the time after which batteries are stopped, so that those that passed can be timed
 STALL = {"cpu": 20.0, "cuda": 60.0}  # seconds without a word, after which a child counts as hanging: it may compile meanwhile
 
 
@@ -35,6 +36,10 @@ class Job:
     backend: str
     modules: tuple[str, ...] = ()  # imported first: where a backend from outside registers itself
     worker: str = "page4d_kernels.qualify.worker"  # the module that runs in the child
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.backend}"
 
 
 @dataclass
@@ -73,9 +78,10 @@ class Child:
     def __init__(self, job: Job, settings: dict[str, Any], environment: dict[str, str]):
         self.job, self.at, self.outcome = job, "the start", Outcome()
         self._lines: queue.Queue[str | None] = queue.Queue()
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed with the object
         self._process = subprocess.Popen(
             [sys.executable, "-m", job.worker],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, start_new_session=True, env=environment,
         )  # fmt: skip
         threading.Thread(target=self._collect, daemon=True).start()
         self.tell(json.dumps(settings | {"op": job.op, "backend": job.backend, "modules": job.modules}))
@@ -107,7 +113,7 @@ class Child:
                 self.end()
                 return False
             if line is None:
-                verdict.failed[ENTIRE] = f"{self.at}: it ended the process ({_how(self._process.wait())})"
+                verdict.failed[ENTIRE] = f"{self.at}: it ended the process ({self._how()})"
                 return False
             said = json.loads(line)
             if "ready" in said:
@@ -132,17 +138,21 @@ class Child:
         elif "untimed" in said:
             self.outcome.untimed.append(said["untimed"])
 
+    def _how(self) -> str:
+        """How the process ended: signal or exit code, and the last line that it wrote to standard error."""
+        code = self._process.wait()
+        how = f"exit code {code}"
+        with contextlib.suppress(ValueError):
+            how = f"signal {signal.Signals(-code).name}"
+        self._errors.seek(0)
+        last = (self._errors.read().strip().splitlines() or [""])[-1]
+        return f"{how}, {last[:200]}" if last else how
+
     def end(self) -> None:
         """Kill what is left of it, with its own children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL) if hasattr(os, "killpg") else self._process.kill()
         self._process.wait()
-
-
-def _how(code: int) -> str:
-    with contextlib.suppress(ValueError):
-        return f"signal {signal.Signals(-code).name}"
-    return f"exit code {code}"
 
 
 def qualify(
@@ -159,7 +169,8 @@ def qualify(
 ) -> tuple[Entry, list[str]]:
     """Judge the backends of `todo`. Nothing is saved.
 
-    Up to `WAVE` children run their batteries at the same time, and then measure one after the other.
+    Batteries run at the same time, `WIDTH` of them. When all have ended, or most of the time has, those that passed measure one after the
+    other.
 
     Args:
         seconds: for everything. Who has not passed by then is not judged, and what is not timed by then stays untimed.
@@ -171,27 +182,46 @@ def qualify(
     Returns:
         What was found, and what there was no time for, in words.
     """
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
     settings = {
         "device": device.type, "dtypes": list(dtypes), "directions": list(directions), "head_dims": list(head_dims),
         "threads": torch.get_num_threads(), "seed": random.SystemRandom().randrange(1 << 30) if seed is None else seed,
     }  # fmt: skip
+    environment, patience = _environment(device), stall or STALL[device.type]
     entry, missed = Entry(record.environment(device), record.now()), []
-    left = list(todo)
-    while left:
-        wave, left = left[:WAVE], left[WAVE:]
-        share = (deadline - time.monotonic()) * len(wave) / (len(wave) + len(left))
-        for child in _wave(wave, settings, _environment(device), max(share, 0.0), stall or STALL[device.type]):
-            name = f"{child.job.op} {child.job.backend}"
-            if child.outcome.late:
-                missed.append(f"{name} (stopped at {child.outcome.late})")
-            missed += [f"{name} ({untimed})" for untimed in child.outcome.untimed]
-            if not child.outcome.late or child.outcome.times:
-                found = entry.ops.setdefault(child.job.op, OpRecord())
-                found.backends[child.job.backend] = child.outcome.verdict
-                for untimed, pair in child.outcome.times.items():
-                    found.times.setdefault(untimed, {})[child.job.backend] = pair
-            progress(name)
+    with contextlib.ExitStack() as stack:
+
+        def battery(job: Job) -> tuple[Child, bool]:
+            child = Child(job, settings, environment)
+            stack.callback(child.end)
+            ready = child.read(start + BATTERY * seconds, patience)
+            if not ready:
+                progress(job.name)
+            return child, ready
+
+        with ThreadPoolExecutor(WIDTH) as pool:
+            try:
+                children = list(pool.map(battery, todo))
+            except BaseException:  # Ctrl-C: the pool waits for its threads, and these for the children
+                pool.shutdown(wait=False, cancel_futures=True)
+                stack.close()
+                raise
+        measuring = [child for child, ready in children if ready]
+        for i, child in enumerate(measuring):
+            share = (start + seconds - time.monotonic()) / (len(measuring) - i)
+            child.tell(str(share))
+            child.read(time.monotonic() + 1.5 * share + 5.0)  # a class that was begun is finished
+            progress(child.job.name)
+    for child, _ in children:
+        outcome = child.outcome
+        if outcome.late:
+            missed.append(f"{child.job.name} (stopped at {outcome.late})")
+        missed += [f"{child.job.name} ({name})" for name in outcome.untimed]
+        if not outcome.late or outcome.times:
+            found = entry.ops.setdefault(child.job.op, OpRecord())
+            found.backends[child.job.backend] = outcome.verdict
+            for name, pair in outcome.times.items():
+                found.times.setdefault(name, {})[child.job.backend] = pair
     return entry, missed
 
 
@@ -202,24 +232,3 @@ def _environment(device: torch.device) -> dict[str, str]:
     index = torch.cuda.current_device() if device.index is None else device.index
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return os.environ | {"CUDA_VISIBLE_DEVICES": visible[index].strip() if len(visible) > index and visible[index].strip() else str(index)}
-
-
-def _wave(wave: list[Job], settings: dict[str, Any], environment: dict[str, str], seconds: float, stall: float) -> list[Child]:
-    start = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        children = []
-        for job in wave:
-            children.append(Child(job, settings, environment))
-            stack.callback(children[-1].end)
-        with ThreadPoolExecutor(len(wave)) as pool:
-            try:
-                ready = list(pool.map(lambda child: child.read(start + BATTERY * seconds, stall), children))
-            except BaseException:  # Ctrl-C: the pool waits for its threads, and these for the children
-                stack.close()
-                raise
-        measuring = [child for child, is_ready in zip(children, ready, strict=True) if is_ready]
-        for i, child in enumerate(measuring):
-            share = (start + seconds - time.monotonic()) / (len(measuring) - i)
-            child.tell(str(share))
-            child.read(time.monotonic() + 1.5 * share + 5.0)  # a class that was begun is finished
-    return children

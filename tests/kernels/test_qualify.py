@@ -17,14 +17,14 @@ import torch
 from page4d_kernels import BackendError, TokenLayout, env, registries
 from page4d_kernels.backends.mask_attention import sdpa_kernels
 from page4d_kernels.backends.mask_attention.problem import AttentionArgs, AttentionProblem
-from page4d_kernels.qualify import battery, record
+from page4d_kernels.qualify import battery, record, worker
 from page4d_kernels.qualify.__main__ import first_run, main
 from page4d_kernels.qualify.classes import class_of
 from page4d_kernels.qualify.report import describe
 from page4d_kernels.qualify.run import Job, jobs, qualify
 from page4d_kernels.qualify.run import _environment as children_environment
 from page4d_kernels.qualify.trial import Draw, Setting
-from page4d_kernels.qualify.worker import trials_of
+from page4d_kernels.qualify.worker import measure, trials_of
 
 CPU = torch.device("cpu")
 ATTENTION = registries()["mask_attention"]
@@ -115,6 +115,37 @@ def test_a_backend_that_knows_the_lengths_of_one_run_fails_in_another(planted):
     assert judge("planted_these_lengths", seed=1) == ("", lengths)
     reason, others = judge("planted_these_lengths", seed=2)
     assert "over its budget" in reason and set(others) - set(lengths)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What the worker says while it times one short call of a backend."""
+    trials = trials_of("mask_attention")
+    monkeypatch.setattr(trials, "timed", lambda setting: [trials._timed(attention_inputs(TokenLayout(2, 59, 5)), setting.training)])
+
+    def words(backend: str, seconds: float) -> list[dict]:
+        said: list[dict] = []
+        job = {"op": "mask_attention", "backend": backend}
+        measure(ATTENTION, job, [Setting("cpu", torch.float32)], seconds, lambda **what: said.append(what))
+        return said
+
+    return words
+
+
+def test_an_error_while_it_is_timed_disqualifies(planted, measured):
+    *_, last = measured("planted_second_call", 60.0)
+    assert last["failed"] == "float32 forward" and last["reason"].endswith("RuntimeError: the workspace is gone")
+
+
+def test_a_class_without_time_or_memory_stays_untimed(measured, monkeypatch):
+    assert measured("chunked", 60.0)[1]["timed"] == "float32 forward, head dim 64, mask with layout, up to 512 tokens"
+    assert "untimed" in measured("chunked", 0.0)[1]
+
+    def no_memory(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(worker, "interleaved", no_memory)
+    assert "untimed" in measured("chunked", 1e9)[1]
 
 
 # --- child processes ---------------------------------------------------------------------------------------------------------
