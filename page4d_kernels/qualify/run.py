@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -25,7 +26,7 @@ from . import record
 from .classes import FORWARD
 from .record import ENTIRE, Entry, OpRecord, Verdict
 
-WIDTH = 4  # batteries at the same time: most of a first one is imports and compilation
+WIDTH = min(4, os.cpu_count() or 1)  # batteries at the same time: most of a first one is imports and compilation
 BATTERY = 0.65  # the share of the time after which batteries are stopped, so that those that passed can be timed
 STALL = {"cpu": 20.0, "cuda": 60.0}  # seconds without a word, after which a child counts as hanging: it may compile meanwhile
 
@@ -58,15 +59,18 @@ def jobs(device: torch.device, ops: Sequence[str] | None = None, backend: str | 
     Raises:
         BackendError: there is no such op or backend.
     """
-    found = []
     known = registries()
+    by_op: list[list[Job]] = []
     for op in ops or known:
         if op not in known:
             raise BackendError(f"unknown op {op!r}: choose one of {', '.join(known)}")
+        by_op.append([])
         for candidate in known[op]:
             wanted = candidate.name == backend if backend else candidate.automatic and candidate.name not in known[op].safe
             if wanted and not known[op].reasons(candidate.name, known[op].typical(device.type)):
-                found.append(Job(op, candidate.name, tuple(modules)))
+                by_op[-1].append(Job(op, candidate.name, tuple(modules)))
+    # in turns, so that when time is short each op has its first, which is ours
+    found = [job for turn in itertools.zip_longest(*by_op) for job in turn if job is not None]
     if backend and not found and not any(candidate.name == backend for op in ops or known for candidate in known[op]):
         raise BackendError(f"no op has a backend {backend!r}: `page4d info` lists them")
     return found

@@ -25,6 +25,7 @@ from page4d_kernels.qualify.run import Job, jobs, qualify
 from page4d_kernels.qualify.run import _environment as children_environment
 from page4d_kernels.qualify.trial import Draw, Setting
 from page4d_kernels.qualify.worker import measure, trials_of
+from page4d_kernels.testing import attention_inputs
 
 CPU = torch.device("cpu")
 ATTENTION = registries()["mask_attention"]

@@ -10,7 +10,7 @@ from .problem import AttentionProblem
 BACKENDS = declare(
     "mask_attention", "PAGE4D_ATTN", order=("cpu", "sdpa", "chunked"), safe=("sdpa", "chunked"), typical=AttentionProblem.typical
 )
-for _module in (reference, chunked, cpu, sdpa, sdpa_augmented, sdpa_rows, triton, cuda, flex, flash, xformers):
+for _module in (reference, chunked, cpu, sdpa, sdpa_augmented, triton, cuda, flex, flash, xformers, sdpa_rows):
     BACKENDS.register(_module.BACKEND)
 for _backend in sdpa_kernels.BACKENDS:
     BACKENDS.register(_backend)
