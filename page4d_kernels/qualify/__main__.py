@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -69,29 +70,26 @@ def run(args: argparse.Namespace, more: Sequence[Job] = ()) -> str:
         if not todo:
             return describe(known) + "\neverything is in the record: --force judges it again"
     directions = [FORWARD] if args.forward_only else [FORWARD, TRAINING]
-    entry, missed = judge(device, todo, args.seconds or BY_HAND[kind], dtypes, directions, head_dims, args.seed)
+    seconds = args.seconds or BY_HAND[kind]
+    with progress_bar(todo) as bar:
+        entry, missed = qualify(
+            device, todo, seconds, dtypes=dtypes, directions=directions, head_dims=head_dims, seed=args.seed, progress=bar
+        )
     lines = [save(device, entry), *(f"no time was left for {name}" for name in missed)]
     current = record.current(kind)
     return "\n".join([describe(current or entry), *lines])
 
 
-def judge(
-    device: torch.device,
-    todo: Sequence[Job],
-    seconds: float,
-    dtypes: Sequence[str],
-    directions: Sequence[str] = (FORWARD,),
-    head_dims: Sequence[int] = (64,),
-    seed: int | None = None,
-) -> tuple[Entry, list[str]]:
-    """`qualify` with a progress bar."""
+@contextlib.contextmanager
+def progress_bar(todo: Sequence[Job]) -> Iterator[Callable[[str], None]]:
+    """A progress bar; the function takes the name of each job that has ended."""
     with tqdm(total=len(todo), desc="qualify kernels", unit="backend") as bar:
 
-        def progress(name: str) -> None:
+        def ended(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 
-        return qualify(device, todo, seconds, dtypes=dtypes, directions=directions, head_dims=head_dims, seed=seed, progress=progress)
+        yield ended
 
 
 def save(device: torch.device, entry: Entry) -> str:
@@ -110,7 +108,9 @@ def first_run(device: torch.device, dtype: torch.dtype) -> str:
     with record.only_one(device) as alone:
         if not alone:
             return "kernels: another process is judging the backends; this run takes the safe ones"
-        entry, _ = judge(device, jobs(device), SECONDS[device.type], [DTYPES[dtype]])
+        todo = jobs(device)
+        with progress_bar(todo) as progress:
+            entry, _ = qualify(device, todo, SECONDS[device.type], dtypes=[DTYPES[dtype]], progress=progress)
         where = save(device, entry)
     return f"kernels: judged once on this machine, {where}; `page4d info` shows it, PAGE4D_QUALIFY=off forbids it"
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from pathlib import Path
@@ -63,12 +64,18 @@ def golden_weights() -> dict[str, torch.Tensor]:
     return {key: golden_parameter(key, value.shape) for key, value in shapes.items()}
 
 
-@pytest.fixture
-def tiny(golden_weights) -> Page4D:
-    """The tiny preset with the golden weights."""
+@pytest.fixture(scope="module")
+def model(golden_weights) -> Page4D:
+    """The tiny preset with the golden weights, for tests that leave it as it is."""
     model = Page4D(preset("tiny")).eval()
     model.load_state_dict(golden_weights)
     return model
+
+
+@pytest.fixture
+def tiny(model) -> Page4D:
+    """The same, for one test alone."""
+    return copy.deepcopy(model)
 
 
 class GoldenCase(NamedTuple):

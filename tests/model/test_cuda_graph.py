@@ -17,13 +17,6 @@ from page4d_kernels.qualify import record
 IMAGES = torch.rand(1, 2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def model(golden_weights) -> Page4D:
-    model = Page4D(preset("tiny")).eval()
-    model.load_state_dict(golden_weights)
-    return model
-
-
 class TestGraphs:
     """Which calls share a graph; what a graph does needs a GPU, see below."""
 

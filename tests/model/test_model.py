@@ -21,13 +21,6 @@ from page4d_kernels import profiling, registries, use_backend
 IMAGES = torch.rand(1, 2, 3, 28, 42, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def model(golden_weights) -> Page4D:
-    model = Page4D(preset("tiny")).eval()
-    model.load_state_dict(golden_weights)
-    return model
-
-
 def stages_of(model, *args, **kwargs):
     with profiling.record("cpu") as recording, torch.no_grad():
         prediction = model(*args, **kwargs)
