@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -20,9 +22,12 @@ from ..prediction import Prediction
 if TYPE_CHECKING:
     from .page4d import Page4D
 
+logger = logging.getLogger("page4d")
+
 WARM_UP = 3  # passes before a capture: they compile and time kernels, fill caches and allocate workspaces
 MAX_FRAMES = 8  # of a pass that takes a graph by itself; longer ones keep a GPU busy anyway
 KEPT = 4  # graphs of one model that are taken by themselves: each holds the memory of one pass
+SEEN = 64  # calls that are remembered
 
 
 class GraphedPage4D:
@@ -65,11 +70,15 @@ class GraphedPage4D:
 
 
 def _key(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple:
-    """All that a graph was captured with: shapes, options, dtypes, backends and the addresses of the weights."""
+    """All that a graph was captured with: shapes, options, dtypes, modes of torch, backends and the addresses of the weights."""
     shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
     backends = tuple(registry.requested() for registry in registries().values())
-    weights = hash(tuple(x.data_ptr() for x in model.parameters()))
-    return shapes, str(options), model.aggregator.compute_dtype, torch.is_autocast_enabled("cuda"), backends, weights
+    weights = hash(tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers())))
+    modes = (
+        model.training, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"),
+        torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
+    )  # fmt: skip
+    return shapes, str(options), model.aggregator.compute_dtype, modes, backends, weights
 
 
 def _capture(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]) -> Callable[..., Prediction]:
@@ -86,7 +95,7 @@ def _capture(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]) 
                 model(**static, **options, memory_budget=budget)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             captured = model(**static, **options, memory_budget=budget)
 
     def replay(**given: Tensor) -> Prediction:
@@ -126,11 +135,12 @@ class PassProblem:
 
 
 class _Taken:
-    """The graphs of one model, the oldest first, and the calls that were seen once."""
+    """The graphs of one model, and the calls that were seen once."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.seen: set[tuple] = set()
-        self.graphs: dict[tuple, Callable[..., Prediction]] = {}
+        self.graphs: dict[tuple, Callable[..., Prediction] | None] = {}  # None: it could not be captured
 
 
 _taken: weakref.WeakKeyDictionary[Page4D, _Taken] = weakref.WeakKeyDictionary()
@@ -140,8 +150,8 @@ def take_graph(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]
     """The prediction by a graph, or None if the pass should run as usual.
 
     A graph is taken from the second call with the same shapes, options, weights and backends on, if `page4d qualify` found graphs of such
-    passes equal and faster on this machine: on CUDA, without gradients, with at most `MAX_FRAMES` frames. Not while stages are recorded
-    or where modules have hooks, as a graph runs no Python.
+    passes equal and faster on this machine: on CUDA, without gradients, with at most `MAX_FRAMES` frames, for the first `KEPT` such calls.
+    Not while stages are recorded or where modules have hooks, as a graph runs no Python, and only on the device's default stream.
     """
     images = inputs["images"]
     on_cuda = model.aggregator.camera_token.device.type == "cuda"
@@ -150,15 +160,23 @@ def take_graph(model: Page4D, inputs: dict[str, Tensor], options: dict[str, Any]
     if not record.advice("cuda_graph", "cuda", class_of(PassProblem.of(model, images))).faster:
         return None
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    if hooked or profiling.is_recording() or torch.cuda.is_current_stream_capturing():
+    if hooked or profiling.is_recording() or not _on_default_stream():
         return None
     key = _key(model, inputs, options)
     taken = _taken.setdefault(model, _Taken())
-    if key not in taken.seen:
-        taken.seen.add(key)
-        return None
-    if key not in taken.graphs:
-        if len(taken.graphs) == KEPT:
-            del taken.graphs[next(iter(taken.graphs))]
-        taken.graphs[key] = _capture(model, inputs, options)
-    return taken.graphs[key](**inputs)
+    with taken.lock:  # the inputs of a graph are shared by all its calls
+        if key not in taken.graphs:
+            if key not in taken.seen or len(taken.graphs) == KEPT:
+                taken.seen = {*list(taken.seen)[:SEEN], key}
+                return None
+            try:
+                taken.graphs[key] = _capture(model, inputs, options)
+            except RuntimeError as error:
+                logger.warning(f"no CUDA graph could be captured, so this pass runs without one ({str(error).splitlines()[0]})")
+                taken.graphs[key] = None
+        replay = taken.graphs[key]
+        return None if replay is None else replay(**inputs)
+
+
+def _on_default_stream() -> bool:
+    return torch.cuda.current_stream() == torch.cuda.default_stream() and not torch.cuda.is_current_stream_capturing()

@@ -52,29 +52,32 @@ def judge(graphed: GraphedPage4D, images: Callable[[int, int], Tensor], frames: 
 
 def main() -> None:
     job, say = worker.channel()
+    say(at="the start")
     seed = random.Random(job["seed"]).randrange(1 << 30)
-    for dtype in (worker.NAMED[name] for name in job["dtypes"]):
-        part = f"{worker.DTYPES[dtype]} forward"
-        timed: dict[str, dict[str, Callable[[], Any]]] = {}
-        with torch.inference_mode():
+    timed: dict[str, dict[str, Callable[[], Any]]] = {}
+    with torch.inference_mode():
+        for dtype in (worker.NAMED[name] for name in job["dtypes"]):
+            part = f"{worker.DTYPES[dtype]} forward"
+            calls: dict[str, dict[str, Callable[[], Any]]] = {}
+            reason = ""
             for name, model, images in models(job["device"], dtype):
                 graphed = GraphedPage4D(model)
                 for frames in (2, MAX_FRAMES):
                     say(at=f"{part}, {name}, {frames} frames")
-                    reason = judge(graphed, images, frames, seed)
-                    if reason:
-                        say(failed=part, reason=f"{name}, {reason}")
-                        say(done=True)
-                        return
+                    reason = reason or judge(graphed, images, frames, seed)
                     given = images(frames, seed)
                     label = class_of(PassProblem.of(model, given))
-                    timed[label] = {"graph": functools.partial(graphed, given), "eager": functools.partial(model, given)}
-            say(passed=part, lengths=[])
-            worker.wait(say)
-            for label, runs in timed.items():
-                say(at=f"timing, {label}")
-                times = interleaved(runs, job["device"], SECONDS)
-                say(timed=label, seconds=[times["graph"].lower, times["eager"].lower])
+                    calls[label] = {"graph": functools.partial(graphed, given), "eager": functools.partial(model, given)}
+            if reason:
+                say(failed=part, reason=reason)
+            else:
+                say(passed=part, lengths=[])
+                timed |= calls
+        worker.wait(say)
+        for label, runs in timed.items():
+            say(at=f"timing, {label}")
+            times = interleaved(runs, job["device"], SECONDS)
+            say(timed=label, seconds=[times["graph"].lower, times["eager"].lower])
     say(done=True)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,14 +139,15 @@ class Registry:
             return self.get(name)
         advice = record.advice(self.op, problem.device, class_of(problem))
         refused: list[str] = []
-        for candidate in (*(name for name, _ in advice.faster if name in self._backends), *(self.safe if advice.timed else self.order)):
+        factors = dict(advice.faster)
+        rest = [name for name in self.order if name in self.safe or name not in advice.compared]
+        for candidate in (*self._automatic(factors), *rest):
             reasons = self.reasons(candidate, problem)
-            if candidate in advice.failed and candidate not in self.safe:
-                reasons = ["it failed here: see `page4d info`"]
-            elif not advice.timed:
-                reasons = reasons or _words(self.get(candidate).auto_skips, problem)
+            if candidate not in self.safe and candidate not in factors:
+                failed = ["it failed here: see `page4d info`"] if candidate in advice.failed else []
+                reasons = failed or reasons or _words(self.get(candidate).auto_skips, problem)
             if not reasons:
-                self._log_once(candidate, refused, dict(advice.faster).get(candidate))
+                self._log_once(candidate, refused, factors.get(candidate))
                 return self.get(candidate)
             refused.append(f"{candidate}: {'; '.join(reasons)}")
         raise BackendError(f"{self.op}: no backend can serve this: {' | '.join(refused)}")
@@ -154,7 +155,11 @@ class Registry:
     def qualified(self, problem: Any) -> list[str]:
         """The backends that were faster than the safe one in the problem's class on this machine and serve it, the fastest first."""
         faster = record.advice(self.op, problem.device, class_of(problem)).faster
-        return [name for name, _ in faster if name in self._backends and not self.reasons(name, problem)]
+        return [name for name in self._automatic(dict(faster)) if not self.reasons(name, problem)]
+
+    def _automatic(self, names: Iterable[str]) -> list[str]:
+        """Those that exist here and that "auto" may take."""
+        return [name for name in names if name in self._backends and self._backends[name].automatic]
 
     def safe_choice(self, problem: Any) -> str:
         """The backend that "auto" takes where nothing faster has qualified: PyTorch's own."""

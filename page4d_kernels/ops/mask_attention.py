@@ -73,9 +73,10 @@ def mask_attention(
     if chosen.backward is None:
         with without_autocast(q):  # such a backend refuses `return_lse`
             out = chosen.forward(AttentionArgs(q, k, v, query_gate, key_bias, layout, scale))
-        if not isinstance(out, Tensor) or out.shape != q.shape:
-            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise BackendError(f"mask_attention: backend {chosen.name!r} returned {found} instead of a tensor of shape {tuple(q.shape)}")
+        if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
+            found = f"{tuple(out.shape)} {dtype_name(out.dtype)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+            wanted = f"{tuple(q.shape)} {dtype_name(q.dtype)} on {q.device}"
+            raise BackendError(f"mask_attention: backend {chosen.name!r} returned {found} instead of {wanted}")
         return out
     packed = None if layout is None else [layout.frames, layout.tokens_per_frame, layout.special_tokens]
     out, lse = torch.ops.page4d.mask_attention(q, k, v, query_gate, key_bias, packed, scale, chosen.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -46,38 +47,50 @@ def run(args: argparse.Namespace, more: Sequence[Job] = ()) -> str:
     Raises:
         QualifyError, BackendError: in one line.
     """
+    record.mode()
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise QualifyError("there is no CUDA device here: use --device cpu")
     if args.seconds is not None and not 1 <= args.seconds <= 86400:
         raise QualifyError(f"--seconds must be from 1 to 86400, not {args.seconds:g}")
-    dtypes = _names("--dtypes", args.dtypes, [name for name in DTYPES.values() if name != "float64"])
+    dtypes = _names("--dtypes", args.dtypes, ["bfloat16", "float16", "float32"] if kind == "cuda" else ["float32", "bfloat16", "float16"])
     head_dims = [int(x) for x in args.head_dims.split(",") if x.strip().isdecimal()]
     if not head_dims or len(head_dims) != len(args.head_dims.split(",")) or min(head_dims) < 1:
         raise QualifyError(f"--head-dims {args.head_dims}: give numbers separated by commas, such as 64,128")
+    if args.modules:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
     for module in args.modules:
         try:
             __import__(module)
-        except ImportError as error:
-            raise QualifyError(f"--import {module}: {error}") from None
+        except Exception as error:
+            raise QualifyError(f"--import {module}: {type(error).__name__}: {error}") from None
     device = torch.device(kind)
     todo = jobs(device, args.op, args.backend, args.modules)
     if kind == "cuda" and not args.op and not args.backend:
         todo += more
-    known, _ = record.stored(device)
-    if known is not None and not args.force and not args.backend:
-        todo = [job for job in todo if job.backend not in known.ops.get(job.op, record.OpRecord()).backends]
-        if not todo:
-            return describe(known) + "\neverything is in the record: --force judges it again"
     directions = [FORWARD] if args.forward_only else [FORWARD, TRAINING]
+    known, _ = record.stored(device)
+    if known is not None and not args.force:
+        parts = [f"{dtype} {direction}" for dtype in dtypes for direction in directions]
+        todo = [job for job in todo if not _judged(known, job, parts)]
+        if not todo:
+            return describe(known) + "\nall of this is in the record: --force judges it again"
     seconds = args.seconds or BY_HAND[kind]
-    with progress_bar(todo) as bar:
-        entry, missed = qualify(
-            device, todo, seconds, dtypes=dtypes, directions=directions, head_dims=head_dims, seed=args.seed, progress=bar
-        )
-    lines = [save(device, entry), *(f"no time was left for {name}" for name in missed)]
-    current = record.current(kind)
-    return "\n".join([describe(current or entry), *lines])
+    with record.only_one(device) as alone:
+        if not alone:
+            raise QualifyError("another process is judging the backends of this device: wait until it has ended")
+        with progress_bar(todo) as bar:
+            entry, missed = qualify(
+                device, todo, seconds, dtypes=dtypes, directions=directions, head_dims=head_dims, seed=args.seed, progress=bar
+            )
+        lines = [save(device, entry)] if entry.ops else ["nothing was judged, and nothing saved"]
+    lines += [f"no time or memory was left for {name}" for name in missed]
+    return "\n".join([describe(record.current(kind) or entry), *lines])
+
+
+def _judged(known: Entry, job: Job, parts: Sequence[str]) -> bool:
+    verdict = known.ops.get(job.op, record.OpRecord()).backends.get(job.backend)
+    return verdict is not None and all(verdict.judged(part) for part in parts)
 
 
 @contextlib.contextmanager
@@ -102,17 +115,29 @@ def save(device: torch.device, entry: Entry) -> str:
 
 
 def first_run(device: torch.device, dtype: torch.dtype) -> str:
-    """What `page4d infer` does once per device and environment: judge what it will use. Returns a line for the user, or nothing."""
-    if device.type not in SECONDS or record.mode() == "off" or record.stored(device)[0] is not None:
+    """What `page4d infer` does once per device, environment and dtype: judge what it will use. Returns lines for the user, or nothing."""
+    if device.type not in SECONDS or record.mode() == "off":
         return ""
+    part = f"{DTYPES[dtype]} {FORWARD}"
+    known, _ = record.stored(device)
+    if known is not None and (
+        part in known.tried or _judged(known, Job("mask_attention", "cpu" if device.type == "cpu" else "triton"), [part])
+    ):
+        return ""
+    if not record.writable(device):
+        return f"kernels: they are not judged, as the record {record.path_of(device)} cannot be written; the documented order serves"
     with record.only_one(device) as alone:
         if not alone:
-            return "kernels: another process is judging the backends; this run takes the safe ones"
+            return "kernels: another process is judging the backends; the documented order serves this run"
         todo = jobs(device)
         with progress_bar(todo) as progress:
-            entry, _ = qualify(device, todo, SECONDS[device.type], dtypes=[DTYPES[dtype]], progress=progress)
+            entry, missed = qualify(device, todo, SECONDS[device.type], dtypes=[DTYPES[dtype]], progress=progress)
+        entry.tried.append(part)
         where = save(device, entry)
-    return f"kernels: judged once on this machine, {where}; `page4d info` shows it, PAGE4D_QUALIFY=off forbids it"
+    lines = [f"kernels: judged once on this machine, {where}; `page4d info` shows it, PAGE4D_QUALIFY=off forbids it"]
+    if missed:
+        lines.append(f"kernels: no time was left for {len(missed)} of the comparisons: `page4d qualify` takes more")
+    return "\n".join(lines)
 
 
 def _names(option: str, text: str | None, known: Sequence[str]) -> list[str]:

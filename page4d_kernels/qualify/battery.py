@@ -16,13 +16,22 @@ from torch import Tensor
 
 from ..backends.registry import Registry
 from ..testing import assert_within_budget
+from .classes import part_of
 from .trial import Results, Trial
 
 REPEATS = 3  # calls after the first that must give the same bits
 
 
 class Disqualified(Exception):
-    """The reason in words."""
+    """The reason in words. `part` is the dtype and direction of the trial."""
+
+    part = ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory. That says nothing about a backend."""
+    known = ("out of memory", "allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in known)
 
 
 @contextlib.contextmanager
@@ -38,34 +47,45 @@ def unwritten_memory_is_nan() -> Iterator[None]:
             torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def judge(registry: Registry, backend: str, trials: Iterable[Trial], at: Callable[[str], None]) -> tuple[int, list[str]]:
-    """The number of trials that `backend` serves, all of them passed, and why it refuses others. `at` hears of each before it runs.
+def judge(registry: Registry, backend: str, trials: Iterable[Trial], at: Callable[[str], None]) -> tuple[list[str], list[str]]:
+    """The dtypes and directions of the trials that `backend` serves, all of them passed, and why it refuses others.
+
+    `at` hears of each trial before it runs.
 
     Raises:
         Disqualified: a result is wrong, or a call failed.
     """
-    served, refusals = 0, []
+    served: list[str] = []
+    refusals: list[str] = []
     for trial in trials:
         reasons = registry.reasons(backend, trial.problem)
         refusals += reasons
         if not reasons:
             at(trial.name)
-            served += 1
-            _judge(backend, trial)
-    return served, refusals
+            try:
+                _judge(backend, trial)
+                if not served:  # the same memory with other contents: nothing may be remembered by address
+                    with torch.no_grad():
+                        trial.inputs[0].neg_()
+                    _judge(backend, trial)
+            except Disqualified as error:
+                error.part = part_of(trial.problem)
+                raise
+            served.append(part_of(trial.problem))
+    return list(dict.fromkeys(served)), refusals
 
 
 def _judge(backend: str, trial: Trial) -> None:
+    before, expected = [x.clone() for x in trial.inputs], trial.expected()
     first = _call(backend, trial, "the first call")
     with unwritten_memory_is_nan():
         poisoned = _call(backend, trial, "a call with NaN in unwritten memory")
-    expected = trial.expected()
     for name, result in first.items():
         if name not in expected.oracle:
             raise Disqualified(f"{trial.name}: it returned {name!r}, which nobody asked for")
         oracle, plain, slack = expected.oracle[name], expected.plain[name], expected.slack.get(name, 0.0)
-        if result.shape != oracle.shape:
-            raise Disqualified(f"{trial.name}: {name} has shape {tuple(result.shape)} instead of {tuple(oracle.shape)}")
+        if (result.shape, result.dtype, result.device) != (plain.shape, plain.dtype, plain.device):
+            raise Disqualified(f"{trial.name}: {name} is {_kind(result)} instead of {_kind(plain)}")
         if poisoned[name].isnan().any() and not result.isnan().any():
             raise Disqualified(f"{trial.name}: {name} has values that were never written")
         try:
@@ -76,20 +96,29 @@ def _judge(backend: str, trial: Trial) -> None:
         if not name.startswith("gradient") and abs(along) > 2 * abs(_along(plain, oracle)) + _systematic(result, oracle, slack):
             raise Disqualified(f"{trial.name}: {name} is {along:+.2%} off on average")
     for repeat in range(REPEATS):
-        again = _call(backend, trial, f"call {repeat + 3}")
+        with torch.inference_mode(repeat == 0 and not trial.problem.needs_grad):
+            again = _call(backend, trial, f"call {repeat + 3}")
         for name, result in first.items():
             if not torch.equal(again[name], result):
                 raise Disqualified(f"{trial.name}: {name} is not repeatable: call {repeat + 3} gave other bits")
+    if not all(torch.equal(x, y) for x, y in zip(trial.inputs, before, strict=True)):
+        raise Disqualified(f"{trial.name}: it changes its inputs")
+
+
+def _kind(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
 
 def _call(backend: str, trial: Trial, which: str) -> Results:
     """The results. Waits for the device, so that an error belongs to its call."""
     try:
-        found = trial.run(backend)
+        found = {name: x.clone() for name, x in trial.run(backend).items()}  # a backend may use its memory again
         if any(x.is_cuda for x in found.values()):
             torch.cuda.synchronize()
         return found
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         lines = str(error).strip().splitlines() or [""]
         raise Disqualified(f"{trial.name}: {which} failed with {type(error).__name__}: {lines[0]}") from None
 

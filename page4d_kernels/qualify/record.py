@@ -41,7 +41,23 @@ class Verdict:
     passed: list[str] = field(default_factory=list)  # such as "bfloat16 forward"
     failed: dict[str, str] = field(default_factory=dict)  # the same, or ENTIRE: the reason
     refused: str = ""  # why it serves nothing here
+    skipped: list[str] = field(default_factory=list)  # what it does not serve at all
     lengths: list[int] = field(default_factory=list)  # token counts that were drawn at random
+    seed: int = 0  # that they were drawn with
+
+    def judged(self, part: str) -> bool:
+        return bool(self.refused) or part in self.passed + self.skipped or bool(self.failure(part))
+
+    def merge(self, newer: Verdict) -> None:
+        """Take over what was judged later. What was found about other dtypes and directions stays."""
+        if ENTIRE in newer.failed or newer.refused:
+            self.passed, self.failed = [], {}
+        self.failed.pop(ENTIRE, None)
+        self.passed = [part for part in self.passed if part not in newer.failed and part not in newer.passed] + newer.passed
+        self.failed = {part: reason for part, reason in self.failed.items() if part not in newer.passed} | newer.failed
+        self.refused, self.seed = newer.refused, newer.seed
+        self.skipped = sorted({*self.skipped, *newer.skipped})
+        self.lengths = sorted({*self.lengths, *newer.lengths})
 
     def failure(self, part: str) -> str:
         """Why it must not serve `part`, a dtype and direction. Who computes wrongly in the forward does not train either."""
@@ -58,7 +74,7 @@ class OpRecord:
         """By backend, how many times faster than the safe backend it was in this class; only those that passed."""
         part = name.partition(",")[0]
         timed = self.times.get(name, {})
-        good = [backend for backend in timed if backend in self.backends and not self.backends[backend].failure(part)]
+        good = [name for name, verdict in self.backends.items() if name in timed and part in verdict.passed and not verdict.failure(part)]
         return {backend: timed[backend][1] / timed[backend][0] for backend in good}
 
 
@@ -67,17 +83,22 @@ class Entry:
     environment: dict[str, str]
     made: str = ""
     ops: dict[str, OpRecord] = field(default_factory=dict)
+    tried: list[str] = field(default_factory=list)  # dtypes and directions for which `page4d infer` has had its run
 
     def merge(self, newer: Entry) -> None:
         """Take over what a newer run found. What it did not look at stays."""
         self.made = newer.made
+        self.tried = sorted({*self.tried, *newer.tried})
         for op, found in newer.ops.items():
             mine = self.ops.setdefault(op, OpRecord())
-            mine.backends |= found.backends
-            for name in mine.times:  # a backend that was judged again loses its old times
-                mine.times[name] = {backend: pair for backend, pair in mine.times[name].items() if backend not in found.backends}
+            for backend, verdict in found.backends.items():
+                mine.backends.setdefault(backend, Verdict()).merge(verdict)
+                for name in mine.times:  # what was judged again loses its old times
+                    if name.partition(",")[0] in verdict.passed or mine.backends[backend].failure(name.partition(",")[0]):
+                        mine.times[name].pop(backend, None)
             for name, timed in found.times.items():
                 mine.times.setdefault(name, {}).update(timed)
+            mine.times = {name: timed for name, timed in mine.times.items() if timed}
 
 
 # --- where and for what ------------------------------------------------------------------------------------------------------
@@ -158,7 +179,8 @@ def _entry(item: Any) -> Entry:
         passed, failed, refused, lengths = value["passed"], texts(value["failed"]), value["refused"], value["lengths"]
         if not (isinstance(refused, str) and all(isinstance(x, str) for x in passed) and all(isinstance(x, int) for x in lengths)):
             raise ValueError(f"{value!r} is not a verdict")
-        return Verdict(list(passed), failed, refused, list(lengths))
+        skipped = [str(part) for part in value.get("skipped", [])]
+        return Verdict(list(passed), failed, refused, skipped, list(lengths), int(value.get("seed", 0)))
 
     def pair(value: Any) -> list[float]:
         seconds, safe = (float(x) for x in value)
@@ -173,16 +195,16 @@ def _entry(item: Any) -> Entry:
         )
         for op, found in item["ops"].items()
     }
-    return Entry(texts(item["environment"]), str(item["made"]), ops)
+    return Entry(texts(item["environment"]), str(item["made"]), ops, [str(part) for part in item.get("tried", [])])
 
 
 def _read(path: Path) -> list[Entry]:
     """All entries of a file; none, with a warning, if it is damaged."""
+    if not path.is_file():
+        return []
     try:
         return _parse(path.read_text())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever a damaged file makes of the parser
         reason = f"{type(error).__name__}: {error}"
         logger.warning(f"{path} is not a record of qualified kernels and is ignored ({reason}): run `page4d qualify` to replace it")
         return []
@@ -223,9 +245,12 @@ def save(device: torch.device, entry: Entry) -> Path:
             else:
                 mine.merge(entry)
             data = {"format": FORMAT, "entries": [asdict(found) for found in [*others, mine][-KEPT:]]}
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
-                json.dump(data, file, indent=1)
-            os.replace(file.name, path)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            try:
+                temporary.write_text(json.dumps(data, indent=1))
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise QualifyError(f"the record {path} cannot be written ({error.strerror or error})") from None
     forget()
@@ -260,6 +285,16 @@ def only_one(device: torch.device) -> Iterator[bool]:
         except OSError:  # a folder that cannot be written; the caller keeps the result in the process
             alone = True
         yield alone
+
+
+def writable(device: torch.device) -> bool:
+    """Whether `save` can be expected to work."""
+    path = path_of(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(path.parent, os.W_OK)
 
 
 def now() -> str:
@@ -297,22 +332,24 @@ def current(kind: str) -> Entry | None:
     if mode() == "off" or kind not in ("cpu", "cuda"):
         return None
     if kind not in _entries:
-        _entries[kind] = _asides.get(kind) or stored(torch.device(kind))[0]
-    return _entries[kind]
+        found = _asides.get(kind) or stored(torch.device(kind))[0]
+        _entries[kind] = found
+        return found
+    return _entries.get(kind)
 
 
 @dataclass(frozen=True)
 class Advice:
-    """`timed`: the class is in the record. `faster`: the backends that beat the safe one, the fastest first, with their factors."""
+    """`faster`: the backends that beat the safe one in this class, the fastest first, with their factors."""
 
-    timed: bool = False
     faster: tuple[tuple[str, float], ...] = ()
+    compared: tuple[str, ...] = ()  # all that were timed in this class
     failed: tuple[str, ...] = ()
 
 
 def advice(op: str, kind: str, name: str) -> Advice:
     """What the record says about a class of problems of `op` on a device type."""
-    return _advice(op, kind, name)
+    return Advice() if mode() == "off" else _advice(op, kind, name)
 
 
 @functools.cache
@@ -323,14 +360,15 @@ def _hint() -> None:
 @functools.cache
 def _advice(op: str, kind: str, name: str) -> Advice:
     entry = current(kind)
-    if entry is None and kind == "cuda" and mode() == "auto":
+    if entry is None and kind == "cuda":
         _hint()
     if entry is None or op not in entry.ops:
         return Advice()
     found, part = entry.ops[op], name.partition(",")[0]
     factors = sorted(found.factors(name).items(), key=lambda item: -item[1])
     faster = tuple((backend, factor) for backend, factor in factors if factor >= MARGIN)
-    return Advice(name in found.times, faster, tuple(backend for backend, verdict in found.backends.items() if verdict.failure(part)))
+    failed = tuple(backend for backend, verdict in found.backends.items() if verdict.failure(part))
+    return Advice(faster, tuple(found.times.get(name, ())), failed)
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler. It keeps the reading of the file from being traced.

@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from ..backends.registry import BackendError, registries
+from ..backends.registry import Backend, BackendError, registries
 from . import record
 from .classes import FORWARD
 from .record import ENTIRE, Entry, OpRecord, Verdict
 
 WIDTH = min(4, os.cpu_count() or 1)  # batteries at the same time: most of a first one is imports and compilation
 BATTERY = 0.65  # the share of the time after which batteries are stopped, so that those that passed can be timed
-STALL = {"cpu": 20.0, "cuda": 60.0}  # seconds without a word, after which a child counts as hanging: it may compile meanwhile
+STALL = {"cpu": 20.0, "cuda": 120.0}  # seconds without a word, after which a child counts as hanging: it may compile meanwhile
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,32 @@ def jobs(device: torch.device, ops: Sequence[str] | None = None, backend: str | 
         by_op.append([])
         for candidate in known[op]:
             wanted = candidate.name == backend if backend else candidate.automatic and candidate.name not in known[op].safe
-            if wanted and not known[op].reasons(candidate.name, known[op].typical(device.type)):
+            ours = getattr(candidate.forward, "__module__", "page4d_kernels").startswith("page4d_kernels")
+            if not wanted or candidate.unavailable():
+                continue
+            if backend or not ours or not known[op].reasons(candidate.name, known[op].typical(device.type)):
                 by_op[-1].append(Job(op, candidate.name, tuple(modules)))
     # in turns, so that when time is short each op has its first, which is ours
     found = [job for turn in itertools.zip_longest(*by_op) for job in turn if job is not None]
-    if backend and not found and not any(candidate.name == backend for op in ops or known for candidate in known[op]):
-        raise BackendError(f"no op has a backend {backend!r}: `page4d info` lists them")
+    if backend and not found:
+        candidates = [
+            registry.get(backend) for name, registry in known.items() if name in (ops or known) and backend in map(_name, registry)
+        ]
+        if not candidates:
+            raise BackendError(f"no op has a backend {backend!r}: `page4d info` lists them")
+        raise BackendError(f"backend {backend!r} cannot serve here: {'; '.join(candidates[0].unavailable())}")
     return found
+
+
+def _name(backend: Backend) -> str:
+    return backend.name
 
 
 class Child:
     """One child process. `read` takes in what it says until it is ready to measure, has ended, hangs, or time is up."""
 
     def __init__(self, job: Job, settings: dict[str, Any], environment: dict[str, str]):
-        self.job, self.at, self.outcome = job, "the start", Outcome()
+        self.job, self.at, self.outcome = job, "", Outcome(Verdict(seed=settings["seed"]))
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed with the object
         self._process = subprocess.Popen(
@@ -110,16 +122,26 @@ class Child:
             try:
                 line = self._lines.get(timeout=max(0.0, min(stall, left)))
             except queue.Empty:
-                if left > stall:
+                if left > stall and self.at:
                     verdict.failed[ENTIRE] = f"{self.at}: it hangs (no word for {stall:g} s)"
                 else:
-                    self.outcome.late = self.at
+                    self.outcome.late = self.at or "its start"
                 self.end()
                 return False
             if line is None:
-                verdict.failed[ENTIRE] = f"{self.at}: it ended the process ({self._how()})"
+                how = self._how()
+                if self.at:
+                    verdict.failed[ENTIRE] = f"{self.at}: it ended the process ({how})"
+                else:  # what ends before it begins says nothing about the backend
+                    self.outcome.late = f"its start, {how}"
                 return False
-            said = json.loads(line)
+            try:
+                said = json.loads(line)
+                known = isinstance(said, dict)
+            except ValueError:
+                known = False
+            if not known:  # of an import that prints
+                continue
             if "ready" in said:
                 return True
             if "done" in said:
@@ -135,6 +157,8 @@ class Child:
             verdict.lengths = sorted({*verdict.lengths, *said["lengths"]})
         elif "failed" in said:
             verdict.failed[said["failed"]] = said["reason"]
+        elif "skipped" in said:
+            verdict.skipped.append(said["skipped"])
         elif "refused" in said:
             verdict.refused = said["refused"]
         elif "timed" in said:
@@ -144,7 +168,10 @@ class Child:
 
     def _how(self) -> str:
         """How the process ended: signal or exit code, and the last line that it wrote to standard error."""
-        code = self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed its output and go on
+            self._process.wait(5.0)
+        self.end()
+        code = self._process.returncode
         how = f"exit code {code}"
         with contextlib.suppress(ValueError):
             how = f"signal {signal.Signals(-code).name}"
@@ -221,7 +248,7 @@ def qualify(
         if outcome.late:
             missed.append(f"{child.job.name} (stopped at {outcome.late})")
         missed += [f"{child.job.name} ({name})" for name in outcome.untimed]
-        if not outcome.late or outcome.times:
+        if outcome.verdict.passed or outcome.verdict.failed or outcome.verdict.refused:
             found = entry.ops.setdefault(child.job.op, OpRecord())
             found.backends[child.job.backend] = outcome.verdict
             for name, pair in outcome.times.items():
@@ -230,9 +257,11 @@ def qualify(
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    """Of the children: they see only this GPU, which is their "cuda"."""
+    """Of the children: they import what this process would, follow no record, and see only this GPU, which is their "cuda"."""
+    paths = [path or os.getcwd() for path in sys.path]
+    same = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "PAGE4D_QUALIFY": "off"}
     if device.type != "cuda":
-        return dict(os.environ)
+        return same
     index = torch.cuda.current_device() if device.index is None else device.index
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return os.environ | {"CUDA_VISIBLE_DEVICES": visible[index].strip() if len(visible) > index and visible[index].strip() else str(index)}
+    return same | {"CUDA_VISIBLE_DEVICES": visible[index].strip() if len(visible) > index and visible[index].strip() else str(index)}

@@ -38,6 +38,7 @@ class Trial:
     problem: Any  # as the registry describes it
     run: Callable[[str], Results]  # the results of a backend: outputs and, in training, gradients
     expected: Callable[[], Expected]
+    inputs: tuple[Tensor, ...] = ()  # that no backend may change
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import ModuleType
@@ -23,8 +24,7 @@ import torch
 from ..backends.registry import BackendError, Registry, registries
 from ..timing import Clock, interleaved
 from . import battery
-from .classes import DTYPES, FORWARD, TRAINING, class_of
-from .record import ENTIRE
+from .classes import DTYPES, FORWARD, TRAINING, class_of, part_of
 from .trial import Draw, Setting, Timed
 
 SLICE = 0.3  # seconds for the measurement of one class
@@ -54,13 +54,19 @@ def judge(registry: Registry, job: dict[str, Any], say: Callable[..., None]) -> 
             try:
                 served, refusals = battery.judge(registry, backend, trials(setting, draw), functools.partial(_at, say, part))
             except battery.Disqualified as error:
-                say(failed=part, reason=str(error))
+                for failed in {part, error.part}:
+                    say(failed=failed, reason=str(error))
+                continue
+            except Exception as error:  # of the battery itself, such as too little memory: it says nothing about the backend
+                say(untimed=f"{part}, {_line(error)}")
                 continue
             if served:
                 passed.append(setting)
-                say(passed=part, lengths=draw.lengths)
+                for name in {part, *served}:
+                    say(passed=name, lengths=draw.lengths)
             else:
                 refused += refusals
+                say(skipped=part)
     if not passed and refused:
         say(refused="; ".join(dict.fromkeys(refused)))
     return passed
@@ -70,17 +76,26 @@ def measure(registry: Registry, job: dict[str, Any], settings: list[Setting], se
     """Time the classes, the backend and the safe one in turns, until `seconds` have gone. The first classes are the most important."""
     deadline = time.monotonic() + seconds
     for setting in settings:
-        for timed in trials_of(job["op"]).timed(setting):
+        calls = iter(trials_of(job["op"]).timed(setting))
+        while True:
+            try:
+                timed = next(calls, None)
+            except Exception as error:  # its inputs do not fit into the memory
+                say(untimed=_line(error))
+                break
+            if timed is None:
+                break
             if registry.reasons(job["backend"], timed.problem):
                 continue
             name = class_of(timed.problem)
             say(at=f"timing, {name}")
             try:
                 found = _measure(registry, job["backend"], timed, setting.device, deadline)
-            except (BackendError, torch.OutOfMemoryError):  # nothing safe to compare with, or no memory
-                found = None
             except Exception as error:  # it would end the user's call as well
-                say(failed=name.partition(",")[0], reason=f"timing, {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+                if isinstance(error, BackendError) or battery.is_out_of_memory(error):  # nothing safe to compare with, or no memory
+                    say(untimed=name)
+                    continue
+                say(failed=part_of(timed.problem), reason=f"timing, {name}: {_line(error)}")
                 break
             if found is None:
                 say(untimed=name)
@@ -88,12 +103,30 @@ def measure(registry: Registry, job: dict[str, Any], settings: list[Setting], se
                 say(timed=name, seconds=found)
 
 
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _agree(found: Any, safe: Any, dtype: torch.dtype) -> bool:
+    """Whether the results of a call at full size are those of the safe backend, as far as two right ones agree."""
+    if isinstance(found, torch.Tensor):
+        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        return bool((found.double() - safe.double()).norm() <= tolerance * safe.double().norm() + 1e-9)
+    if isinstance(found, dict):  # the gradient of the gate is a small difference of large terms
+        return all(_agree(value, safe[name], dtype) for name, value in found.items() if "query_gate" not in name)
+    return all(_agree(x, y, dtype) for x, y in zip(found, safe, strict=True))
+
+
 def _measure(registry: Registry, backend: str, timed: Timed, device: str, deadline: float) -> list[float] | None:
     """Seconds of the backend and of the safe one; None if there is no time for it."""
     runs: dict[str, Callable[[], object]] = {}
+    results = []
     for name in (backend, registry.safe_choice(timed.problem)):
         runs[name] = functools.partial(timed.run, name)
-        runs[name]()  # it may compile
+        results.append(runs[name]())  # it may compile
+    if not _agree(results[0], results[1], timed.problem.dtype):
+        raise ValueError("its result is not that of the safe backend")
+    results.clear()
     clock = Clock(device)
     once = sum(clock.seconds(run) for run in runs.values())
     if time.monotonic() + 4 * once > deadline:
@@ -113,7 +146,15 @@ def channel() -> tuple[dict[str, Any], Callable[..., None]]:
 
     job = json.loads(sys.stdin.readline())
     torch.set_num_threads(job["threads"])
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     return job, say
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def wait(say: Callable[..., None]) -> float:
@@ -131,10 +172,11 @@ def main() -> None:
             importlib.import_module(module)
         registry = registries()[job["op"]]
         registry.get(job["backend"])
-    except (ImportError, BackendError) as error:
-        say(failed=ENTIRE, reason=f"it could not be loaded in a process of its own ({error})")
+    except Exception as error:
+        say(refused=f"it could not be loaded in a process of its own ({_line(error)})")
         say(done=True)
         return
+    say(at="the start")
     passed = judge(registry, job, say)
     measure(registry, job, passed, wait(say), say)
     say(done=True)

@@ -264,12 +264,19 @@ class FakeSwitch:
     def __init__(self, current=None, names=("FA3", "FA4")):
         self.current, self.names, self.turned = current, names, []
 
-    def turn(self, name):
+    def activate_flash_attention_impl(self, name):
         self.current = name
         self.turned.append(name)
 
-    def __call__(self):
-        return (lambda: self.current), self.turn, (lambda: list(self.names))
+    def restore_flash_attention_impl(self):
+        self.current = None
+        self.turned.append("back")
+
+    def current_flash_attention_impl(self):
+        return self.current
+
+    def list_flash_attention_impls(self):
+        return list(self.names)
 
 
 @pytest.mark.parametrize(("name", "kernel"), [("sdpa_flash", "flash"), ("sdpa_cudnn", "cudnn"), ("sdpa_efficient", "mem_efficient")])
@@ -287,9 +294,9 @@ def test_a_named_kernel_is_the_only_one_that_torch_may_take(monkeypatch, name, k
     assert seen["kernels"] == [kernel]
 
 
-def test_the_switch_is_turned_once_and_never_against_the_user(monkeypatch):
+def test_the_switch_is_turned_for_one_call_and_never_against_the_user(monkeypatch):
     switch = FakeSwitch()
-    monkeypatch.setattr(sdpa_kernels, "_switch", switch)
+    monkeypatch.setattr(sdpa_kernels, "_switch", lambda: switch)
     monkeypatch.setattr(sdpa_kernels, "import_error", lambda module: "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -299,7 +306,10 @@ def test_the_switch_is_turned_once_and_never_against_the_user(monkeypatch):
     q = torch.zeros(1, 1, 2, 8)
     for _ in range(2):
         backend.forward(AttentionArgs(q, q, q, None, None, None, 1.0))
-    assert switch.turned == ["FA3"]
+    assert switch.turned == ["FA3", "back", "FA3", "back"]
+    switch.current = "FA3"
+    backend.forward(AttentionArgs(q, q, q, None, None, None, 1.0))
+    assert len(switch.turned) == 4  # the user has turned it
     assert ATTENTION.get("sdpa_fa4").unavailable() == ["torch's switch for flash attention has been turned to FA3"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert "this GPU has 8" in backend.unavailable()[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
+import os
 
 import pytest
 import torch
@@ -21,6 +23,13 @@ ATTENTION = registries()["mask_attention"]
 TYPICAL = AttentionProblem.typical("cpu")
 
 
+@pytest.fixture(autouse=True)
+def mine(monkeypatch):
+    """A further backend that auto may take: the reference under another name."""
+    copy = dataclasses.replace(ATTENTION.get("reference"), name="mine", automatic=True)
+    monkeypatch.setattr(ATTENTION, "_backends", ATTENTION._backends | {"mine": copy})
+
+
 def entry_with(times: dict[str, list[float]], failed: dict[str, str] | None = None, made: str = "2026-01-01 00:00:00") -> Entry:
     """A record of `mask_attention` in which these backends were timed for the typical problem."""
     backends = {name: Verdict(["float32 forward"], dict(failed or {})) for name in times}
@@ -32,8 +41,8 @@ def choice() -> str:
 
 
 def test_auto_takes_the_fastest_that_qualified(cache):
-    record.save(CPU, entry_with({"chunked": [2.0, 3.0], "reference": [1.0, 3.0]}))
-    assert choice() == "reference"
+    record.save(CPU, entry_with({"chunked": [2.0, 3.0], "mine": [1.0, 3.0]}))
+    assert choice() == "mine"
     assert ATTENTION.choose(TYPICAL, "sdpa").name == "sdpa"  # a named backend is never replaced
     other = AttentionProblem("cpu", torch.float32, 1, 16, 700, 700, 32)
     assert ATTENTION.choose(other).name in ("cpu", "sdpa")  # a class without a record: the documented order
@@ -41,8 +50,44 @@ def test_auto_takes_the_fastest_that_qualified(cache):
     assert out.isfinite().all()
 
 
+def test_a_baseline_is_not_taken_however_fast(cache):
+    record.save(CPU, entry_with({"reference": [1.0, 9.0], "cpu": [1.0, 1.0]}))
+    assert choice() == "sdpa"
+
+
+def test_who_was_timed_but_did_not_pass_is_not_taken(cache):
+    entry = entry_with({"mine": [1.0, 9.0], "cpu": [1.0, 1.0]})
+    entry.ops["mask_attention"].backends["mine"].passed = ["bfloat16 forward"]
+    record.save(CPU, entry)
+    assert choice() == "sdpa"
+
+
+def test_judging_one_backend_takes_no_other_out_of_the_order(cache):
+    before = choice()
+    record.save(CPU, entry_with({"mine": [1.0, 0.5]}))
+    assert choice() == before
+
+
+def test_runs_of_different_dtypes_add_up(cache):
+    """A later run replaces what it judged again, and nothing else."""
+    bf16 = class_of(dataclasses.replace(TYPICAL, dtype=torch.bfloat16))
+    record.save(CPU, entry_with({"mine": [1.0, 3.0]}))
+    later = entry_with({})
+    later.ops["mask_attention"] = OpRecord(
+        {"mine": Verdict(["bfloat16 forward"], {"float16 forward": "wrong"})}, {bf16: {"mine": [1.0, 2.0]}}
+    )
+    record.save(CPU, later)
+    found = record.current("cpu").ops["mask_attention"]
+    assert found.backends["mine"].passed == ["float32 forward", "bfloat16 forward"]
+    assert found.backends["mine"].failed == {"float16 forward": "wrong"}
+    assert choice() == "mine" and found.factors(bf16) == {"mine": 2.0}
+    record.save(CPU, Entry(later.environment, "", {"mask_attention": OpRecord({"mine": Verdict([], {"everything": "it crashed"})})}))
+    found = record.current("cpu").ops["mask_attention"]
+    assert found.times == {} and found.backends["mine"].passed == [] and choice() != "mine"
+
+
 def test_auto_takes_the_safe_backend_where_nothing_is_faster(cache):
-    record.save(CPU, entry_with({"cpu": [1.0, 1.0], "reference": [1.0, 1.04]}))
+    record.save(CPU, entry_with({"cpu": [1.0, 1.0], "mine": [1.0, 1.04]}))
     assert choice() == "sdpa"
 
 
@@ -55,24 +100,35 @@ def test_a_failed_backend_is_not_taken_in_any_class_of_its_dtype(cache):
 
 
 def test_a_qualified_backend_that_cannot_serve_is_passed_over(cache):
-    record.save(CPU, entry_with({"cuda": [1.0, 9.0], "gone_since": [1.0, 9.0]}))
+    record.save(CPU, entry_with({"cuda": [1.0, 9.0], "gone_since": [1.0, 9.0], "cpu": [1.0, 1.0]}))
     assert choice() == "sdpa"
 
 
 def test_records_are_not_read_with_off(cache, monkeypatch):
     before = choice()
-    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
-    assert choice() == "reference"
+    record.save(CPU, entry_with({"mine": [1.0, 3.0]}))
+    assert choice() == "mine"
     monkeypatch.setenv("PAGE4D_QUALIFY", "off")
-    record.forget()
     assert choice() == before
 
 
 NO_TIMES = {"environment": {"device": "x"}, "made": "", "ops": {"mask_attention": {"backends": {}, "times": {"c": {"cpu": [0, 1]}}}}}
-DAMAGED = ["", "{", "[]", "null", '{"format": 1}', '{"format": 99, "entries": []}', '{"format": 1, "entries": [{}]}', "\x00\xff"]
+HUGE = json.dumps({"format": 1, "entries": [NO_TIMES]}).replace("[0, 1]", f"[1{'0' * 400}, 1]")
+DAMAGED = [
+    HUGE,
+    "[" * 100_000,
+    "",
+    "{",
+    "[]",
+    "null",
+    '{"format": 1}',
+    '{"format": 99, "entries": []}',
+    '{"format": 1, "entries": [{}]}',
+    "\x00\xff",
+]
 
 
-@pytest.mark.parametrize("text", [*DAMAGED, json.dumps({"format": 1, "entries": [NO_TIMES]})])
+@pytest.mark.parametrize("text", [*DAMAGED, json.dumps({"format": 1, "entries": [NO_TIMES]})], ids=lambda text: text[:20])
 def test_a_damaged_record_is_ignored_with_a_warning(cache, text, caplog):
     before = choice()
     path = record.path_of(CPU)
@@ -81,12 +137,19 @@ def test_a_damaged_record_is_ignored_with_a_warning(cache, text, caplog):
     record.forget()
     assert choice() == before
     assert "is ignored" in caplog.text and "page4d qualify" in caplog.text
-    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))  # and replaced by the next run
-    assert choice() == "reference"
+    record.save(CPU, entry_with({"mine": [1.0, 3.0]}))  # and replaced by the next run
+    assert choice() == "mine"
+
+
+def test_what_is_no_file_is_not_read(cache):
+    path = record.path_of(CPU)
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert record.current("cpu") is None
 
 
 def test_half_a_file_is_damaged(cache, caplog):
-    path = record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    path = record.save(CPU, entry_with({"mine": [1.0, 3.0]}))
     whole = path.read_text()
     for length in (len(whole) // 3, len(whole) - 3):
         path.write_text(whole[:length])
@@ -96,19 +159,19 @@ def test_half_a_file_is_damaged(cache, caplog):
 
 
 def test_a_foreign_record_is_ignored_with_a_warning(cache, caplog):
-    entry = entry_with({"reference": [1.0, 3.0]})
+    entry = entry_with({"mine": [1.0, 3.0]})
     entry.environment["device"] = "Another Processor"
     record.save(CPU, entry)
     found, why = record.stored(CPU)
     assert found is None and "device" in why
-    assert "is a record of 'Another Processor'" in caplog.text and choice() != "reference"
+    assert "is a record of 'Another Processor'" in caplog.text and choice() != "mine"
 
 
 def test_changed_sources_make_a_record_useless(cache, monkeypatch):
-    record.save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    record.save(CPU, entry_with({"mine": [1.0, 3.0]}))
     monkeypatch.setattr(record, "sources", lambda: "0123456789abcdef")
     record.forget()
-    assert choice() != "reference"
+    assert choice() != "mine"
     assert record.stored(CPU)[1] == "the record of 2026-01-01 00:00:00 was made in another environment (other sources)"
     record.save(CPU, entry_with({"chunked": [1.0, 3.0]}))
     monkeypatch.undo()
@@ -118,7 +181,7 @@ def test_changed_sources_make_a_record_useless(cache, monkeypatch):
 
 def test_old_environments_are_dropped(cache):
     for i in range(record.KEPT + 3):
-        entry = entry_with({"reference": [1.0, 3.0]})
+        entry = entry_with({"mine": [1.0, 3.0]})
         entry.environment["torch"] = str(i)
         path = record.save(CPU, entry)
     found = [entry["environment"]["torch"] for entry in json.loads(path.read_text())["entries"]]
@@ -126,12 +189,12 @@ def test_old_environments_are_dropped(cache):
 
 
 def test_a_later_run_replaces_what_it_judged_again_and_keeps_the_rest(cache):
-    record.save(CPU, entry_with({"reference": [1.0, 3.0], "chunked": [1.0, 2.0]}))
-    record.save(CPU, entry_with({"reference": [1.0, 1.5]}, made="2026-01-02 00:00:00"))
+    record.save(CPU, entry_with({"mine": [1.0, 3.0], "chunked": [1.0, 2.0]}))
+    record.save(CPU, entry_with({"mine": [1.0, 1.5]}, made="2026-01-02 00:00:00"))
     found = record.current("cpu")
     assert found.made == "2026-01-02 00:00:00" and found.ops["mask_attention"].factors(class_of(TYPICAL)) == {
         "chunked": 2.0,
-        "reference": 1.5,
+        "mine": 1.5,
     }
 
 
@@ -140,9 +203,9 @@ def test_a_folder_that_cannot_be_written(cache, monkeypatch, capsys):
     (cache / "page4d").write_text("in the way")
     from page4d_kernels.qualify.__main__ import save
 
-    words = save(CPU, entry_with({"reference": [1.0, 3.0]}))
+    words = save(CPU, entry_with({"mine": [1.0, 3.0]}))
     assert "cannot be written" in words and "this process follows it" in words
-    assert choice() == "reference"
+    assert choice() == "mine"
     with record.only_one(CPU) as alone:
         assert alone
 

@@ -39,8 +39,13 @@ class TestGraphs:
             self.aggregator = types.SimpleNamespace(camera_token=where, compute_dtype=torch.bfloat16)
             self.config, self.weight, self.hooks = preset("nano"), torch.zeros(1), {}
 
+        training = False
+
         def parameters(self):
             return [self.weight]
+
+        def buffers(self):
+            return []
 
         def modules(self):
             return [types.SimpleNamespace(_forward_hooks=self.hooks, _forward_pre_hooks={})]
@@ -84,9 +89,9 @@ class TestGraphs:
     def qualified(self, monkeypatch):
         """A record in which graphs of nano are faster for up to 512 tokens."""
         label = "bfloat16 forward, 128 channels, 6 layers, up to 512 tokens"
-        faster = {("cuda_graph", "cuda", label): record.Advice(True, (("graph", 2.0),))}
+        faster = {("cuda_graph", "cuda", label): record.Advice((("graph", 2.0),))}
         monkeypatch.setattr(record, "advice", lambda *question: faster.get(question, record.Advice()))
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(cuda_graph, "_on_default_stream", lambda: True)
 
     @torch.no_grad()
     def test_a_graph_is_taken_by_itself_from_the_second_call_on(self, captures, qualified):
@@ -97,10 +102,17 @@ class TestGraphs:
         assert take(clip, options) == take(clip, options) == "replayed" and len(captures) == 1
         model.weight = torch.ones(1)  # replaced weights: the graph reads the old ones
         assert take(clip, options) is None and take(clip, options) == "replayed" and len(captures) == 2
-        for frames in range(1, 8):  # the oldest graphs make room
+        for frames in range(1, 8):  # two more have room
             clip = {"images": torch.zeros(1, frames, 3, 28, 14)}
-            assert take(clip, options) is None and take(clip, options) == "replayed"
+            assert take(clip, options) is None and take(clip, options) == ("replayed" if frames <= 2 else None)
         assert len(cuda_graph._taken[model].graphs) == cuda_graph.KEPT
+
+    @torch.no_grad()
+    def test_what_cannot_be_captured_runs_without_a_graph(self, qualified, monkeypatch, caplog):
+        monkeypatch.setattr(cuda_graph, "_capture", lambda *call: (_ for _ in ()).throw(RuntimeError("operation not permitted\nmore")))
+        model, clip = self.OnCuda(), {"images": torch.zeros(1, 3, 3, 28, 42)}
+        assert [cuda_graph.take_graph(model, clip, {}) for _ in range(4)] == [None] * 4
+        assert caplog.text.count("no CUDA graph could be captured") == 1 and "(operation not permitted)" in caplog.text
 
     def test_where_no_graph_is_taken_by_itself(self, captures, qualified, monkeypatch):
         model, clip = self.OnCuda(), {"images": torch.zeros(1, 3, 3, 28, 42)}

@@ -38,7 +38,8 @@ class AttentionProblem:
     def kind(self) -> str:
         """Head dim, and how the rows see the mask, for the same purpose."""
         mask = "no mask" if not self.biased else "mask with layout" if self.layout is not None else "mask without layout"
-        return f"head dim {self.head_dim}, {mask}"
+        rows = ", few rows" if 4 * self.queries <= self.keys else ""
+        return f"head dim {self.head_dim}, {mask}{rows}"
 
     @classmethod
     def typical(cls, device: str) -> AttentionProblem:

@@ -1,13 +1,15 @@
 """torch's scaled_dot_product_attention with one of its kernels named, where `sdpa` leaves the choice to torch. The gated rows as in `sdpa`.
 
 FlashAttention-3 and 4 are reached through torch's own switch, if their packages are installed. The switch holds for the whole process and
-for every SDPA call on CUDA, so it is turned when the backend is first used, and never if the user has turned it to something else.
+for every SDPA call on CUDA, backward included. So it is turned for one forward and back again, and never if the user has turned it.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from . import gated_rows
 from .problem import HALF, AttentionProblem, all_of, import_error, no_lse
 
 PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute.interface"}
+_turning = threading.Lock()
 CAPABILITIES = {"FA3": (9,), "FA4": (9, 10)}  # the major number
 
 
@@ -45,18 +48,17 @@ def _plain(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def _switch() -> tuple[Callable[[], str | None], Callable[[str], None], Callable[[], list[str]]] | None:
-    """What tells, turns and lists torch's switch between flash attention packages; None if this torch has none."""
-    try:
-        from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, list_flash_attention_impls
-    except ImportError:
-        return None
-    return current_flash_attention_impl, activate_flash_attention_impl, list_flash_attention_impls
+def _switch() -> Any:
+    """The module with torch's switch between flash attention packages; None if this torch has none."""
+    import torch.nn.attention as switch
+
+    names = ("activate_flash_attention_impl", "current_flash_attention_impl", "list_flash_attention_impls", "restore_flash_attention_impl")
+    return switch if all(hasattr(switch, name) for name in names) else None
 
 
 def _switch_unavailable(name: str) -> list[str]:
     switch = _switch()
-    if switch is None or name not in switch[2]():
+    if switch is None or name not in switch.list_flash_attention_impls():
         return [f"this torch ({torch.__version__}) has no switch for {name}"]
     error = import_error(PACKAGES[name])
     if error:
@@ -66,16 +68,24 @@ def _switch_unavailable(name: str) -> list[str]:
     major = torch.cuda.get_device_capability()[0]
     if major not in CAPABILITIES[name]:
         return [f"{name} is for compute capability {' and '.join(map(str, CAPABILITIES[name]))}, this GPU has {major}"]
-    current = switch[0]()
+    current = switch.current_flash_attention_impl()
     return [] if current in (None, name) else [f"torch's switch for flash attention has been turned to {current}"]
 
 
 def _plain_switched(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     switch = _switch()
-    assert switch is not None  # else `_switch_unavailable` has a reason
-    if switch[0]() != name:
-        switch[1](name)
-    return _plain("FLASH_ATTENTION", q, k, v, scale)
+    with _turning:
+        if switch.current_flash_attention_impl() == name:  # by the user
+            return _plain("FLASH_ATTENTION", q, k, v, scale)
+        switch.activate_flash_attention_impl(name)
+        try:
+            return _plain("FLASH_ATTENTION", q, k, v, scale)
+        finally:
+            switch.restore_flash_attention_impl()
+
+
+def _forward_only(problem: AttentionProblem) -> list[str]:
+    return ["torch's switch would have to stay turned for its backward"] if problem.needs_grad else []
 
 
 def _backend(name: str, summary: str, plain: gated_rows.Attention, takes: Callable[[AttentionProblem], list[str]], **options) -> Backend:
@@ -96,7 +106,7 @@ BACKENDS = [
             f"sdpa_{name.lower()}",
             f"torch SDPA by FlashAttention-{name[-1]}",
             functools.partial(_plain_switched, name),
-            _takes(HALF, 8, 256),
+            all_of(_takes(HALF, 8, 256), _forward_only),
             unavailable=functools.partial(_switch_unavailable, name),
         )
         for name in PACKAGES

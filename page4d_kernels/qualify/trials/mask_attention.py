@@ -39,7 +39,7 @@ def _trials(setting: Setting, head_dim: int, draw: Draw) -> Iterator[Trial]:
         return _trial(f"{name}, head dim {head_dim}", x, setting.training)
 
     yield trial("views of one projection", ragged(3, 59, 59, packed=True))
-    yield trial("two batches", ragged(3, 17, 300, batch=2, packed=True))
+    yield trial("two batches", ragged(3, 17, 300, batch=2, heads=5, packed=True))
     yield trial("without a layout", dataclasses.replace(ragged(2, 17, 300), layout=None))
     yield trial("without a mask", _without_mask(ragged(1, 300, 900, batch=3)))
     yield trial("some rows", _rows(ragged(1, 900, 2100), draw.size(9, 40)))
@@ -97,7 +97,11 @@ def _trial(name: str, x: AttentionInputs, training: bool) -> Trial:
             {f"gradient of {name}": size for name, size in slack.items()},
         )
 
-    return Trial(f"{name} ({x.q.shape[2]} x {x.k.shape[2]} tokens)", _problem(x, training), run, expected)
+    return Trial(f"{name} ({x.q.shape[2]} x {x.k.shape[2]} tokens)", _problem(x, training), run, expected, _given(x))
+
+
+def _given(x: AttentionInputs) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor for tensor in x.tensors() if tensor is not None)
 
 
 def _upstream(out: torch.Tensor) -> torch.Tensor:
@@ -122,7 +126,7 @@ def _long_trial(x: AttentionInputs, draw: Draw) -> Trial:
         with torch.no_grad():
             return {"out": x.attend(backend)[:, :, rows]}
 
-    return Trial(f"a long sequence ({last + 1} tokens)", _problem(x, False), run, _trial("", some, False).expected)
+    return Trial(f"a long sequence ({last + 1} tokens)", _problem(x, False), run, _trial("", some, False).expected, _given(x))
 
 
 def timed(setting: Setting) -> Iterator[Timed]:

@@ -33,7 +33,7 @@ def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
 
         problem = MaskHeadProblem(device, dtype, batch, frames, grid, special, channels, hidden, training)
         run, expected = compared(["bias"], tensors, NAMES if training else (), call, tolerance=TOLERANCE[dtype])
-        yield Trial(f"{name} ({grid[0]} x {grid[1]} patches)", problem, run, expected)
+        yield Trial(f"{name} ({grid[0]} x {grid[1]} patches)", problem, run, expected, tuple(tensors.values()))
 
 
 def _tensors(batch, frames, grid, special, channels, hidden, dtype, device, seed) -> dict[str, Tensor]:

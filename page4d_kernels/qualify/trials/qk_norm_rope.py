@@ -31,7 +31,8 @@ def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
         problem = QkNormRopeProblem(device, dtype, batch, tokens, 3, head_dim, grid, special, training)
         tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
         run, expected = compared(["q", "k", "v"], tensors, LEAVES if training else (), call, tolerance=tolerance)
-        yield Trial(f"head dim {head_dim}, {frames} frames of {grid[0]} x {grid[1]} patches", problem, run, expected)
+        name = f"head dim {head_dim}, {frames} frames of {grid[0]} x {grid[1]} patches"
+        yield Trial(name, problem, run, expected, tuple(tensors.values()))
 
 
 def _tensors(batch, tokens, grid, heads, head_dim, dtype, device, seed) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
             problem = ResidualNormProblem(device, stream, rows, channels, training)
             tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
             run, expected = compared(["sum", "norm"], tensors, LEAVES if training else (), call, tolerance=tolerance)
-            yield Trial(f"{rows} rows of {channels} channels", problem, run, expected)
+            yield Trial(f"{rows} rows of {channels} channels", problem, run, expected, tuple(tensors.values()))
 
 
 def _tensors(rows, channels, dtype, branch_dtype, device, seed) -> dict[str, Tensor]:
