@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -337,7 +338,8 @@ def test_an_interrupted_run_ends_its_children(planted, cache):
     """Ctrl-C while a child hangs: the parent ends soon, and with it the child."""
     command = [sys.executable, "-m", "page4d_kernels.qualify", "--device", "cpu", "--op", "mask_attention", "--dtypes", "float32"]
     command += ["--import", "planted", "--backend", "planted_hangs", "--seconds", "600"]
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background, shells let programs ignore it
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
     worker = ["pgrep", "-f", "page4d_kernels.qualify.worker", "-P", str(parent.pid)]
     while not (children := subprocess.run(worker, capture_output=True, text=True).stdout.split()):
         time.sleep(0.2)

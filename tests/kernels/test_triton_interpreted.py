@@ -66,7 +66,7 @@ class TestInterpretedTriton:
         """
         from page4d_kernels.triton import mask_attention_launch as launch
 
-        monkeypatch.setattr(launch, "splits_for", lambda tiles, keys, device: 3)
+        monkeypatch.setattr(launch, "splits_for", lambda tiles, keys: 3)
         inputs = attention_inputs(TokenLayout(3, 23, 5), batch=2, heads=1, head_dim=16, packed=True)
         inputs.query_gate[1] *= 0.01
         inputs = inputs.requires_grad_()
