@@ -62,8 +62,9 @@ def run(args: argparse.Namespace, more: Sequence[Job] = ()) -> str:
     for module in args.modules:
         try:
             __import__(module)
-        except Exception as error:
-            raise QualifyError(f"--import {module}: {type(error).__name__}: {error}") from None
+        except Exception as error:  # its own, or there is no such module
+            kind_of_error = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+            raise QualifyError(f"--import {module}: {kind_of_error}{error}") from None
     device = torch.device(kind)
     todo = jobs(device, args.op, args.backend, args.modules)
     if kind == "cuda" and not args.op and not args.backend:

@@ -64,10 +64,15 @@ def judge(registry: Registry, backend: str, trials: Iterable[Trial], at: Callabl
             at(trial.name)
             try:
                 _judge(backend, trial)
-                if not served:  # the same memory with other contents: nothing may be remembered by address
+                if not served:  # the same memory with other contents: nothing may be remembered by address, or written again
+                    given = {x.untyped_storage().data_ptr() for x in trial.inputs}  # what is passed through may change with them
+                    earlier = {name: x for name, x in trial.run(backend).items() if x.untyped_storage().data_ptr() not in given}
+                    copies = {name: x.clone() for name, x in earlier.items()}
                     with torch.no_grad():
                         trial.inputs[0].neg_()
                     _judge(backend, trial)
+                    if not all(torch.equal(x, copies[name]) for name, x in earlier.items()):
+                        raise Disqualified(f"{trial.name}: a later call changes the results of an earlier one")
             except Disqualified as error:
                 error.part = part_of(trial.problem)
                 raise

@@ -67,7 +67,7 @@ def jobs(device: torch.device, ops: Sequence[str] | None = None, backend: str | 
         by_op.append([])
         for candidate in known[op]:
             wanted = candidate.name == backend if backend else candidate.automatic and candidate.name not in known[op].safe
-            ours = getattr(candidate.forward, "__module__", "page4d_kernels").startswith("page4d_kernels")
+            ours = getattr(candidate.forward, "func", candidate.forward).__module__.startswith("page4d_kernels")
             if not wanted or candidate.unavailable():
                 continue
             if backend or not ours or not known[op].reasons(candidate.name, known[op].typical(device.type)):

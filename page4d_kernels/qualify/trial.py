@@ -61,10 +61,14 @@ class Draw:
         return self.size(0, 1 << 30)
 
 
-def differentiate(outputs: Sequence[Tensor], leaves: dict[str, Tensor], seed: int = 1) -> Results:
+def upstream_of(x: Tensor, seed: int = 1) -> Tensor:
+    """A random gradient for `x`. Its values are those of bf16, so that it is the same for outputs of every dtype."""
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16).to(x)
+
+
+def differentiate(outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> Results:
     """Gradients by name, of a fixed random combination of the outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+    upstream = [upstream_of(x, seed) for seed, x in enumerate(outputs)]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream, materialize_grads=True)
     return {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 

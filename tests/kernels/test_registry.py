@@ -179,7 +179,7 @@ def test_a_faulty_backend_does_no_harm_to_others(monkeypatch):
         mask_attention(x, x, x, backend="raises")
     with pytest.raises(BackendError, match="returned 'not today' instead of a list of reasons"):
         mask_attention(x, x, x, backend="text")
-    with pytest.raises(BackendError, match=r"backend 'shape' returned \(1, 1, 4, 1\) instead of a tensor of shape \(1, 1, 4, 8\)"):
+    with pytest.raises(BackendError, match=r"backend 'shape' returned \(1, 1, 4, 1\) float32 on cpu instead of \(1, 1, 4, 8\) float32"):
         mask_attention(x, x, x, backend="shape")
     with pytest.raises(BackendError, match="unknown backend"):
         mask_attention(x, x, x, backend="nosuch")

@@ -18,7 +18,7 @@ from ...testing import (
     oracle_attention,
     plain_attention,
 )
-from ..trial import Draw, Expected, Results, Setting, Timed, Trial
+from ..trial import Draw, Expected, Results, Setting, Timed, Trial, upstream_of
 
 PER_FRAME, SPECIAL = 893, 5
 
@@ -90,7 +90,7 @@ def _trial(name: str, x: AttentionInputs, training: bool) -> Trial:
         exact, low = x.to(torch.float64).requires_grad_(), x.to(x.q.dtype).requires_grad_()
         out, lse = oracle_attention(exact, scale)
         plain = plain_attention(low, scale)
-        slack = gradient_slack(exact, out.detach(), lse.detach(), _upstream(out), scale)
+        slack = gradient_slack(exact, out.detach(), lse.detach(), upstream_of(x.q), scale)
         return Expected(
             {"out": out.detach()} | _gradients(out, exact),
             {"out": plain.detach()} | _gradients(plain, low),
@@ -104,12 +104,8 @@ def _given(x: AttentionInputs) -> tuple[torch.Tensor, ...]:
     return tuple(tensor for tensor in x.tensors() if tensor is not None)
 
 
-def _upstream(out: torch.Tensor) -> torch.Tensor:
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-
-
 def _gradients(out: torch.Tensor, x: AttentionInputs) -> Results:
-    found = attention_gradients(out, x, _upstream(out))
+    found = attention_gradients(out, x, upstream_of(out))
     if x.layout is not None and "query_gate" in found:  # by the layout the rest of the gate is constant
         found["query_gate"] = x.layout.only_special(found["query_gate"])
     return {f"gradient of {name}": gradient for name, gradient in found.items()}
