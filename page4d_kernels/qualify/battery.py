@@ -19,6 +19,7 @@ from ..testing import assert_within_budget
 from .classes import part_of
 from .trial import Results, Trial
 
+ROUNDINGS = 16 * torch.finfo(torch.float32).eps  # on top of the budget: among many random problems, some meet the tail of the errors
 REPEATS = 3  # calls after the first that must give the same bits
 
 
@@ -88,7 +89,8 @@ def _judge(backend: str, trial: Trial) -> None:
     for name, result in first.items():
         if name not in expected.oracle:
             raise Disqualified(f"{trial.name}: it returned {name!r}, which nobody asked for")
-        oracle, plain, slack = expected.oracle[name], expected.plain[name], expected.slack.get(name, 0.0)
+        oracle, plain = expected.oracle[name], expected.plain[name]
+        slack = expected.slack.get(name, 0.0) + ROUNDINGS * float(oracle.abs().max())
         if (result.shape, result.dtype, result.device) != (plain.shape, plain.dtype, plain.device):
             raise Disqualified(f"{trial.name}: {name} is {_kind(result)} instead of {_kind(plain)}")
         if poisoned[name].isnan().any() and not result.isnan().any():
