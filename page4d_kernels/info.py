@@ -35,7 +35,7 @@ def report() -> str:
     lines += [f"  {name}={env.get(name) or '(not set)'}: {meaning}" for name, meaning in env.VARIABLES.items()]
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     for op, registry in registries().items():
-        lines.append(f"{op} on {device} ({registry.variable}; auto tries {', '.join(registry.order)})")
+        lines.append(f"{op} on {device} ({registry.variable}; auto without a record: {', '.join(registry.order)})")
         for backend in registry:
             reasons = registry.reasons(backend.name, registry.typical(device))
             state = f"no: {'; '.join(reasons)}" if reasons else "usable"

@@ -52,7 +52,7 @@ def judge(graphed: GraphedPage4D, images: Callable[[int, int], Tensor], frames: 
 
 def main() -> None:
     job, say = worker.channel()
-    say(at="the start")
+    worker.wait(say)
     seed = random.Random(job["seed"]).randrange(1 << 30)
     timed: dict[str, dict[str, Callable[[], Any]]] = {}
     with torch.inference_mode():

@@ -68,6 +68,8 @@ def mask_attention(
         query_gate = key_bias = None  # the layout promises that nothing is gated
     if layout is not None and query_gate is not None and query_gate.requires_grad:
         query_gate = layout.only_special(query_gate)  # the rest is constant by the promise: no gradient there with any backend
+    if not torch.compiler.is_compiling():  # a compiled graph copies its inputs itself
+        q, k, v = _for_vector_loads(q), _for_vector_loads(k), _for_vector_loads(v)
     problem = describe(q, k, v, query_gate, key_bias, layout=layout, return_lse=return_lse)
     chosen = BACKENDS.choose(problem, backend)
     if chosen.backward is None:
@@ -102,6 +104,11 @@ def describe(
     biased = query_gate is not None
     aligned = _aligned(q) and _aligned(k) and _aligned(v)
     return AttentionProblem(q.device.type, q.dtype, batch, heads, queries, k.shape[2], head_dim, biased, layout, needs, return_lse, aligned)
+
+
+def _for_vector_loads(x: Tensor) -> Tensor:
+    """`x`, or a copy if it does not begin at a multiple of 16 bytes in its memory: kernels load as much at once, and not all check."""
+    return x if x.storage_offset() * x.element_size() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _aligned(x: Tensor) -> bool:

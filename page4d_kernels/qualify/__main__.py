@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -15,9 +15,9 @@ from ..backends.registry import BackendError
 from . import record
 from .classes import DTYPES, FORWARD, TRAINING
 from .errors import QualifyError
-from .record import Entry
+from .record import Entry, Verdict
 from .report import describe
-from .run import Job, jobs, qualify
+from .run import Job, Watch, jobs, qualify
 
 SECONDS = {"cuda": 60.0, "cpu": 15.0}  # of the run that `page4d infer` starts by itself
 BY_HAND = {"cuda": 600.0, "cpu": 120.0}
@@ -70,49 +70,63 @@ def run(args: argparse.Namespace, more: Sequence[Job] = ()) -> str:
     if kind == "cuda" and not args.op and not args.backend:
         todo += more
     directions = [FORWARD] if args.forward_only else [FORWARD, TRAINING]
-    known, _ = record.stored(device)
-    if known is not None and not args.force:
-        parts = [f"{dtype} {direction}" for dtype in dtypes for direction in directions]
-        todo = [job for job in todo if not _judged(known, job, parts)]
-        if not todo:
-            return describe(known) + "\nall of this is in the record: --force judges it again"
-    seconds = args.seconds or BY_HAND[kind]
     with record.only_one(device) as alone:
         if not alone:
             raise QualifyError("another process is judging the backends of this device: wait until it has ended")
-        with progress_bar(todo) as bar:
+        known = None if args.force else record.stored(device)[0]
+        parts = [f"{dtype} {direction}" for dtype in dtypes for direction in directions]
+        todo = [job for job in todo if known is None or not _done(known, job, parts, head_dims)]
+        if known is not None and not todo:
+            return describe(known) + "\nall of this is in the record: --force judges it again"
+        saving = Saving(device)
+        with progress_bar(todo) as watch:
             entry, missed = qualify(
-                device, todo, seconds, dtypes=dtypes, directions=directions, head_dims=head_dims, seed=args.seed, progress=bar
-            )
-        lines = [save(device, entry)] if entry.ops else ["nothing was judged, and nothing saved"]
+                device, todo, args.seconds or BY_HAND[kind], dtypes=dtypes, directions=directions, head_dims=head_dims, seed=args.seed,
+                known=known, keep=saving, watch=watch,
+            )  # fmt: skip
+        if entry.ops and not args.op and not args.backend:
+            saving(Entry(entry.environment, entry.made, tried=parts))
+    lines = [saving.words or "nothing was judged, and nothing saved"]
     lines += [f"no time or memory was left for {name}" for name in missed]
+    if missed:
+        lines.append("run `page4d qualify` again to go on from here")
     return "\n".join([describe(record.current(kind) or entry), *lines])
 
 
-def _judged(known: Entry, job: Job, parts: Sequence[str]) -> bool:
-    verdict = known.ops.get(job.op, record.OpRecord()).backends.get(job.backend)
-    return verdict is not None and all(verdict.judged(part) for part in parts)
+def _done(known: Entry, job: Job, parts: Sequence[str], head_dims: Sequence[int]) -> bool:
+    """Whether the record holds all of this."""
+    verdict = known.ops.get(job.op, record.OpRecord()).backends.get(job.backend, Verdict())
+    return all(verdict.judged(part, head_dims) for part in parts) and not any(name.startswith(tuple(parts)) for name in verdict.untimed)
 
 
 @contextlib.contextmanager
-def progress_bar(todo: Sequence[Job]) -> Iterator[Callable[[str], None]]:
-    """A progress bar; the function takes the name of each job that has ended."""
+def progress_bar(todo: Sequence[Job]) -> Iterator[Watch]:
+    """A progress bar that names what runs."""
     with tqdm(total=len(todo), desc="qualify kernels", unit="backend") as bar:
 
-        def ended(name: str) -> None:
-            bar.set_postfix_str(name, refresh=False)
-            bar.update()
+        def watch(name: str, at: str) -> None:
+            if at:
+                bar.set_postfix_str(f"{name}: {at}")
+            else:
+                bar.update()
 
-        yield ended
+        yield watch
 
 
-def save(device: torch.device, entry: Entry) -> str:
-    """Save the entry, or keep it for this process. Returns what was done, in words."""
-    try:
-        return f"saved in {record.save(device, entry)}"
-    except QualifyError as error:
-        record.keep_in_process(device, entry)
-        return f"{error}: this process follows it, the next will not"
+class Saving:
+    """Saves entries, or keeps them for this process. `words` says what was done with the last."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.words = device, ""
+
+    def __call__(self, entry: Entry) -> None:
+        if not entry.ops and not entry.tried:
+            return
+        try:
+            self.words = f"saved in {record.save(self.device, entry)}"
+        except QualifyError as error:
+            record.keep_in_process(self.device, entry)
+            self.words = f"{error}: this process follows it, the next will not"
 
 
 def first_run(device: torch.device, dtype: torch.dtype) -> str:
@@ -121,23 +135,20 @@ def first_run(device: torch.device, dtype: torch.dtype) -> str:
         return ""
     part = f"{DTYPES[dtype]} {FORWARD}"
     known, _ = record.stored(device)
-    if known is not None and (
-        part in known.tried or _judged(known, Job("mask_attention", "cpu" if device.type == "cpu" else "triton"), [part])
-    ):
+    if known is not None and part in known.tried:
         return ""
     if not record.writable(device):
         return f"kernels: they are not judged, as the record {record.path_of(device)} cannot be written; the documented order serves"
     with record.only_one(device) as alone:
         if not alone:
             return "kernels: another process is judging the backends; the documented order serves this run"
-        todo = jobs(device)
-        with progress_bar(todo) as progress:
-            entry, missed = qualify(device, todo, SECONDS[device.type], dtypes=[DTYPES[dtype]], progress=progress)
-        entry.tried.append(part)
-        where = save(device, entry)
-    lines = [f"kernels: judged once on this machine, {where}; `page4d info` shows it, PAGE4D_QUALIFY=off forbids it"]
+        todo, saving = jobs(device), Saving(device)
+        with progress_bar(todo) as watch:
+            entry, missed = qualify(device, todo, SECONDS[device.type], dtypes=[DTYPES[dtype]], known=known, keep=saving, watch=watch)
+        saving(Entry(entry.environment, entry.made, tried=[part]))
+    lines = [f"kernels: judged once on this machine, {saving.words}; `page4d info` shows it, PAGE4D_QUALIFY=off forbids it"]
     if missed:
-        lines.append(f"kernels: no time was left for {len(missed)} of the comparisons: `page4d qualify` takes more")
+        lines.append(f"kernels: no time was left for {', '.join(missed)}: `page4d qualify` goes on with them")
     return "\n".join(lines)
 
 
@@ -158,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was saved", file=sys.stderr)
+        print("interrupted: what was judged so far is saved", file=sys.stderr)
         return 130
     return 0
 

@@ -48,10 +48,13 @@ def unwritten_memory_is_nan() -> Iterator[None]:
             torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def judge(registry: Registry, backend: str, trials: Iterable[Trial], at: Callable[[str], None]) -> tuple[list[str], list[str]]:
+At = Callable[[str, bool], None]
+
+
+def judge(registry: Registry, backend: str, trials: Iterable[Trial], at: At) -> tuple[list[str], list[str]]:
     """The dtypes and directions of the trials that `backend` serves, all of them passed, and why it refuses others.
 
-    `at` hears of each trial before it runs.
+    `at` hears the name of each trial twice: before its answers are computed, which is safe, and before the backend runs.
 
     Raises:
         Disqualified: a result is wrong, or a call failed.
@@ -62,16 +65,15 @@ def judge(registry: Registry, backend: str, trials: Iterable[Trial], at: Callabl
         reasons = registry.reasons(backend, trial.problem)
         refusals += reasons
         if not reasons:
-            at(trial.name)
             try:
-                _judge(backend, trial)
+                _judge(backend, trial, at)
                 if not served:  # the same memory with other contents: nothing may be remembered by address, or written again
                     given = {x.untyped_storage().data_ptr() for x in trial.inputs}  # what is passed through may change with them
                     earlier = {name: x for name, x in trial.run(backend).items() if x.untyped_storage().data_ptr() not in given}
                     copies = {name: x.clone() for name, x in earlier.items()}
                     with torch.no_grad():
                         trial.inputs[0].neg_()
-                    _judge(backend, trial)
+                    _judge(backend, trial, at)
                     if not all(torch.equal(x, copies[name]) for name, x in earlier.items()):
                         raise Disqualified(f"{trial.name}: a later call changes the results of an earlier one")
             except Disqualified as error:
@@ -81,8 +83,10 @@ def judge(registry: Registry, backend: str, trials: Iterable[Trial], at: Callabl
     return list(dict.fromkeys(served)), refusals
 
 
-def _judge(backend: str, trial: Trial) -> None:
+def _judge(backend: str, trial: Trial, at: At) -> None:
+    at(trial.name, True)
     before, expected = [x.clone() for x in trial.inputs], trial.expected()
+    at(trial.name, False)
     first = _call(backend, trial, "the first call")
     with unwritten_memory_is_nan():
         poisoned = _call(backend, trial, "a call with NaN in unwritten memory")

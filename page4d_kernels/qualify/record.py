@@ -14,8 +14,9 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,15 @@ class Verdict:
     failed: dict[str, str] = field(default_factory=dict)  # the same, or ENTIRE: the reason
     refused: str = ""  # why it serves nothing here
     skipped: list[str] = field(default_factory=list)  # what it does not serve at all
+    head_dims: dict[str, list[int]] = field(default_factory=dict)  # by what passed: those that were judged
+    untimed: list[str] = field(default_factory=list)  # classes for which no time was left
     lengths: list[int] = field(default_factory=list)  # token counts that were drawn at random
     seed: int = 0  # that they were drawn with
 
-    def judged(self, part: str) -> bool:
-        return bool(self.refused) or part in self.passed + self.skipped or bool(self.failure(part))
+    def judged(self, part: str, head_dims: Sequence[int]) -> bool:
+        """Whether nothing is left to ask, apart from times."""
+        passed = part in self.passed and set(head_dims) <= set(self.head_dims.get(part, []))
+        return passed or part in self.skipped or bool(self.refused or self.failure(part))
 
     def merge(self, newer: Verdict) -> None:
         """Take over what was judged later. What was found about other dtypes and directions stays."""
@@ -55,8 +60,11 @@ class Verdict:
         self.failed.pop(ENTIRE, None)
         self.passed = [part for part in self.passed if part not in newer.failed and part not in newer.passed] + newer.passed
         self.failed = {part: reason for part, reason in self.failed.items() if part not in newer.passed} | newer.failed
-        self.refused, self.seed = newer.refused, newer.seed
+        self.refused, self.seed = newer.refused, newer.seed if newer.lengths else self.seed
+        self.untimed = list(dict.fromkeys(self.untimed + newer.untimed))
         self.skipped = sorted({*self.skipped, *newer.skipped})
+        for part, judged in newer.head_dims.items():
+            self.head_dims[part] = sorted({*self.head_dims.get(part, []), *judged})
         self.lengths = sorted({*self.lengths, *newer.lengths})
 
     def failure(self, part: str) -> str:
@@ -83,7 +91,7 @@ class Entry:
     environment: dict[str, str]
     made: str = ""
     ops: dict[str, OpRecord] = field(default_factory=dict)
-    tried: list[str] = field(default_factory=list)  # dtypes and directions for which `page4d infer` has had its run
+    tried: list[str] = field(default_factory=list)  # dtypes and directions for which all backends have had a run
 
     def merge(self, newer: Entry) -> None:
         """Take over what a newer run found. What it did not look at stays."""
@@ -93,12 +101,14 @@ class Entry:
             mine = self.ops.setdefault(op, OpRecord())
             for backend, verdict in found.backends.items():
                 mine.backends.setdefault(backend, Verdict()).merge(verdict)
-                for name in mine.times:  # what was judged again loses its old times
-                    if name.partition(",")[0] in verdict.passed or mine.backends[backend].failure(name.partition(",")[0]):
+                for name in mine.times:  # of what fails now; others stay until they are measured again
+                    if mine.backends[backend].failure(name.partition(",")[0]):
                         mine.times[name].pop(backend, None)
             for name, timed in found.times.items():
                 mine.times.setdefault(name, {}).update(timed)
             mine.times = {name: timed for name, timed in mine.times.items() if timed}
+            for backend, verdict in mine.backends.items():
+                verdict.untimed = [name for name in verdict.untimed if backend not in mine.times.get(name, {})]
 
 
 # --- where and for what ------------------------------------------------------------------------------------------------------
@@ -127,14 +137,15 @@ def environment(device: torch.device) -> dict[str, str]:
     facts = {"device": _name(device), "torch": torch.__version__, "packages": _packages(), "sources": sources()}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return facts | {"capability": f"{major}.{minor}", "driver": _driver()}
+        return facts | {"capability": f"{major}.{minor}", "driver": _driver(), "tiles": _tiles()}
     level = "none" if native.why_missing() else native.LEVELS[native.level()]
     return facts | {"capability": level, "threads": str(torch.get_num_threads())}
 
 
 @functools.cache
 def _packages() -> str:
-    return " ".join(f"{package} {version(package)}" for package in ("triton", "flash-attn", "xformers"))
+    names = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
+    return " ".join([*(f"{name} {version(name)}" for name in names), f"cudnn {torch.backends.cudnn.version()}"])
 
 
 @functools.cache
@@ -149,13 +160,21 @@ def _driver() -> str:
 
 @functools.cache
 def sources() -> str:
-    """A hash of the package's sources and its compiled library."""
-    root = Path(__file__).parents[1]
+    """A hash of the package's sources, its compiled library, and the model, whose CUDA graphs are judged too."""
+    root = Path(__file__).parents[2]
+    ours, model = root / "page4d_kernels", root / "page4d" / "model"
     digest = hashlib.sha256()
-    for path in sorted([*root.rglob("*.py"), *root.glob("_native*"), *root.rglob("tables/*.json")]):
+    for path in sorted([*ours.rglob("*.py"), *ours.glob("_native*"), *ours.rglob("tables/*.json"), *model.rglob("*.py")]):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _tiles() -> str:
+    """A hash of the user's own table of tile sizes."""
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(Path(env.get("PAGE4D_AUTOTUNE_TABLE")).read_bytes()).hexdigest()[:16]
+    return "shipped"
 
 
 # --- reading and writing -----------------------------------------------------------------------------------------------------
@@ -179,8 +198,9 @@ def _entry(item: Any) -> Entry:
         passed, failed, refused, lengths = value["passed"], texts(value["failed"]), value["refused"], value["lengths"]
         if not (isinstance(refused, str) and all(isinstance(x, str) for x in passed) and all(isinstance(x, int) for x in lengths)):
             raise ValueError(f"{value!r} is not a verdict")
-        skipped = [str(part) for part in value.get("skipped", [])]
-        return Verdict(list(passed), failed, refused, skipped, list(lengths), int(value.get("seed", 0)))
+        skipped, untimed = ([str(part) for part in value.get(name, [])] for name in ("skipped", "untimed"))
+        head_dims = {str(part): [int(x) for x in judged] for part, judged in value.get("head_dims", {}).items()}
+        return Verdict(list(passed), failed, refused, skipped, head_dims, untimed, list(lengths), int(value.get("seed", 0)))
 
     def pair(value: Any) -> list[float]:
         seconds, safe = (float(x) for x in value)
@@ -303,8 +323,9 @@ def now() -> str:
 
 # --- what "auto" learns ------------------------------------------------------------------------------------------------------
 
-_entries: dict[str, Entry | None] = {}  # by device type: read once per process
-_asides: dict[str, Entry] = {}  # of runs whose record could not be written
+_entries: dict[str, Entry | None] = {}  # by device name: read once per process
+_aside = threading.Lock()
+_asides: dict[str, Entry] = {}  # the same, of runs whose record could not be written
 
 
 def mode() -> str:
@@ -323,7 +344,9 @@ def forget() -> None:
 
 def keep_in_process(device: torch.device, entry: Entry) -> None:
     """Let this process follow `entry` although it cannot be saved."""
-    _asides[device.type] = entry
+    with _aside:
+        if (mine := _asides.setdefault(_name(device), entry)) is not entry:
+            mine.merge(entry)
     forget()
 
 
@@ -331,11 +354,20 @@ def current(kind: str) -> Entry | None:
     """The entry that "auto" follows on a device type; None if there is none, or with PAGE4D_QUALIFY=off."""
     if mode() == "off" or kind not in ("cpu", "cuda"):
         return None
-    if kind not in _entries:
-        found = _asides.get(kind) or stored(torch.device(kind))[0]
-        _entries[kind] = found
-        return found
-    return _entries.get(kind)
+    name = _current_name(kind)
+    if name not in _entries:
+        _entries[name] = _asides.get(name) or stored(torch.device(kind))[0]
+    return _entries[name]
+
+
+def _current_name(kind: str) -> str:
+    """Of the processor, or of the current GPU: there may be several kinds in one machine."""
+    return _name_of(kind, torch.cuda.current_device() if kind == "cuda" and torch.cuda.is_available() else None)
+
+
+@functools.cache
+def _name_of(kind: str, index: int | None) -> str:
+    return cpu_name() if kind == "cpu" else kind if index is None else torch.cuda.get_device_name(index)
 
 
 @dataclass(frozen=True)
@@ -349,7 +381,7 @@ class Advice:
 
 def advice(op: str, kind: str, name: str) -> Advice:
     """What the record says about a class of problems of `op` on a device type."""
-    return Advice() if mode() == "off" else _advice(op, kind, name)
+    return Advice() if mode() == "off" else _advice(op, kind, name, _current_name(kind))
 
 
 @functools.cache
@@ -358,7 +390,7 @@ def _hint() -> None:
 
 
 @functools.cache
-def _advice(op: str, kind: str, name: str) -> Advice:
+def _advice(op: str, kind: str, name: str, device: str) -> Advice:
     entry = current(kind)
     if entry is None and kind == "cuda":
         _hint()

@@ -28,7 +28,10 @@ from .record import ENTIRE, Entry, OpRecord, Verdict
 
 WIDTH = min(4, os.cpu_count() or 1)  # batteries at the same time: most of a first one is imports and compilation
 BATTERY = 0.65  # the share of the time after which batteries are stopped, so that those that passed can be timed
+TIMING = "timing, "  # how a child begins to say where it is when it measures
 STALL = {"cpu": 20.0, "cuda": 120.0}  # seconds without a word, after which a child counts as hanging: it may compile meanwhile
+
+Watch = Callable[[str, str], None]  # hears the name of a job and where it is; "" when it has ended
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,22 @@ class Outcome:
 
     verdict: Verdict = field(default_factory=Verdict)
     times: dict[str, list[float]] = field(default_factory=dict)
-    untimed: list[str] = field(default_factory=list)  # classes for which no time was left
+    lacked: list[str] = field(default_factory=list)  # what there was no memory for
     late: str = ""  # where it was when the time was up
+
+    def entry(self, job: Job, environment: dict[str, str]) -> Entry:
+        """As a record. One without ops if nothing was found."""
+        found = Entry(environment, record.now())
+        if self.verdict.passed or self.verdict.failed or self.verdict.refused or self.times:
+            found.ops[job.op] = OpRecord({job.backend: self.verdict}, {name: {job.backend: pair} for name, pair in self.times.items()})
+        return found
+
+    def missed(self, job: Job) -> list[str]:
+        """What was left out, in words."""
+        untimed = [name for name in self.verdict.untimed if not self.late.endswith(name)]
+        words = [f"stopped at {self.late}"] if self.late else []
+        words += [f"{len(untimed)} of its comparisons"] if untimed else []
+        return [f"{job.name} ({what})" for what in words + self.lacked]
 
 
 def jobs(device: torch.device, ops: Sequence[str] | None = None, backend: str | None = None, modules: Sequence[str] = ()) -> list[Job]:
@@ -91,8 +108,10 @@ def _name(backend: Backend) -> str:
 class Child:
     """One child process. `read` takes in what it says until it is ready to measure, has ended, hangs, or time is up."""
 
-    def __init__(self, job: Job, settings: dict[str, Any], environment: dict[str, str]):
-        self.job, self.at, self.outcome = job, "", Outcome(Verdict(seed=settings["seed"]))
+    def __init__(self, job: Job, settings: dict[str, Any], environment: dict[str, str], watch: Watch):
+        self.job, self.at, self.outcome, self._watch = job, "", Outcome(Verdict(seed=settings["seed"])), watch
+        self._head_dims = settings["head_dims"]
+        self._judged = False  # whether code of the backend is running, as far as it says
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed with the object
         self._process = subprocess.Popen(
@@ -122,10 +141,12 @@ class Child:
             try:
                 line = self._lines.get(timeout=max(0.0, min(stall, left)))
             except queue.Empty:
-                if left > stall and self.at:
+                if left > stall and self._judged:
                     verdict.failed[ENTIRE] = f"{self.at}: it hangs (no word for {stall:g} s)"
                 else:
                     self.outcome.late = self.at or "its start"
+                    if self.at.startswith(TIMING):
+                        verdict.untimed.append(self.at.removeprefix(TIMING))
                 self.end()
                 return False
             if line is None:
@@ -151,9 +172,13 @@ class Child:
 
     def _enter(self, said: dict[str, Any]) -> None:
         verdict = self.outcome.verdict
-        self.at = said.get("at", self.at)
-        if "passed" in said:
+        self._judged = "at" in said and not said.get("safe")
+        if "at" in said:
+            self.at = said["at"]
+            self._watch(self.job.name, self.at)
+        elif "passed" in said:
             verdict.passed.append(said["passed"])
+            verdict.head_dims[said["passed"]] = self._head_dims
             verdict.lengths = sorted({*verdict.lengths, *said["lengths"]})
         elif "failed" in said:
             verdict.failed[said["failed"]] = said["reason"]
@@ -164,7 +189,9 @@ class Child:
         elif "timed" in said:
             self.outcome.times[said["timed"]] = said["seconds"]
         elif "untimed" in said:
-            self.outcome.untimed.append(said["untimed"])
+            verdict.untimed.append(said["untimed"])
+        elif "lacked" in said:
+            self.outcome.lacked.append(said["lacked"])
 
     def _how(self) -> str:
         """How the process ended: signal or exit code, and the last line that it wrote to standard error."""
@@ -196,64 +223,78 @@ def qualify(
     head_dims: Sequence[int] = (64,),
     seed: int | None = None,
     stall: float | None = None,
-    progress: Callable[[str], None] = lambda name: None,
+    known: Entry | None = None,
+    keep: Callable[[Entry], None] = lambda entry: None,
+    watch: Watch = lambda name, at: None,
 ) -> tuple[Entry, list[str]]:
-    """Judge the backends of `todo`. Nothing is saved.
+    """Judge the backends of `todo`.
 
-    Batteries run at the same time, `WIDTH` of them. When all have ended, or most of the time has, those that passed measure one after the
-    other.
+    Batteries run at the same time: `WIDTH` of them on a GPU. On a CPU they take turns, as two that use all its cores stand in each other's
+    way. When all have ended, or most of the time has, those that passed measure one after the other.
 
     Args:
         seconds: for everything. Who has not passed by then is not judged, and what is not timed by then stays untimed.
         dtypes, directions, head_dims: what to look at, such as "bfloat16" and "forward".
         seed: of the random lengths; drawn if not given.
         stall: seconds without a word, after which a child counts as hanging; default by device.
-        progress: called with the name of each job when it has ended.
+        known: a record of this environment. What it holds is not judged again.
+        keep: called with what was found about a backend, after its battery and after its times, so that nothing is lost if the run is cut.
+        watch: called with the name of a job and where it is; "" when it has ended.
 
     Returns:
-        What was found, and what there was no time for, in words.
+        What was found, and what there was no time or memory for, in words.
     """
     start = time.monotonic()
     settings = {
         "device": device.type, "dtypes": list(dtypes), "directions": list(directions), "head_dims": list(head_dims),
         "threads": torch.get_num_threads(), "seed": random.SystemRandom().randrange(1 << 30) if seed is None else seed,
     }  # fmt: skip
-    environment, patience = _environment(device), stall or STALL[device.type]
-    entry, missed = Entry(record.environment(device), record.now()), []
+    environment, facts, patience = _environment(device), record.environment(device), stall or STALL[device.type]
+    turns = threading.Semaphore(1 if device.type == "cpu" else WIDTH)
+    children: dict[Job, Child] = {}
     with contextlib.ExitStack() as stack:
 
-        def battery(job: Job) -> tuple[Child, bool]:
-            child = Child(job, settings, environment)
+        def battery(job: Job) -> bool:
+            child = children[job] = Child(job, settings | _known(known, job, head_dims), environment, watch)
             stack.callback(child.end)
-            ready = child.read(start + BATTERY * seconds, patience)
+            deadline = start + BATTERY * seconds
+            ready = child.read(deadline, patience)  # to start: it has imported what it needs
+            if ready:
+                with turns:
+                    child.tell("judge")
+                    ready = child.read(deadline, patience)
+            keep(child.outcome.entry(job, facts))
             if not ready:
-                progress(job.name)
-            return child, ready
+                watch(job.name, "")
+            return ready
 
         with ThreadPoolExecutor(WIDTH) as pool:
             try:
-                children = list(pool.map(battery, todo))
+                ready = list(pool.map(battery, todo))
             except BaseException:  # Ctrl-C: the pool waits for its threads, and these for the children
                 pool.shutdown(wait=False, cancel_futures=True)
                 stack.close()
                 raise
-        measuring = [child for child, ready in children if ready]
-        for i, child in enumerate(measuring):
+        measuring = list(itertools.compress(todo, ready))
+        for i, job in enumerate(measuring):
             share = (start + seconds - time.monotonic()) / (len(measuring) - i)
-            child.tell(str(share))
-            child.read(time.monotonic() + 1.5 * share + 5.0)  # a class that was begun is finished
-            progress(child.job.name)
-    for child, _ in children:
-        outcome = child.outcome
-        if outcome.late:
-            missed.append(f"{child.job.name} (stopped at {outcome.late})")
-        missed += [f"{child.job.name} ({name})" for name in outcome.untimed]
-        if outcome.verdict.passed or outcome.verdict.failed or outcome.verdict.refused:
-            found = entry.ops.setdefault(child.job.op, OpRecord())
-            found.backends[child.job.backend] = outcome.verdict
-            for name, pair in outcome.times.items():
-                found.times.setdefault(name, {})[child.job.backend] = pair
-    return entry, missed
+            children[job].tell(str(share))
+            children[job].read(time.monotonic() + 1.5 * share + 5.0)  # a class that was begun is finished
+            keep(children[job].outcome.entry(job, facts))
+            watch(job.name, "")
+    entry = Entry(facts, record.now())
+    for job in todo:
+        entry.merge(children[job].outcome.entry(job, facts))
+    return entry, [words for job in todo for words in children[job].outcome.missed(job)]
+
+
+def _known(entry: Entry | None, job: Job, head_dims: Sequence[int]) -> dict[str, list[str]]:
+    """For the child: the parts that have been judged, those that passed, and the classes that have been timed."""
+    found = OpRecord() if entry is None else entry.ops.get(job.op, OpRecord())
+    verdict = found.backends.get(job.backend, Verdict())
+    timed = [name for name, times in found.times.items() if job.backend in times]
+    parts = [part for part in verdict.passed + verdict.skipped + list(verdict.failed) if verdict.judged(part, head_dims)]
+    return {"judged": parts, "passed": verdict.passed, "timed": timed}
 
 
 def _environment(device: torch.device) -> dict[str, str]:

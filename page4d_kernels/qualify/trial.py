@@ -61,6 +61,11 @@ class Draw:
         return self.size(0, 1 << 30)
 
 
+def at_an_odd_address(x: Tensor) -> Tensor:
+    """A copy that begins one element into its memory, where loads of several elements at once are not aligned."""
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
 def upstream_of(x: Tensor, seed: int = 1) -> Tensor:
     """A random gradient for `x`. Its values are those of bf16, so that it is the same for outputs of every dtype."""
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16).to(x)

@@ -1,7 +1,8 @@
 """The child process in which one backend is judged: `python -m page4d_kernels.qualify.worker`, a job as JSON on standard input.
 
-It writes one JSON object per line to standard output: where it is, what it found. It first runs the battery of every dtype and direction,
-then says "ready" and waits for a line. Then it measures. What a kernel prints goes to standard error.
+It writes one JSON object per line to standard output: where it is, what it found. Three times it waits for its turn: it says "ready", and
+goes on when it gets a line. First it imports what it needs, then it runs the battery of every dtype and direction, then it measures. What a
+kernel prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ def trials_of(op: str) -> ModuleType:
     return importlib.import_module(f".trials.{op}", __package__)
 
 
-def _at(say: Callable[..., None], part: str, trial: str) -> None:
-    say(at=f"{part}, {trial}")
+def _at(say: Callable[..., None], part: str, trial: str, safe: bool) -> None:
+    say(at=f"{part}, {trial}", safe=safe)
 
 
 def judge(registry: Registry, job: dict[str, Any], say: Callable[..., None]) -> list[Setting]:
-    """Run the battery, and return the settings that passed. Each verdict is said."""
+    """Run the battery, and return the settings that passed, now or by the record. Each verdict is said."""
     backend, trials = job["backend"], trials_of(job["op"]).trials
     passed: list[Setting] = []
     refused: list[str] = []
@@ -50,6 +51,9 @@ def judge(registry: Registry, job: dict[str, Any], say: Callable[..., None]) -> 
             setting = Setting(job["device"], dtype, direction == TRAINING, tuple(job["head_dims"]))
             if setting.training and FORWARD in job["directions"] and dataclasses.replace(setting, training=False) not in passed:
                 continue
+            if part in job["judged"]:
+                passed += [setting] if part in job["passed"] else []
+                continue
             draw = Draw(random.Random(job["seed"]))
             try:
                 served, refusals = battery.judge(registry, backend, trials(setting, draw), functools.partial(_at, say, part))
@@ -58,7 +62,7 @@ def judge(registry: Registry, job: dict[str, Any], say: Callable[..., None]) -> 
                     say(failed=failed, reason=str(error))
                 continue
             except Exception as error:  # of the battery itself, such as too little memory: it says nothing about the backend
-                say(untimed=f"{part}, {_line(error)}")
+                say(lacked=f"{part}, {_line(error)}")
                 continue
             if served:
                 passed.append(setting)
@@ -73,21 +77,24 @@ def judge(registry: Registry, job: dict[str, Any], say: Callable[..., None]) -> 
 
 
 def measure(registry: Registry, job: dict[str, Any], settings: list[Setting], seconds: float, say: Callable[..., None]) -> None:
-    """Time the classes, the backend and the safe one in turns, until `seconds` have gone. The first classes are the most important."""
+    """Time the classes, the backend and the safe one in turns, until `seconds` have gone. The first are the most important: forward, and
+    what `timed` yields first."""
     deadline = time.monotonic() + seconds
-    for setting in settings:
+    for setting in sorted(settings, key=lambda setting: setting.training):
         calls = iter(trials_of(job["op"]).timed(setting))
         while True:
             try:
                 timed = next(calls, None)
             except Exception as error:  # its inputs do not fit into the memory
-                say(untimed=_line(error))
+                say(lacked=_line(error))
                 break
             if timed is None:
                 break
             if registry.reasons(job["backend"], timed.problem):
                 continue
             name = class_of(timed.problem)
+            if name in job["timed"]:
+                continue
             say(at=f"timing, {name}")
             try:
                 found = _measure(registry, job["backend"], timed, setting.device, deadline)
@@ -157,12 +164,12 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def wait(say: Callable[..., None]) -> float:
-    """Say that the battery is over, and wait for the turn to measure, with little memory. Returns the seconds for it."""
+def wait(say: Callable[..., None]) -> str:
+    """Say that this stage is over, and wait for the turn of the next, with little memory. Returns what the parent says then."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     say(ready=True)
-    return float(sys.stdin.readline())
+    return sys.stdin.readline()
 
 
 def main() -> None:
@@ -176,9 +183,9 @@ def main() -> None:
         say(refused=f"it could not be loaded in a process of its own ({_line(error)})")
         say(done=True)
         return
-    say(at="the start")
+    wait(say)
     passed = judge(registry, job, say)
-    measure(registry, job, passed, wait(say), say)
+    measure(registry, job, passed, float(wait(say)), say)
     say(done=True)
 
 

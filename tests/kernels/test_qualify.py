@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ import torch
 from page4d_kernels import BackendError, TokenLayout, env, registries
 from page4d_kernels.backends.mask_attention import sdpa_kernels
 from page4d_kernels.backends.mask_attention.problem import AttentionArgs, AttentionProblem
-from page4d_kernels.qualify import battery, record, worker
-from page4d_kernels.qualify.__main__ import first_run, main
+from page4d_kernels.qualify import battery, record, run, worker
+from page4d_kernels.qualify.__main__ import Saving, _done, first_run, main
 from page4d_kernels.qualify.classes import class_of
 from page4d_kernels.qualify.report import describe
 from page4d_kernels.qualify.run import Job, jobs, qualify
@@ -50,7 +51,7 @@ def judge(backend: str, training: bool = False, seed: int = 0, dtype: torch.dtyp
     draw = Draw(random.Random(seed))
     try:
         served, _ = battery.judge(
-            ATTENTION, backend, trials_of("mask_attention").trials(Setting("cpu", dtype, training), draw), lambda name: None
+            ATTENTION, backend, trials_of("mask_attention").trials(Setting("cpu", dtype, training), draw), lambda name, safe: None
         )
     except battery.Disqualified as error:
         return str(error), draw.lengths
@@ -71,7 +72,7 @@ def pass_all(op: str, dtype: torch.dtype, training: bool) -> None:
         if backend.automatic and not backend.unavailable():
             draw = Draw(random.SystemRandom())
             trials = trials_of(op).trials(Setting("cpu", dtype, training), draw)
-            battery.judge(registries()[op], backend.name, trials, lambda name: None)
+            battery.judge(registries()[op], backend.name, trials, lambda name, safe: None)
 
 
 @pytest.mark.parametrize(("op", "dtype"), QUICK, ids=lambda value: str(value).removeprefix("torch."))
@@ -117,7 +118,7 @@ def test_no_memory_is_not_the_backends_fault(planted):
 def test_what_is_wrong_only_at_full_size_is_caught_while_it_is_timed(planted):
     said: list[dict] = []
     assert judge("planted_long_zeros")[0] == ""
-    job = {"op": "mask_attention", "backend": "planted_long_zeros"}
+    job = {"op": "mask_attention", "backend": "planted_long_zeros", "timed": []}
     measure(ATTENTION, job, [Setting("cpu", torch.float32)], 60.0, lambda **what: said.append(what))
     assert said[-1]["failed"] == "float32 forward" and "its result is not that of the safe backend" in said[-1]["reason"]
 
@@ -141,9 +142,9 @@ def measured(monkeypatch):
     trials = trials_of("mask_attention")
     monkeypatch.setattr(trials, "timed", lambda setting: [trials._timed(attention_inputs(TokenLayout(2, 59, 5)), setting.training)])
 
-    def words(backend: str, seconds: float) -> list[dict]:
+    def words(backend: str, seconds: float, timed: Sequence[str] = ()) -> list[dict]:
         said: list[dict] = []
-        job = {"op": "mask_attention", "backend": backend}
+        job = {"op": "mask_attention", "backend": backend, "timed": timed}
         measure(ATTENTION, job, [Setting("cpu", torch.float32)], seconds, lambda **what: said.append(what))
         return said
 
@@ -153,6 +154,17 @@ def measured(monkeypatch):
 def test_an_error_while_it_is_timed_disqualifies(planted, measured):
     *_, last = measured("planted_second_call", 60.0)
     assert last["failed"] == "float32 forward" and last["reason"].endswith("RuntimeError: the workspace is gone")
+
+
+def test_what_the_record_holds_is_not_judged_or_timed_again(measured):
+    said: list[dict] = []
+    job = {"op": "mask_attention", "backend": "chunked", "device": "cpu", "dtypes": ["float32"], "directions": ["forward"]}
+    job |= {"head_dims": [64], "seed": 0, "judged": ["float32 forward"], "passed": ["float32 forward"]}
+    passed = worker.judge(ATTENTION, job, lambda **what: said.append(what))
+    assert passed == [Setting("cpu", torch.float32)] and not said
+    job["passed"] = []
+    assert worker.judge(ATTENTION, job, lambda **what: said.append(what)) == [] and not said
+    assert measured("chunked", 60.0, timed=["float32 forward, head dim 64, mask with layout, up to 512 tokens"]) == []
 
 
 def test_a_class_without_time_or_memory_stays_untimed(measured, monkeypatch):
@@ -193,6 +205,64 @@ def test_children_that_hang_crash_and_dawdle(planted, cache):
     assert ATTENTION.choose(AttentionProblem.typical("cpu")).name in ("cpu", "sdpa")
     text = describe(entry)
     assert "planted_kills failed: float32 forward" in text and "auto takes the safe backend (planted_slow 0." in text
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    """Makes a job whose child runs a script instead of a backend. It has `say`, and what it was `asked`."""
+
+    def make(backend: str, script: str) -> Job:
+        name = f"scripted_{backend}"
+        start = "import json, sys, time\nsay = lambda **what: print(json.dumps(what), flush=True)\n"
+        (tmp_path / f"{name}.py").write_text(
+            start + "say(ready=True)\nasked = json.loads(sys.stdin.readline())\nsys.stdin.readline()\n" + script
+        )
+        return Job("mask_attention", backend, worker=name)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return make
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_who_takes_long_for_the_answers_is_not_the_backend(scripted, safe):
+    job = scripted("dawdles", f"say(at='float32 forward, x', safe={safe})\ntime.sleep(60)")
+    entry, missed = qualify(CPU, [job], 60.0, dtypes=["float32"], stall=0.5)
+    if safe:
+        assert entry.ops == {} and missed == ["mask_attention dawdles (stopped at float32 forward, x)"]
+    else:
+        assert "it hangs" in entry.ops["mask_attention"].backends["dawdles"].failed["everything"] and missed == []
+
+
+def test_what_was_judged_is_kept_when_the_run_is_cut(scripted, cache, monkeypatch):
+    """Ctrl-C while the second is judged."""
+    monkeypatch.setattr(run, "WIDTH", 1)
+    first = scripted("first", "say(passed='float32 forward', lengths=[3])\nsay(ready=True)\ntime.sleep(60)")
+    second = scripted("second", "while True:\n    say(at='somewhere')\n    time.sleep(0.05)")  # it never ends by itself
+    saving = Saving(CPU)
+
+    def watch(name: str, at: str) -> None:
+        if name == second.name:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qualify(CPU, [first, second], 60.0, dtypes=["float32"], keep=saving, watch=watch)
+    found = record.stored(CPU)[0].ops["mask_attention"].backends
+    assert set(found) == {"first"} and found["first"].judged("float32 forward", [64])
+
+
+def test_a_run_goes_on_with_what_the_last_had_no_time_for(scripted, cache):
+    job = scripted(
+        "late", "say(passed='float32 forward', lengths=[])\nsay(ready=True)\nsay(at='timing, float32 forward, short')\ntime.sleep(60)"
+    )
+    entry, missed = qualify(CPU, [job], 1.5, dtypes=["float32"])
+    assert missed == ["mask_attention late (stopped at timing, float32 forward, short)"]
+    assert not _done(entry, job, ["float32 forward"], [64])
+    check = "assert asked['judged'] == asked['passed'] == ['float32 forward'] and asked['timed'] == []\n"
+    job = scripted("late", check + "say(ready=True)\nsay(timed='float32 forward, short', seconds=[1.0, 2.0])\nsay(done=True)")
+    later, missed = qualify(CPU, [job], 60.0, dtypes=["float32"], known=entry)
+    entry.merge(later)
+    assert missed == [] and _done(entry, job, ["float32 forward"], [64]) and not _done(entry, job, ["float32 forward"], [128])
+    assert entry.ops["mask_attention"].factors("float32 forward, short") == {"late": 2.0}
 
 
 @pytest.mark.slow

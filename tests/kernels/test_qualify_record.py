@@ -13,6 +13,7 @@ import torch
 from page4d_kernels import TokenLayout, mask_attention, registries
 from page4d_kernels.backends.mask_attention.problem import AttentionProblem
 from page4d_kernels.qualify import record
+from page4d_kernels.qualify.__main__ import Saving
 from page4d_kernels.qualify.classes import class_of
 from page4d_kernels.qualify.record import Entry, OpRecord, Verdict
 from page4d_kernels.testing import attention_inputs
@@ -179,6 +180,30 @@ def test_changed_sources_make_a_record_useless(cache, monkeypatch):
     assert len(data["entries"]) == 2  # the old sources keep their entry
 
 
+def test_a_table_of_tiles_is_part_of_a_gpus_environment(cache, monkeypatch, tmp_path):
+    table = tmp_path / "tiles.json"
+    monkeypatch.setenv("PAGE4D_AUTOTUNE_TABLE", str(table))
+    assert record._tiles() == "shipped"
+    table.write_text("{}")
+    first = record._tiles()
+    table.write_text("[]")
+    assert len({"shipped", first, record._tiles()}) == 3
+
+
+def test_each_of_several_gpus_follows_its_own_record(cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["Small", "Large"][index])
+    monkeypatch.setattr(record, "stored", lambda device: (entry_with({"mine": [1.0, 3.0 + torch.cuda.current_device()]}), ""))
+    record._name_of.cache_clear()
+    factors = []
+    for index in (0, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+        factors += [factor for _, factor in record.advice("mask_attention", "cuda", class_of(TYPICAL)).faster]
+    record._name_of.cache_clear()
+    record.forget()
+    assert factors == [3.0, 4.0, 3.0]
+
+
 def test_old_environments_are_dropped(cache):
     for i in range(record.KEPT + 3):
         entry = entry_with({"mine": [1.0, 3.0]})
@@ -201,10 +226,11 @@ def test_a_later_run_replaces_what_it_judged_again_and_keeps_the_rest(cache):
 def test_a_folder_that_cannot_be_written(cache, monkeypatch, capsys):
     """The run is not lost: this process follows it. Root may write anywhere, so a file stands in the folder's place."""
     (cache / "page4d").write_text("in the way")
-    from page4d_kernels.qualify.__main__ import save
-
-    words = save(CPU, entry_with({"mine": [1.0, 3.0]}))
-    assert "cannot be written" in words and "this process follows it" in words
+    saving = Saving(CPU)
+    saving(entry_with({"mine": [1.0, 3.0]}))
+    saving(entry_with({"chunked": [2.0, 3.0]}))
+    assert "cannot be written" in saving.words and "this process follows it" in saving.words
+    assert set(record.current("cpu").ops["mask_attention"].backends) == {"mine", "chunked"}
     assert choice() == "mine"
     with record.only_one(CPU) as alone:
         assert alone

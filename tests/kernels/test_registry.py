@@ -300,6 +300,23 @@ def test_alignment_is_seen_in_strides():
     assert describe(*(odd[:, :1, :1, :64] for _ in range(3))).aligned  # nothing steps
 
 
+def test_no_attention_backend_sees_an_odd_address(monkeypatch):
+    """Kernels load 16 bytes at once. Of torch's own and of other packages, not all check the address."""
+    seen: list[AttentionArgs] = []
+    other = Backend("watch", "", lambda args: seen.append(args) or args.q.clone())
+    monkeypatch.setattr(BACKENDS, "_backends", BACKENDS._backends | {"watch": other})
+    memory = torch.randn(3, 641)
+    q, k, v = (x[1:].view(1, 1, 10, 64).requires_grad_() for x in memory)
+    assert all(x.data_ptr() % 16 for x in (q, k, v))
+    out = mask_attention(q, k, v, layout=None, backend="watch")
+    assert all(x.data_ptr() % 16 == 0 for x in (seen[0].q, seen[0].k, seen[0].v)) and torch.equal(out, q)
+    mask_attention(q, k, v, layout=None, backend="sdpa").sum().backward()
+    assert q.grad is not None and memory.grad is None
+    aligned = torch.randn(1, 1, 10, 64)
+    mask_attention(aligned, k, v, layout=None, backend="watch")
+    assert seen[1].q.data_ptr() == aligned.data_ptr()  # nothing is copied without need
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
 @pytest.mark.parametrize("op", ["mask_attention", "mask_head", "qk_norm_rope"])
 def test_cuda_launches_reach_the_runtime(op, monkeypatch):

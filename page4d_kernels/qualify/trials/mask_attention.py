@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ...testing import (
     oracle_attention,
     plain_attention,
 )
-from ..trial import Draw, Expected, Results, Setting, Timed, Trial, upstream_of
+from ..trial import Draw, Expected, Results, Setting, Timed, Trial, at_an_odd_address, upstream_of
 
 PER_FRAME, SPECIAL = 893, 5
 
@@ -46,6 +47,7 @@ def _trials(setting: Setting, head_dim: int, draw: Draw) -> Iterator[Trial]:
     yield trial("one row", _rows(ragged(1, 20, 300), 1))
     yield trial("one key", _one_key(ragged(1, 20, 200)))
     yield trial("large logits and a large gate", ragged(2, 100, 300, spread=4.0, strength=128.0))
+    yield trial("at an odd address", _at_odd_addresses(ragged(2, 20, 300)))
     yield trial("many tiles", ragged(3, 300, 450, packed=True))
     if setting.device == "cuda" and not setting.training:
         yield _long_trial(ragged(20, PER_FRAME, PER_FRAME + 60, heads=1, packed=True), draw)
@@ -64,6 +66,11 @@ def _without_mask(x: AttentionInputs) -> AttentionInputs:
 def _one_key(x: AttentionInputs) -> AttentionInputs:
     assert x.key_bias is not None
     return dataclasses.replace(x, k=x.k[:, :, :1], v=x.v[:, :, :1], key_bias=x.key_bias[:, :1], layout=None)
+
+
+def _at_odd_addresses(x: AttentionInputs) -> AttentionInputs:
+    odd: dict[str, Any] = {name: at_an_odd_address(getattr(x, name)) for name in NAMES}
+    return dataclasses.replace(x, **odd)
 
 
 def _problem(x: AttentionInputs, training: bool):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...backends.mask_head.problem import MaskHeadProblem
 from ...ops.mask_head import mask_head
-from ..trial import Draw, Setting, Timed, Trial, compared, differentiate
+from ..trial import Draw, Setting, Timed, Trial, at_an_odd_address, compared, differentiate
 
 NAMES = ("depthwise_weight", "depthwise_bias", "hidden_weight", "hidden_bias", "out_weight", "out_bias")
 # Kernels round the operands of the C -> hidden matmul: to tf32 for half-precision tokens, to bf16 on a CPU.
@@ -22,11 +22,14 @@ def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
         ("few channels", 1, 2, 5, 24, 16),
         ("more of everything than a tile holds", 2, 2, 5, 72, 48),
         ("no special tokens", 2, 1, 0, 40, 33),
+        ("at an odd address", 1, 2, 5, 64, 32),
         ("the official widths", 1, 1, 5, 1024, 256),
     ):
         grid = (draw.size(2, 14), draw.size(2, 19))
         draw.lengths.append(grid[0] * grid[1])
         tensors = _tensors(batch, frames, grid, special, channels, hidden, dtype, device, draw.seed())
+        if name == "at an odd address":
+            tensors = {name: at_an_odd_address(x) for name, x in tensors.items()}
 
         def call(given: dict[str, Tensor], backend: str, grid=grid, special=special) -> list[Tensor]:
             return [mask_head(**given, grid=grid, special_tokens=special, backend=backend)]

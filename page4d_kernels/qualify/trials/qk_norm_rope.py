@@ -11,19 +11,21 @@ from torch import Tensor
 from ...backends.qk_norm_rope.problem import QkNormRopeProblem
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...reference.qk_norm_rope import rope_tables
-from ..trial import Draw, Setting, Timed, Trial, compared, differentiate
+from ..trial import Draw, Setting, Timed, Trial, at_an_odd_address, compared, differentiate
 
 LEAVES = ("qkv", "q_weight", "q_bias", "k_weight", "k_bias")
 
 
 def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
     dtype, device, training = setting.dtype, setting.device, setting.training
-    shapes = ((5, 2, 1), (0, 3, 2), (1, 1, 1))  # special tokens, frames, batch
-    for head_dim, (special, frames, batch) in itertools.product(setting.head_dims, shapes):
+    shapes = ((5, 2, 1, False), (0, 3, 2, False), (1, 1, 1, False), (5, 2, 2, True))  # special tokens, frames, batch, at an odd address
+    for head_dim, (special, frames, batch, odd) in itertools.product(setting.head_dims, shapes):
         grid = (draw.size(1, 13), draw.size(2, 17))
         tokens = frames * (special + grid[0] * grid[1])
         draw.lengths.append(tokens)
         tensors = _tensors(batch, tokens, grid, 3, head_dim, dtype, device, draw.seed())
+        if odd:
+            tensors = {name: at_an_odd_address(x) for name, x in tensors.items()}
 
         def call(given: dict[str, Tensor], backend: str, grid=grid, special=special) -> tuple[Tensor, ...]:
             return qk_norm_rope(*given.values(), grid=grid, special_tokens=special, backend=backend)
@@ -31,7 +33,7 @@ def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
         problem = QkNormRopeProblem(device, dtype, batch, tokens, 3, head_dim, grid, special, training)
         tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
         run, expected = compared(["q", "k", "v"], tensors, LEAVES if training else (), call, tolerance=tolerance)
-        name = f"head dim {head_dim}, {frames} frames of {grid[0]} x {grid[1]} patches"
+        name = f"head dim {head_dim}, {frames} frames of {grid[0]} x {grid[1]} patches" + ", at an odd address" * odd
         yield Trial(name, problem, run, expected, tuple(tensors.values()))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...backends.residual_norm.problem import ResidualNormProblem
 from ...ops.residual_norm import residual_norm
-from ..trial import Draw, Setting, Timed, Trial, compared, differentiate
+from ..trial import Draw, Setting, Timed, Trial, at_an_odd_address, compared, differentiate
 
 LEAVES = ("x", "branch", "scale", "weight", "bias")
 
@@ -18,10 +18,18 @@ def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
     """All in `dtype`, and as in the trunk: the stream and the parameters in fp32, the branch and the norm in `dtype`."""
     dtype, device, training = setting.dtype, setting.device, setting.training
     for stream in dict.fromkeys((torch.float32, dtype)):
-        for channels, low, high in ((8, 1, 40), (100, 3, 90), (1024, 1, 60), (64, 8200, 8300)):
+        for channels, low, high, odd in (
+            (8, 1, 40, False),
+            (100, 3, 90, False),
+            (1024, 1, 60, False),
+            (64, 8200, 8300, False),
+            (64, 5, 90, True),
+        ):
             rows = draw.size(low, high)
             draw.lengths.append(rows)
             tensors = _tensors(rows, channels, stream, dtype, device, draw.seed())
+            if odd:
+                tensors = {name: at_an_odd_address(x) for name, x in tensors.items()}
 
             def call(given: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
                 return residual_norm(*given.values(), dtype=given["branch"].dtype, backend=backend)
@@ -29,7 +37,7 @@ def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
             problem = ResidualNormProblem(device, stream, rows, channels, training)
             tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
             run, expected = compared(["sum", "norm"], tensors, LEAVES if training else (), call, tolerance=tolerance)
-            yield Trial(f"{rows} rows of {channels} channels", problem, run, expected, tuple(tensors.values()))
+            yield Trial(f"{rows} rows of {channels} channels{', at an odd address' * odd}", problem, run, expected, tuple(tensors.values()))
 
 
 def _tensors(rows, channels, dtype, branch_dtype, device, seed) -> dict[str, Tensor]:
