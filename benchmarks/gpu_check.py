@@ -67,7 +67,8 @@ def main() -> int:
         return 2
     out = Path(sys.argv[1]).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"XDG_CACHE_HOME": str(out / "cache"), "PAGE4D_AUTOTUNE_TABLE": str(out / "tiles.json")}
+    tiles = str(out / "tiles.json")
+    environment = os.environ | {"PAGE4D_BUILD_CUDA": "1", "XDG_CACHE_HOME": str(out / "cache"), "PAGE4D_AUTOTUNE_TABLE": tiles}
     failed = 0
     for name, arguments in commands(out).items():
         start = time.monotonic()
