@@ -120,6 +120,7 @@ class PassProblem:
     layers: int
     length: int  # tokens of the sequence
     needs_grad = False
+    variant = ""
 
     @property
     def kind(self) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from page4d_kernels.qualify import worker
-from page4d_kernels.qualify.classes import class_of
+from page4d_kernels.qualify.classes import DTYPES, FORWARD, class_of, part
 from page4d_kernels.qualify.run import Job
 from page4d_kernels.timing import interleaved
 
@@ -25,6 +26,7 @@ from .page4d import Page4D
 JOB = Job("cuda_graph", "graph", worker=__spec__.name if __spec__ else __name__)
 MODELS = {"page4d-mask": (336, 518), "nano": (56, 84)}  # by preset, the size at which they are used
 SECONDS = 1.0
+Calls = dict[str, dict[str, Callable[[], Any]]]  # by class: with a graph and without
 
 
 def models(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Page4D, Callable[[int, int], Tensor]]]:
@@ -50,34 +52,57 @@ def judge(graphed: GraphedPage4D, images: Callable[[int, int], Tensor], frames: 
     return ""
 
 
+def calls(label: str, device: str, dtype: torch.dtype, seed: int, say: Callable[..., None]) -> tuple[str, Calls]:
+    """Why graphs must not be taken, and by class the calls to time."""
+    found: Calls = {}
+    for name, model, images in models(device, dtype):
+        graphed = GraphedPage4D(model)
+        for frames in (2, MAX_FRAMES):
+            say(at=f"{label}, {name}, {frames} frames", part=label)
+            given = images(frames, seed)
+            found[class_of(PassProblem.of(model, given))] = {
+                "graph": functools.partial(graphed, given),
+                "eager": functools.partial(model, given),
+            }
+            if reason := judge(graphed, images, frames, seed):
+                return reason, {}
+    return "", found
+
+
 def main() -> None:
     job, say = worker.channel()
     worker.wait(say)
     seed = random.Random(job["seed"]).randrange(1 << 30)
-    timed: dict[str, dict[str, Callable[[], Any]]] = {}
+    named = {name: dtype for dtype, name in DTYPES.items()}
+    passed: dict[str, Calls] = {}
     with torch.inference_mode():
-        for dtype in (worker.NAMED[name] for name in job["dtypes"]):
-            part = f"{worker.DTYPES[dtype]} forward"
-            calls: dict[str, dict[str, Callable[[], Any]]] = {}
-            reason = ""
-            for name, model, images in models(job["device"], dtype):
-                graphed = GraphedPage4D(model)
-                for frames in (2, MAX_FRAMES):
-                    say(at=f"{part}, {name}, {frames} frames")
-                    reason = reason or judge(graphed, images, frames, seed)
-                    given = images(frames, seed)
-                    label = class_of(PassProblem.of(model, given))
-                    calls[label] = {"graph": functools.partial(graphed, given), "eager": functools.partial(model, given)}
+        for dtype in job["dtypes"]:
+            label = part(dtype, FORWARD, "")
+            if label in job["judged"] and label not in job["passed"]:
+                continue
+            try:
+                reason, found = calls(label, job["device"], named[dtype], seed, say)
+            except torch.OutOfMemoryError as error:
+                say(skipped=label, reason=f"no memory ({str(error).splitlines()[0]})")
+                continue
             if reason:
-                say(failed=part, reason=reason)
-            else:
-                say(passed=part, lengths=[])
-                timed |= calls
-        worker.wait(say)
-        for label, runs in timed.items():
-            say(at=f"timing, {label}")
-            times = interleaved(runs, job["device"], SECONDS)
-            say(timed=label, seconds=[times["graph"].lower, times["eager"].lower])
+                say(failed=label, reason=reason)
+                continue
+            passed[label] = found
+            if label not in job["passed"]:
+                say(passed=label, lengths=[])
+        deadline = time.monotonic() + float(worker.wait(say))
+        for label, found in passed.items():
+            left = {name: runs for name, runs in found.items() if name not in job["timed"]}
+            for name, runs in left.items():
+                if time.monotonic() > deadline:
+                    say(untimed=name)
+                    continue
+                say(at=f"timing, {name}", part=label)
+                times = interleaved(runs, job["device"], SECONDS)
+                say(timed=name, seconds=[times["graph"].lower, times["eager"].lower])
+            if time.monotonic() <= deadline:
+                say(complete=label)
     say(done=True)
 
 

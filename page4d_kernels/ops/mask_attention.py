@@ -68,11 +68,11 @@ def mask_attention(
         query_gate = key_bias = None  # the layout promises that nothing is gated
     if layout is not None and query_gate is not None and query_gate.requires_grad:
         query_gate = layout.only_special(query_gate)  # the rest is constant by the promise: no gradient there with any backend
-    if not torch.compiler.is_compiling():  # a compiled graph copies its inputs itself
-        q, k, v = _for_vector_loads(q), _for_vector_loads(k), _for_vector_loads(v)
     problem = describe(q, k, v, query_gate, key_bias, layout=layout, return_lse=return_lse)
     chosen = BACKENDS.choose(problem, backend)
     if chosen.backward is None:
+        if not torch.compiler.is_compiling() and any(x.storage_offset() * x.element_size() % 16 for x in (q, k, v)):
+            q, k, v = q.clone(), k.clone(), v.clone()  # as in `_op`; with torch.func, tensors have no address
         with without_autocast(q):  # such a backend refuses `return_lse`
             out = chosen.forward(AttentionArgs(q, k, v, query_gate, key_bias, layout, scale))
         if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
@@ -104,11 +104,6 @@ def describe(
     biased = query_gate is not None
     aligned = _aligned(q) and _aligned(k) and _aligned(v)
     return AttentionProblem(q.device.type, q.dtype, batch, heads, queries, k.shape[2], head_dim, biased, layout, needs, return_lse, aligned)
-
-
-def _for_vector_loads(x: Tensor) -> Tensor:
-    """`x`, or a copy if it does not begin at a multiple of 16 bytes in its memory: kernels load as much at once, and not all check."""
-    return x if x.storage_offset() * x.element_size() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _aligned(x: Tensor) -> bool:
@@ -166,6 +161,11 @@ def _check(
             expect(not bool(rest.any()), f"query_gate is not zero outside the special tokens, as {layout} promises")
 
 
+def _for_vector_loads(x: Tensor) -> Tensor:
+    """`x`, or a copy if its address is no multiple of 16 bytes: kernels load as much at once, and not all of them check."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 _layout = functools.lru_cache(TokenLayout)
 
 
@@ -184,6 +184,7 @@ def _op(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    q, k, v = _for_vector_loads(q), _for_vector_loads(k), _for_vector_loads(v)
     with without_autocast(q):
         out, lse = BACKENDS.get(backend).forward(AttentionArgs(q, k, v, query_gate, key_bias, _unpack(layout), scale))
     return to_token_major(out), lse
@@ -214,6 +215,7 @@ def _backward_op(
     """Gradients of q, k, v, query_gate, key_bias. The last two are empty if there is no bias."""
     backward = BACKENDS.get(backend).backward
     assert backward is not None  # this operator is used only for backends that have one
+    q, k, v, d_out = _for_vector_loads(q), _for_vector_loads(k), _for_vector_loads(v), _for_vector_loads(d_out)
     with without_autocast(q):
         args = AttentionArgs(q, k, v, query_gate, key_bias, _unpack(layout), scale)
         d_q, d_k, d_v, d_gate, d_bias = backward(args, out, lse, d_out, d_lse)

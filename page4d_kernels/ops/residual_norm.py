@@ -52,7 +52,7 @@ def residual_norm(
     inputs = (x, branch, scale, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     widest = functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs), dtype)
-    problem = ResidualNormProblem(x.device.type, widest, x.numel() // x.shape[-1], x.shape[-1], needs_grad)
+    problem = ResidualNormProblem(x.device.type, widest, x.numel() // x.shape[-1], x.shape[-1], needs_grad, branch.dtype)
     chosen = BACKENDS.choose(problem, backend)
     total, normal = torch.ops.page4d.residual_norm(*inputs, eps, dtype, chosen.name)
     return total, normal

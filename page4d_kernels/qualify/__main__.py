@@ -15,9 +15,9 @@ from ..backends.registry import BackendError
 from . import record
 from .classes import DTYPES, FORWARD, TRAINING
 from .errors import QualifyError
-from .record import Entry, Verdict
+from .record import Entry
 from .report import describe
-from .run import Job, Watch, jobs, qualify
+from .run import Job, Watch, done, jobs, qualify
 
 SECONDS = {"cuda": 60.0, "cpu": 15.0}  # of the run that `page4d infer` starts by itself
 BY_HAND = {"cuda": 600.0, "cpu": 120.0}
@@ -54,8 +54,9 @@ def run(args: argparse.Namespace, more: Sequence[Job] = ()) -> str:
     if args.seconds is not None and not 1 <= args.seconds <= 86400:
         raise QualifyError(f"--seconds must be from 1 to 86400, not {args.seconds:g}")
     dtypes = _names("--dtypes", args.dtypes, ["bfloat16", "float16", "float32"] if kind == "cuda" else ["float32", "bfloat16", "float16"])
-    head_dims = [int(x) for x in args.head_dims.split(",") if x.strip().isdecimal()]
-    if not head_dims or len(head_dims) != len(args.head_dims.split(",")) or min(head_dims) < 1:
+    texts = args.head_dims.split(",")
+    head_dims = list(dict.fromkeys(int(x) for x in texts if x.strip().isdecimal()))
+    if not all(x.strip().isdecimal() for x in texts) or min(head_dims) < 1:
         raise QualifyError(f"--head-dims {args.head_dims}: give numbers separated by commas, such as 64,128")
     if args.modules:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace, more: Sequence[Job] = ()) -> str:
             kind_of_error = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
             raise QualifyError(f"--import {module}: {kind_of_error}{error}") from None
     device = torch.device(kind)
-    todo = jobs(device, args.op, args.backend, args.modules)
+    todo = jobs(device, list(dict.fromkeys(args.op or ())), args.backend, args.modules)
     if kind == "cuda" and not args.op and not args.backend:
         todo += more
     directions = [FORWARD] if args.forward_only else [FORWARD, TRAINING]
@@ -74,8 +75,7 @@ def run(args: argparse.Namespace, more: Sequence[Job] = ()) -> str:
         if not alone:
             raise QualifyError("another process is judging the backends of this device: wait until it has ended")
         known = None if args.force else record.stored(device)[0]
-        parts = [f"{dtype} {direction}" for dtype in dtypes for direction in directions]
-        todo = [job for job in todo if known is None or not _done(known, job, parts, head_dims)]
+        todo = [job for job in todo if known is None or not done(known, job, dtypes, directions, head_dims)]
         if known is not None and not todo:
             return describe(known) + "\nall of this is in the record: --force judges it again"
         saving = Saving(device)
@@ -85,24 +85,18 @@ def run(args: argparse.Namespace, more: Sequence[Job] = ()) -> str:
                 known=known, keep=saving, watch=watch,
             )  # fmt: skip
         if entry.ops and not args.op and not args.backend:
-            saving(Entry(entry.environment, entry.made, tried=parts))
+            saving(Entry(entry.environment, entry.made, tried=[f"{dtype} {way}" for dtype in dtypes for way in directions]))
     lines = [saving.words or "nothing was judged, and nothing saved"]
-    lines += [f"no time or memory was left for {name}" for name in missed]
-    if missed:
-        lines.append("run `page4d qualify` again to go on from here")
+    lines += [f"no time or memory was left for {name} ({what})" for name, words in missed.items() for what in words]
+    if missed and saving.words:
+        lines.append("run it again to go on from here, or with more --seconds")
     return "\n".join([describe(record.current(kind) or entry), *lines])
-
-
-def _done(known: Entry, job: Job, parts: Sequence[str], head_dims: Sequence[int]) -> bool:
-    """Whether the record holds all of this."""
-    verdict = known.ops.get(job.op, record.OpRecord()).backends.get(job.backend, Verdict())
-    return all(verdict.judged(part, head_dims) for part in parts) and not any(name.startswith(tuple(parts)) for name in verdict.untimed)
 
 
 @contextlib.contextmanager
 def progress_bar(todo: Sequence[Job]) -> Iterator[Watch]:
     """A progress bar that names what runs."""
-    with tqdm(total=len(todo), desc="qualify kernels", unit="backend") as bar:
+    with tqdm(total=len(todo), desc="qualify kernels", unit="backend", disable=None) as bar:
 
         def watch(name: str, at: str) -> None:
             if at:
@@ -134,7 +128,7 @@ def first_run(device: torch.device, dtype: torch.dtype) -> str:
     if device.type not in SECONDS or record.mode() == "off":
         return ""
     part = f"{DTYPES[dtype]} {FORWARD}"
-    known, _ = record.stored(device)
+    known = record.stored(device)[0]
     if known is not None and part in known.tried:
         return ""
     if not record.writable(device):
@@ -153,7 +147,7 @@ def first_run(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _names(option: str, text: str | None, known: Sequence[str]) -> list[str]:
-    names = [name.strip() for name in text.split(",")] if text is not None else list(known)
+    names = list(dict.fromkeys(name.strip() for name in text.split(","))) if text is not None else list(known)
     wrong = [name for name in names if name not in known]
     if wrong:
         raise QualifyError(f"{option} {text}: choose from {', '.join(known)}")

@@ -15,13 +15,22 @@ def direction_of(problem: Any) -> str:
     return TRAINING if problem.needs_grad else FORWARD
 
 
+def part(dtype: str, direction: str, variant: str) -> str:
+    """Such as "bfloat16 forward, head dim 64". A backend passes or fails the battery for a part."""
+    return f"{dtype} {direction}" + f", {variant}" * bool(variant)
+
+
 def part_of(problem: Any) -> str:
-    """Dtype and direction, such as "bfloat16 forward". A backend passes or fails the battery for these."""
-    return f"{DTYPES[problem.dtype]} {direction_of(problem)}"
+    return part(DTYPES[problem.dtype], direction_of(problem), problem.variant)
 
 
 def class_of(problem: Any) -> str:
-    """Such as "bfloat16 forward, mask and layout, up to 2048 tokens". It depends on no exact length, and not on batch or heads."""
+    """Such as "bfloat16 forward, head dim 64: mask with layout, up to 2048 tokens". It depends on no exact length, batch or heads."""
     limit = next((limit for limit in LENGTHS if problem.length <= limit), None)
     length = f"over {LENGTHS[-1]} tokens" if limit is None else f"up to {limit} tokens"
-    return ", ".join(word for word in (part_of(problem), problem.kind, length) if word)
+    return f"{part_of(problem)}: " + ", ".join(word for word in (problem.kind, length) if word)
+
+
+def part_in(name: str) -> str:
+    """The part of a class, by the class's name."""
+    return name.partition(":")[0]

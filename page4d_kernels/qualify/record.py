@@ -16,7 +16,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ import torch
 
 from .. import env, native
 from ..versions import cpu_name, version
+from .classes import part_in
 from .errors import QualifyError
 
 logger = logging.getLogger("page4d_kernels")
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 8  # entries of a file: the newest environments
 MARGIN = 1.05  # "auto" leaves the safe backend only for one that was faster by this factor
 ENTIRE = "everything"  # in `Verdict.failed`, instead of a dtype and direction
@@ -37,40 +38,38 @@ ENTIRE = "everything"  # in `Verdict.failed`, instead of a dtype and direction
 
 @dataclass
 class Verdict:
-    """What the battery found about one backend of one op."""
+    """What was found about one backend of one op. A part is a dtype, a direction and a variant, such as "bfloat16 forward, head dim 64"."""
 
-    passed: list[str] = field(default_factory=list)  # such as "bfloat16 forward"
-    failed: dict[str, str] = field(default_factory=dict)  # the same, or ENTIRE: the reason
-    refused: str = ""  # why it serves nothing here
-    skipped: list[str] = field(default_factory=list)  # what it does not serve at all
-    head_dims: dict[str, list[int]] = field(default_factory=dict)  # by what passed: those that were judged
-    untimed: list[str] = field(default_factory=list)  # classes for which no time was left
+    passed: list[str] = field(default_factory=list)  # parts
+    failed: dict[str, str] = field(default_factory=dict)  # by part, or ENTIRE: the reason
+    skipped: dict[str, str] = field(default_factory=dict)  # by part, or ENTIRE: why it does not serve it or could not be judged
+    timed: list[str] = field(default_factory=list)  # parts of which each class has had its turn
     lengths: list[int] = field(default_factory=list)  # token counts that were drawn at random
-    seed: int = 0  # that they were drawn with
-
-    def judged(self, part: str, head_dims: Sequence[int]) -> bool:
-        """Whether nothing is left to ask, apart from times."""
-        passed = part in self.passed and set(head_dims) <= set(self.head_dims.get(part, []))
-        return passed or part in self.skipped or bool(self.refused or self.failure(part))
-
-    def merge(self, newer: Verdict) -> None:
-        """Take over what was judged later. What was found about other dtypes and directions stays."""
-        if ENTIRE in newer.failed or newer.refused:
-            self.passed, self.failed = [], {}
-        self.failed.pop(ENTIRE, None)
-        self.passed = [part for part in self.passed if part not in newer.failed and part not in newer.passed] + newer.passed
-        self.failed = {part: reason for part, reason in self.failed.items() if part not in newer.passed} | newer.failed
-        self.refused, self.seed = newer.refused, newer.seed if newer.lengths else self.seed
-        self.untimed = list(dict.fromkeys(self.untimed + newer.untimed))
-        self.skipped = sorted({*self.skipped, *newer.skipped})
-        for part, judged in newer.head_dims.items():
-            self.head_dims[part] = sorted({*self.head_dims.get(part, []), *judged})
-        self.lengths = sorted({*self.lengths, *newer.lengths})
 
     def failure(self, part: str) -> str:
-        """Why it must not serve `part`, a dtype and direction. Who computes wrongly in the forward does not train either."""
-        forward = f"{part.split()[0]} forward"
-        return self.failed.get(ENTIRE) or self.failed.get(forward) or self.failed.get(part) or ""
+        """Why it must not serve `part`. A failure in one variant counts for all, and one in the forward for training too."""
+        dtype, direction = part.partition(",")[0].split()
+        wrong = (reason for key, reason in self.failed.items() if key.partition(",")[0] in (f"{dtype} forward", f"{dtype} {direction}"))
+        return self.failed.get(ENTIRE) or next(wrong, "")
+
+    def done(self, part: str) -> bool:
+        """Whether a run has answered all about `part`."""
+        return bool({part, ENTIRE} & {*self.skipped}) or bool(self.failure(part)) or (part in self.passed and part in self.timed)
+
+    def merge(self, newer: Verdict) -> None:
+        """Take over what was judged later. What was found about other parts stays."""
+        judged = {*newer.passed, *newer.failed, *newer.skipped}
+        crashed = {part for part, reason in self.failed.items() if part != ENTIRE and reason == self.failed.get(ENTIRE)}
+        if crashed <= judged:  # the crash speaks for everything, until that part is judged again
+            self.failed.pop(ENTIRE, None)
+        if ENTIRE in newer.failed:
+            self.passed, self.timed = [], []
+        self.passed = [part for part in self.passed if part not in judged] + [part for part in newer.passed if part not in newer.failed]
+        self.failed = {part: reason for part, reason in self.failed.items() if part not in judged} | newer.failed
+        kept = {part: reason for part, reason in self.skipped.items() if part not in judged and (part != ENTIRE or not judged)}
+        self.skipped = kept | newer.skipped
+        self.timed = sorted({*(part for part in self.timed if part not in judged), *newer.timed})
+        self.lengths = sorted({*self.lengths, *newer.lengths})
 
 
 @dataclass
@@ -80,7 +79,7 @@ class OpRecord:
 
     def factors(self, name: str) -> dict[str, float]:
         """By backend, how many times faster than the safe backend it was in this class; only those that passed."""
-        part = name.partition(",")[0]
+        part = part_in(name)
         timed = self.times.get(name, {})
         good = [name for name, verdict in self.backends.items() if name in timed and part in verdict.passed and not verdict.failure(part)]
         return {backend: timed[backend][1] / timed[backend][0] for backend in good}
@@ -93,22 +92,24 @@ class Entry:
     ops: dict[str, OpRecord] = field(default_factory=dict)
     tried: list[str] = field(default_factory=list)  # dtypes and directions for which all backends have had a run
 
+    def verdict(self, op: str, backend: str) -> Verdict:
+        """An empty one if it has not been judged."""
+        return self.ops.get(op, OpRecord()).backends.get(backend, Verdict())
+
     def merge(self, newer: Entry) -> None:
-        """Take over what a newer run found. What it did not look at stays."""
+        """Take over what a newer run found. What it did not look at stays. Nothing of `newer` is shared."""
         self.made = newer.made
         self.tried = sorted({*self.tried, *newer.tried})
         for op, found in newer.ops.items():
             mine = self.ops.setdefault(op, OpRecord())
             for backend, verdict in found.backends.items():
                 mine.backends.setdefault(backend, Verdict()).merge(verdict)
-                for name in mine.times:  # of what fails now; others stay until they are measured again
-                    if mine.backends[backend].failure(name.partition(",")[0]):
+                for name in mine.times:  # what was judged again loses its old times
+                    if part_in(name) in verdict.passed or mine.backends[backend].failure(part_in(name)):
                         mine.times[name].pop(backend, None)
             for name, timed in found.times.items():
-                mine.times.setdefault(name, {}).update(timed)
+                mine.times.setdefault(name, {}).update({backend: list(pair) for backend, pair in timed.items()})
             mine.times = {name: timed for name, timed in mine.times.items() if timed}
-            for backend, verdict in mine.backends.items():
-                verdict.untimed = [name for name in verdict.untimed if backend not in mine.times.get(name, {})]
 
 
 # --- where and for what ------------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def environment(device: torch.device) -> dict[str, str]:
     facts = {"device": _name(device), "torch": torch.__version__, "packages": _packages(), "sources": sources()}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return facts | {"capability": f"{major}.{minor}", "driver": _driver(), "tiles": _tiles()}
+        return facts | {"capability": f"{major}.{minor}", "driver": _driver(), "tiles": _tiles(), "model": _model()}
     level = "none" if native.why_missing() else native.LEVELS[native.level()]
     return facts | {"capability": level, "threads": str(torch.get_num_threads())}
 
@@ -160,11 +161,21 @@ def _driver() -> str:
 
 @functools.cache
 def sources() -> str:
-    """A hash of the package's sources, its compiled library, and the model, whose CUDA graphs are judged too."""
-    root = Path(__file__).parents[2]
-    ours, model = root / "page4d_kernels", root / "page4d" / "model"
+    """A hash of the package's sources and its compiled library."""
+    root = Path(__file__).parents[1]
+    return _hash(root, [*root.rglob("*.py"), *root.glob("_native*"), *root.rglob("tables/*.json")])
+
+
+@functools.cache
+def _model() -> str:
+    """The same of the model, whose CUDA graphs are judged on a GPU."""
+    root = Path(__file__).parents[2] / "page4d" / "model"
+    return _hash(root, list(root.rglob("*.py")))
+
+
+def _hash(root: Path, paths: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted([*ours.rglob("*.py"), *ours.glob("_native*"), *ours.rglob("tables/*.json"), *model.rglob("*.py")]):
+    for path in sorted(paths):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -194,13 +205,21 @@ def _entry(item: Any) -> Entry:
             raise ValueError(f"{value!r} should hold texts")
         return dict(value)
 
+    def parts(value: dict[str, Any], *more: str) -> dict[str, Any]:
+        for name in value:
+            if name not in more and len(name.partition(",")[0].split()) != 2:
+                raise ValueError(f"{name!r} is not a dtype and direction")
+        return value
+
+    def listed(value: Any, kind: type) -> list[Any]:
+        if not isinstance(value, list) or not all(isinstance(x, kind) for x in value):
+            raise ValueError(f"{value!r} is not a list of {kind.__name__}")
+        return value
+
     def verdict(value: Any) -> Verdict:
-        passed, failed, refused, lengths = value["passed"], texts(value["failed"]), value["refused"], value["lengths"]
-        if not (isinstance(refused, str) and all(isinstance(x, str) for x in passed) and all(isinstance(x, int) for x in lengths)):
-            raise ValueError(f"{value!r} is not a verdict")
-        skipped, untimed = ([str(part) for part in value.get(name, [])] for name in ("skipped", "untimed"))
-        head_dims = {str(part): [int(x) for x in judged] for part, judged in value.get("head_dims", {}).items()}
-        return Verdict(list(passed), failed, refused, skipped, head_dims, untimed, list(lengths), int(value.get("seed", 0)))
+        passed, timed = (list(parts(dict.fromkeys(listed(value[name], str)))) for name in ("passed", "timed"))
+        failed, skipped = parts(texts(value["failed"]), ENTIRE), parts(texts(value["skipped"]), ENTIRE)
+        return Verdict(passed, failed, skipped, timed, listed(value["lengths"], int))
 
     def pair(value: Any) -> list[float]:
         seconds, safe = (float(x) for x in value)
@@ -215,15 +234,15 @@ def _entry(item: Any) -> Entry:
         )
         for op, found in item["ops"].items()
     }
-    return Entry(texts(item["environment"]), str(item["made"]), ops, [str(part) for part in item.get("tried", [])])
+    for name in (name for found in ops.values() for name in found.times):
+        parts({part_in(name): name})
+    return Entry(texts(item["environment"]), str(item["made"]), ops, listed(item["tried"], str))
 
 
 def _read(path: Path) -> list[Entry]:
     """All entries of a file; none, with a warning, if it is damaged."""
-    if not path.is_file():
-        return []
     try:
-        return _parse(path.read_text())
+        return _parse(path.read_text()) if path.is_file() else []
     except Exception as error:  # whatever a damaged file makes of the parser
         reason = f"{type(error).__name__}: {error}"
         logger.warning(f"{path} is not a record of qualified kernels and is ignored ({reason}): run `page4d qualify` to replace it")
@@ -260,14 +279,13 @@ def save(device: torch.device, entry: Entry) -> Path:
             entries = _read(path)
             mine = next((found for found in entries if found.environment == entry.environment), None)
             others = [found for found in entries if found is not mine]
-            if mine is None:
-                mine = entry
-            else:
-                mine.merge(entry)
-            data = {"format": FORMAT, "entries": [asdict(found) for found in [*others, mine][-KEPT:]]}
+            mine = mine or Entry(entry.environment)
+            mine.merge(entry)
+            text = json.dumps({"format": FORMAT, "entries": [asdict(found) for found in [*others, mine][-KEPT:]]}, indent=1)
+            _parse(text)  # what could not be read again must not replace what can
             temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             try:
-                temporary.write_text(json.dumps(data, indent=1))
+                temporary.write_text(text)
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -345,8 +363,7 @@ def forget() -> None:
 def keep_in_process(device: torch.device, entry: Entry) -> None:
     """Let this process follow `entry` although it cannot be saved."""
     with _aside:
-        if (mine := _asides.setdefault(_name(device), entry)) is not entry:
-            mine.merge(entry)
+        _asides.setdefault(_name(device), Entry(entry.environment)).merge(entry)
     forget()
 
 
@@ -396,7 +413,7 @@ def _advice(op: str, kind: str, name: str, device: str) -> Advice:
         _hint()
     if entry is None or op not in entry.ops:
         return Advice()
-    found, part = entry.ops[op], name.partition(",")[0]
+    found, part = entry.ops[op], part_in(name)
     factors = sorted(found.factors(name).items(), key=lambda item: -item[1])
     faster = tuple((backend, factor) for backend, factor in factors if factor >= MARGIN)
     failed = tuple(backend for backend, verdict in found.backends.items() if verdict.failure(part))

@@ -16,8 +16,8 @@ def describe(entry: Entry) -> str:
                 lines.append(f"  {name} passed: {', '.join(verdict.passed)}{lengths}")
             for part, reason in verdict.failed.items():
                 lines.append(f"  {name} failed{'' if part == ENTIRE else f' in {part}'}: {reason}")
-            if verdict.refused:
-                lines.append(f"  {name} was not judged: {verdict.refused}")
+            if not verdict.passed and not verdict.failed:
+                lines.append(f"  {name} was not judged: {'; '.join(dict.fromkeys(verdict.skipped.values()))}")
         lines += [f"    {name}: {_factors(found, name)}" for name in found.times]
     return "\n".join(lines)
 

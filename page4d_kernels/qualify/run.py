@@ -22,13 +22,12 @@ from typing import Any
 import torch
 
 from ..backends.registry import Backend, BackendError, registries
-from . import record
-from .classes import FORWARD
+from . import record, trial
+from .classes import FORWARD, part
 from .record import ENTIRE, Entry, OpRecord, Verdict
 
 WIDTH = min(4, os.cpu_count() or 1)  # batteries at the same time: most of a first one is imports and compilation
 BATTERY = 0.65  # the share of the time after which batteries are stopped, so that those that passed can be timed
-TIMING = "timing, "  # how a child begins to say where it is when it measures
 STALL = {"cpu": 20.0, "cuda": 120.0}  # seconds without a word, after which a child counts as hanging: it may compile meanwhile
 
 Watch = Callable[[str, str], None]  # hears the name of a job and where it is; "" when it has ended
@@ -52,22 +51,21 @@ class Outcome:
 
     verdict: Verdict = field(default_factory=Verdict)
     times: dict[str, list[float]] = field(default_factory=dict)
+    untimed: list[str] = field(default_factory=list)  # classes for which no time was left
     lacked: list[str] = field(default_factory=list)  # what there was no memory for
     late: str = ""  # where it was when the time was up
 
     def entry(self, job: Job, environment: dict[str, str]) -> Entry:
         """As a record. One without ops if nothing was found."""
         found = Entry(environment, record.now())
-        if self.verdict.passed or self.verdict.failed or self.verdict.refused or self.times:
+        if self.verdict != Verdict():
             found.ops[job.op] = OpRecord({job.backend: self.verdict}, {name: {job.backend: pair} for name, pair in self.times.items()})
         return found
 
-    def missed(self, job: Job) -> list[str]:
+    def missed(self) -> list[str]:
         """What was left out, in words."""
-        untimed = [name for name in self.verdict.untimed if not self.late.endswith(name)]
-        words = [f"stopped at {self.late}"] if self.late else []
-        words += [f"{len(untimed)} of its comparisons"] if untimed else []
-        return [f"{job.name} ({what})" for what in words + self.lacked]
+        stopped = [f"stopped at {self.late}"] if self.late else []
+        return stopped + ([f"{len(self.untimed)} of its comparisons"] if self.untimed else []) + self.lacked
 
 
 def jobs(device: torch.device, ops: Sequence[str] | None = None, backend: str | None = None, modules: Sequence[str] = ()) -> list[Job]:
@@ -106,12 +104,13 @@ def _name(backend: Backend) -> str:
 
 
 class Child:
-    """One child process. `read` takes in what it says until it is ready to measure, has ended, hangs, or time is up."""
+    """One child process. `read` takes in what it says until it is ready for more, has ended, hangs, or time is up."""
 
-    def __init__(self, job: Job, settings: dict[str, Any], environment: dict[str, str], watch: Watch):
-        self.job, self.at, self.outcome, self._watch = job, "", Outcome(Verdict(seed=settings["seed"])), watch
-        self._head_dims = settings["head_dims"]
-        self._judged = False  # whether code of the backend is running, as far as it says
+    def __init__(self, job: Job, settings: dict[str, Any], environment: dict[str, str], watch: Watch, keep: Callable[[Outcome], None]):
+        self.job, self.outcome = job, Outcome()
+        self._watch, self._keep = watch, keep
+        self._at, self._part, self._in_backend = "", ENTIRE, False  # where it is, and whether code of the backend is running
+        self._ended = threading.Lock()  # held once `end` has been called
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed with the object
         self._process = subprocess.Popen(
@@ -133,28 +132,22 @@ class Child:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
-    def read(self, deadline: float, stall: float = float("inf")) -> bool:
-        """True as soon as it is ready to measure. A child that says nothing for `stall` seconds hangs."""
-        verdict = self.outcome.verdict
+    def read(self, deadline: float, stall: float) -> bool:
+        """True as soon as it is ready for more. A backend that runs for `stall` seconds hangs."""
         while True:
             left = deadline - time.monotonic()
+            patience = min(stall, left) if self._in_backend else left
             try:
-                line = self._lines.get(timeout=max(0.0, min(stall, left)))
+                line = self._lines.get(timeout=max(0.0, patience))
             except queue.Empty:
-                if left > stall and self._judged:
-                    verdict.failed[ENTIRE] = f"{self.at}: it hangs (no word for {stall:g} s)"
+                if patience < left:
+                    self._fail(f"it hangs (no word for {stall:g} s)")
                 else:
-                    self.outcome.late = self.at or "its start"
-                    if self.at.startswith(TIMING):
-                        verdict.untimed.append(self.at.removeprefix(TIMING))
+                    self.outcome.late = self._at or "its start"
                 self.end()
                 return False
             if line is None:
-                how = self._how()
-                if self.at:
-                    verdict.failed[ENTIRE] = f"{self.at}: it ended the process ({how})"
-                else:  # what ends before it begins says nothing about the backend
-                    self.outcome.late = f"its start, {how}"
+                self._died()
                 return False
             try:
                 said = json.loads(line)
@@ -164,6 +157,7 @@ class Child:
             if not known:  # of an import that prints
                 continue
             if "ready" in said:
+                self._in_backend = False
                 return True
             if "done" in said:
                 self.end()
@@ -172,44 +166,58 @@ class Child:
 
     def _enter(self, said: dict[str, Any]) -> None:
         verdict = self.outcome.verdict
-        self._judged = "at" in said and not said.get("safe")
+        self._in_backend = "at" in said and not said.get("safe")
         if "at" in said:
-            self.at = said["at"]
-            self._watch(self.job.name, self.at)
-        elif "passed" in said:
+            self._at, self._part = said["at"], said["part"]
+            self._watch(self.job.name, self._at)
+            return
+        if "passed" in said:
             verdict.passed.append(said["passed"])
-            verdict.head_dims[said["passed"]] = self._head_dims
             verdict.lengths = sorted({*verdict.lengths, *said["lengths"]})
         elif "failed" in said:
             verdict.failed[said["failed"]] = said["reason"]
         elif "skipped" in said:
-            verdict.skipped.append(said["skipped"])
-        elif "refused" in said:
-            verdict.refused = said["refused"]
+            verdict.skipped[said["skipped"]] = said["reason"]
         elif "timed" in said:
             self.outcome.times[said["timed"]] = said["seconds"]
+        elif "complete" in said:
+            verdict.timed.append(said["complete"])
         elif "untimed" in said:
-            verdict.untimed.append(said["untimed"])
+            self.outcome.untimed.append(said["untimed"])
         elif "lacked" in said:
             self.outcome.lacked.append(said["lacked"])
+        self._keep(self.outcome)
 
-    def _how(self) -> str:
-        """How the process ended: signal or exit code, and the last line that it wrote to standard error."""
+    def _fail(self, how: str) -> None:
+        """It fails in everything, and in the part where it was."""
+        for failed in (ENTIRE, self._part):
+            self.outcome.verdict.failed[failed] = f"{self._at}: {how}"
+        self._keep(self.outcome)
+
+    def _died(self) -> None:
+        """Its output has ended. That counts against the backend if its code was running, unless the system ended it, as without memory."""
+        if self._ended.locked():  # by us
+            return
         with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed its output and go on
             self._process.wait(5.0)
+        code = self._process.poll()
         self.end()
-        code = self._process.returncode
-        how = f"exit code {code}"
-        with contextlib.suppress(ValueError):
+        how = "it closed its output" if code is None else f"exit code {code}"
+        if code is not None and code < 0:
             how = f"signal {signal.Signals(-code).name}"
         self._errors.seek(0)
         last = (self._errors.read().strip().splitlines() or [""])[-1]
-        return f"{how}, {last[:200]}" if last else how
+        how += f", {last[:200]}" * bool(last)
+        if self._in_backend and code != -signal.SIGKILL:
+            self._fail(f"it ended the process ({how})")
+        else:
+            self.outcome.late = f"{self._at or 'its start'}, {how}"
 
     def end(self) -> None:
         """Kill what is left of it, with its own children."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL) if hasattr(os, "killpg") else self._process.kill()
+        if self._ended.acquire(blocking=False):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL) if hasattr(os, "killpg") else self._process.kill()
         self._process.wait()
 
 
@@ -226,7 +234,7 @@ def qualify(
     known: Entry | None = None,
     keep: Callable[[Entry], None] = lambda entry: None,
     watch: Watch = lambda name, at: None,
-) -> tuple[Entry, list[str]]:
+) -> tuple[Entry, dict[str, list[str]]]:
     """Judge the backends of `todo`.
 
     Batteries run at the same time: `WIDTH` of them on a GPU. On a CPU they take turns, as two that use all its cores stand in each other's
@@ -238,11 +246,11 @@ def qualify(
         seed: of the random lengths; drawn if not given.
         stall: seconds without a word, after which a child counts as hanging; default by device.
         known: a record of this environment. What it holds is not judged again.
-        keep: called with what was found about a backend, after its battery and after its times, so that nothing is lost if the run is cut.
+        keep: called with all that was found about a backend so far, whenever that is more, so that nothing is lost if the run is cut.
         watch: called with the name of a job and where it is; "" when it has ended.
 
     Returns:
-        What was found, and what there was no time or memory for, in words.
+        What was found, and by job what there was no time or memory for, in words.
     """
     start = time.monotonic()
     settings = {
@@ -252,18 +260,25 @@ def qualify(
     environment, facts, patience = _environment(device), record.environment(device), stall or STALL[device.type]
     turns = threading.Semaphore(1 if device.type == "cpu" else WIDTH)
     children: dict[Job, Child] = {}
+    stopped = threading.Event()
     with contextlib.ExitStack() as stack:
 
         def battery(job: Job) -> bool:
-            child = children[job] = Child(job, settings | _known(known, job, head_dims), environment, watch)
+            """Whether it is ready to measure."""
+
+            def found(outcome: Outcome) -> None:
+                keep(outcome.entry(job, facts))
+
+            child = children[job] = Child(job, settings | _known(known, job), environment, watch, found)
             stack.callback(child.end)
+            if stopped.is_set():  # while it was started
+                child.end()
             deadline = start + BATTERY * seconds
             ready = child.read(deadline, patience)  # to start: it has imported what it needs
             if ready:
                 with turns:
                     child.tell("judge")
                     ready = child.read(deadline, patience)
-            keep(child.outcome.entry(job, facts))
             if not ready:
                 watch(job.name, "")
             return ready
@@ -272,29 +287,39 @@ def qualify(
             try:
                 ready = list(pool.map(battery, todo))
             except BaseException:  # Ctrl-C: the pool waits for its threads, and these for the children
+                stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 stack.close()
                 raise
         measuring = list(itertools.compress(todo, ready))
         for i, job in enumerate(measuring):
-            share = (start + seconds - time.monotonic()) / (len(measuring) - i)
+            share = max(0.0, start + seconds - time.monotonic()) / (len(measuring) - i)
             children[job].tell(str(share))
-            children[job].read(time.monotonic() + 1.5 * share + 5.0)  # a class that was begun is finished
-            keep(children[job].outcome.entry(job, facts))
+            children[job].read(time.monotonic() + 1.5 * share + 5.0, 3 * patience)  # a class that was begun is finished
             watch(job.name, "")
     entry = Entry(facts, record.now())
     for job in todo:
         entry.merge(children[job].outcome.entry(job, facts))
-    return entry, [words for job in todo for words in children[job].outcome.missed(job)]
+    return entry, {job.name: words for job in todo if (words := children[job].outcome.missed())}
 
 
-def _known(entry: Entry | None, job: Job, head_dims: Sequence[int]) -> dict[str, list[str]]:
+def _known(entry: Entry | None, job: Job) -> dict[str, list[str]]:
     """For the child: the parts that have been judged, those that passed, and the classes that have been timed."""
-    found = OpRecord() if entry is None else entry.ops.get(job.op, OpRecord())
-    verdict = found.backends.get(job.backend, Verdict())
-    timed = [name for name, times in found.times.items() if job.backend in times]
-    parts = [part for part in verdict.passed + verdict.skipped + list(verdict.failed) if verdict.judged(part, head_dims)]
-    return {"judged": parts, "passed": verdict.passed, "timed": timed}
+    if entry is None:
+        return {"judged": [], "passed": [], "timed": []}
+    verdict = entry.verdict(job.op, job.backend)
+    timed = [name for name, times in entry.ops.get(job.op, OpRecord()).times.items() if job.backend in times]
+    judged = [*verdict.passed, *verdict.skipped, *verdict.failed]
+    return {"judged": judged, "passed": [part for part in verdict.passed if not verdict.failure(part)], "timed": timed}
+
+
+def done(entry: Entry, job: Job, dtypes: Sequence[str], directions: Sequence[str], head_dims: Sequence[int]) -> bool:
+    """Whether a record holds all that a run would look at."""
+    if job.op in registries():
+        parts = list(trial.settings(job.op, "", dtypes, directions, head_dims))
+    else:
+        parts = [part(dtype, FORWARD, "") for dtype in dtypes]  # CUDA graphs
+    return all(map(entry.verdict(job.op, job.backend).done, parts))
 
 
 def _environment(device: torch.device) -> dict[str, str]:

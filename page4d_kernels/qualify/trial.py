@@ -1,14 +1,22 @@
-"""A trial is one small problem with a known answer; a timed call is one whose time counts. `trials/<op>.py` makes them."""
+"""A trial is one small problem with a known answer; a timed call is one whose time counts. `trials/<op>.py` makes them.
+
+Such a module has `variant(setting)`, what the op judges apart from dtype and direction, `trials(setting, draw)` and `timed(setting)`.
+"""
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .classes import DTYPES, FORWARD, TRAINING, part
 
 Results = dict[str, Tensor]
 
@@ -20,7 +28,21 @@ class Setting:
     device: str
     dtype: torch.dtype
     training: bool = False
-    head_dims: tuple[int, ...] = (64,)
+    head_dim: int = 64
+
+
+def trials_of(op: str) -> ModuleType:
+    return importlib.import_module(f".trials.{op}", __package__)
+
+
+def settings(op: str, device: str, dtypes: Sequence[str], directions: Sequence[str], head_dims: Sequence[int]) -> dict[str, Setting]:
+    """What a run looks at, by part: forward first, as it is more important. An op without head dims is looked at once."""
+    found: dict[str, Setting] = {}
+    variant, named = trials_of(op).variant, {name: dtype for dtype, name in DTYPES.items()}
+    for direction, dtype, head_dim in itertools.product(sorted(directions, key=(FORWARD, TRAINING).index), dtypes, head_dims):
+        setting = Setting(device, named[dtype], direction == TRAINING, head_dim)
+        found.setdefault(part(dtype, direction, variant(setting)), setting)
+    return found
 
 
 @dataclass(frozen=True)

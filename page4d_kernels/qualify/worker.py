@@ -7,7 +7,7 @@ kernel prints goes to standard error.
 
 from __future__ import annotations
 
-import dataclasses
+import faulthandler
 import functools
 import importlib
 import json
@@ -16,8 +16,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,89 +24,93 @@ import torch
 from ..backends.registry import BackendError, Registry, registries
 from ..timing import Clock, interleaved
 from . import battery
-from .classes import DTYPES, FORWARD, TRAINING, class_of, part_of
-from .trial import Draw, Setting, Timed
+from .classes import FORWARD, TRAINING, class_of, part_of
+from .record import ENTIRE
+from .trial import Draw, Setting, Timed, settings, trials_of
 
 SLICE = 0.3  # seconds for the measurement of one class
-NAMED = {name: dtype for dtype, name in DTYPES.items()}
+ORPHANED = 600.0  # seconds without a word, after which the process ends itself, even if Python code does not run any more
 
 
-def trials_of(op: str) -> ModuleType:
-    return importlib.import_module(f".trials.{op}", __package__)
-
-
-def _at(say: Callable[..., None], part: str, trial: str, safe: bool) -> None:
-    say(at=f"{part}, {trial}", safe=safe)
-
-
-def judge(registry: Registry, job: dict[str, Any], say: Callable[..., None]) -> list[Setting]:
-    """Run the battery, and return the settings that passed, now or by the record. Each verdict is said."""
-    backend, trials = job["backend"], trials_of(job["op"]).trials
-    passed: list[Setting] = []
-    refused: list[str] = []
-    for dtype in (NAMED[name] for name in job["dtypes"]):
-        for direction in job["directions"]:
-            part = f"{DTYPES[dtype]} {direction}"
-            setting = Setting(job["device"], dtype, direction == TRAINING, tuple(job["head_dims"]))
-            if setting.training and FORWARD in job["directions"] and dataclasses.replace(setting, training=False) not in passed:
-                continue
-            if part in job["judged"]:
-                passed += [setting] if part in job["passed"] else []
-                continue
-            draw = Draw(random.Random(job["seed"]))
-            try:
-                served, refusals = battery.judge(registry, backend, trials(setting, draw), functools.partial(_at, say, part))
-            except battery.Disqualified as error:
-                for failed in {part, error.part}:
-                    say(failed=failed, reason=str(error))
-                continue
-            except Exception as error:  # of the battery itself, such as too little memory: it says nothing about the backend
-                say(lacked=f"{part}, {_line(error)}")
-                continue
-            if served:
-                passed.append(setting)
-                for name in {part, *served}:
-                    say(passed=name, lengths=draw.lengths)
-            else:
-                refused += refusals
-                say(skipped=part)
-    if not passed and refused:
-        say(refused="; ".join(dict.fromkeys(refused)))
+def judge(registry: Registry, job: dict[str, Any], say: Callable[..., None]) -> dict[str, Setting]:
+    """Run the battery, and return the parts that passed, now or by the record. Each verdict is said."""
+    passed: dict[str, Setting] = {}
+    for part, setting in settings(job["op"], job["device"], job["dtypes"], job["directions"], job["head_dims"]).items():
+        if part in job["judged"]:
+            passed |= {part: setting} if part in job["passed"] else {}
+        elif setting.training and FORWARD in job["directions"] and part.replace(TRAINING, FORWARD) not in passed:
+            say(skipped=part, reason="it does not serve the forward")
+        elif _pass(registry, job, part, setting, say):
+            passed[part] = setting
     return passed
 
 
-def measure(registry: Registry, job: dict[str, Any], settings: list[Setting], seconds: float, say: Callable[..., None]) -> None:
-    """Time the classes, the backend and the safe one in turns, until `seconds` have gone. The first are the most important: forward, and
-    what `timed` yields first."""
+def _pass(registry: Registry, job: dict[str, Any], part: str, setting: Setting, say: Callable[..., None]) -> bool:
+    """Whether the backend passes the battery of one part."""
+
+    def at(trial: str, safe: bool) -> None:
+        say(at=f"{part}, {trial}", part=part, safe=safe)
+
+    draw = Draw(random.Random(job["seed"]))
+    try:
+        served, refusals = battery.judge(registry, job["backend"], trials_of(job["op"]).trials(setting, draw), at)
+    except battery.Disqualified as error:
+        for failed in {part, error.part}:
+            say(failed=failed, reason=f"{error} (--seed {job['seed']} repeats it)")
+        return False
+    except Exception as error:  # of the battery itself, such as too little memory: it says nothing about the backend
+        say(skipped=part, reason=_line(error))
+        return False
+    if not served:
+        say(skipped=part, reason="; ".join(dict.fromkeys(refusals)))
+        return False
+    for name in {part, *served}:
+        say(passed=name, lengths=draw.lengths)
+    return True
+
+
+def measure(registry: Registry, job: dict[str, Any], passed: dict[str, Setting], seconds: float, say: Callable[..., None]) -> None:
+    """Time the classes, the backend and the safe one in turns, until `seconds` have gone.
+
+    The first are the most important: forward, and what `timed` yields first. What cannot be compared here has had its turn as well.
+    """
     deadline = time.monotonic() + seconds
-    for setting in sorted(settings, key=lambda setting: setting.training):
-        calls = iter(trials_of(job["op"]).timed(setting))
-        while True:
-            try:
-                timed = next(calls, None)
-            except Exception as error:  # its inputs do not fit into the memory
-                say(lacked=_line(error))
-                break
-            if timed is None:
-                break
-            if registry.reasons(job["backend"], timed.problem):
-                continue
-            name = class_of(timed.problem)
-            if name in job["timed"]:
-                continue
-            say(at=f"timing, {name}")
-            try:
-                found = _measure(registry, job["backend"], timed, setting.device, deadline)
-            except Exception as error:  # it would end the user's call as well
-                if isinstance(error, BackendError) or battery.is_out_of_memory(error):  # nothing safe to compare with, or no memory
-                    say(untimed=name)
-                    continue
-                say(failed=part_of(timed.problem), reason=f"timing, {name}: {_line(error)}")
-                break
-            if found is None:
-                say(untimed=name)
-            else:
-                say(timed=name, seconds=found)
+    for part, setting in passed.items():
+        try:
+            calls = list(_measured(registry, job, setting, deadline, say))
+        except _Failed as error:
+            say(failed=part, reason=str(error))
+        except Exception as error:  # its inputs do not fit into the memory
+            say(lacked=f"{part}, {_line(error)}")
+        else:
+            if all(calls):
+                say(complete=part)
+
+
+class _Failed(Exception):
+    """The reason in words."""
+
+
+def _measured(registry: Registry, job: dict[str, Any], setting: Setting, deadline: float, say: Callable[..., None]) -> Iterator[bool]:
+    """By class, whether it has had its turn."""
+    for timed in trials_of(job["op"]).timed(setting):
+        name = class_of(timed.problem)
+        if registry.reasons(job["backend"], timed.problem) or name in job["timed"]:
+            yield True
+            continue
+        try:
+            safe = registry.safe_choice(timed.problem)
+            found = [] if safe == job["backend"] else _measure(job["backend"], safe, timed, setting.device, deadline, say)
+        except Exception as error:  # it would end the user's call as well
+            if not isinstance(error, BackendError) and not battery.is_out_of_memory(error):
+                raise _Failed(f"timing, {name}: {_line(error)}") from None
+            say(lacked=f"{name}, {_line(error)}")  # nothing safe to compare with, or no memory
+            found = []
+        if found is None:
+            say(untimed=name)
+        elif found:
+            say(timed=name, seconds=found)
+        yield found is not None
 
 
 def _line(error: Exception) -> str:
@@ -124,16 +127,21 @@ def _agree(found: Any, safe: Any, dtype: torch.dtype) -> bool:
     return all(_agree(x, y, dtype) for x, y in zip(found, safe, strict=True))
 
 
-def _measure(registry: Registry, backend: str, timed: Timed, device: str, deadline: float) -> list[float] | None:
+def _measure(backend: str, safe: str, timed: Timed, device: str, deadline: float, say: Callable[..., None]) -> list[float] | None:
     """Seconds of the backend and of the safe one; None if there is no time for it."""
-    runs: dict[str, Callable[[], object]] = {}
-    results = []
-    for name in (backend, registry.safe_choice(timed.problem)):
-        runs[name] = functools.partial(timed.run, name)
-        results.append(runs[name]())  # it may compile
-    if not _agree(results[0], results[1], timed.problem.dtype):
+    if time.monotonic() > deadline:
+        return None
+    name = class_of(timed.problem)
+    runs: dict[str, Callable[[], object]] = {backend: functools.partial(timed.run, backend), safe: functools.partial(timed.run, safe)}
+    where = {"at": f"timing, {name}", "part": part_of(timed.problem)}
+    say(**where, safe=False)
+    found = runs[backend]()  # it may compile
+    if device == "cuda":
+        torch.cuda.synchronize()
+    say(**where, safe=True)
+    if not _agree(found, runs[safe](), timed.problem.dtype):
         raise ValueError("its result is not that of the safe backend")
-    results.clear()
+    del found
     clock = Clock(device)
     once = sum(clock.seconds(run) for run in runs.values())
     if time.monotonic() + 4 * once > deadline:
@@ -148,6 +156,7 @@ def channel() -> tuple[dict[str, Any], Callable[..., None]]:
     os.dup2(2, 1)
 
     def say(**what: Any) -> None:
+        faulthandler.dump_traceback_later(ORPHANED, exit=True)
         out.write(json.dumps(what) + "\n")
         out.flush()
 
@@ -169,7 +178,11 @@ def wait(say: Callable[..., None]) -> str:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     say(ready=True)
-    return sys.stdin.readline()
+    faulthandler.cancel_dump_traceback_later()
+    line = sys.stdin.readline()
+    if not line:  # the parent has gone
+        sys.exit(1)
+    return line
 
 
 def main() -> None:
@@ -180,7 +193,7 @@ def main() -> None:
         registry = registries()[job["op"]]
         registry.get(job["backend"])
     except Exception as error:
-        say(refused=f"it could not be loaded in a process of its own ({_line(error)})")
+        say(skipped=ENTIRE, reason=f"it could not be loaded in a process of its own ({_line(error)})")
         say(done=True)
         return
     wait(say)

@@ -72,6 +72,12 @@ def hangs(args):
     time.sleep(3600)
 
 
+def hangs_in_bf16(args):
+    if args.q.dtype == torch.bfloat16:
+        time.sleep(3600)
+    return RIGHT.forward(args)
+
+
 def kills(args):
     os._exit(7)
 
@@ -128,8 +134,8 @@ def out_of_memory(args):
 
 
 FORWARDS = [
-    one_percent, ragged_tail, special_rows, mask_ignored, unwritten, not_repeatable, second_call, these_lengths, hangs, kills, segfaults,
-    slow, long_zeros, same_buffer, changes_inputs, remembers, out_of_memory,
+    one_percent, ragged_tail, special_rows, mask_ignored, unwritten, not_repeatable, second_call, these_lengths, hangs,
+    hangs_in_bf16, kills, segfaults, slow, long_zeros, same_buffer, changes_inputs, remembers, out_of_memory,
 ]  # fmt: skip
 _known = {backend.name for backend in registries()["mask_attention"]}
 for _forward in FORWARDS:

@@ -19,17 +19,19 @@ import torch
 from page4d_kernels import BackendError, TokenLayout, env, registries
 from page4d_kernels.backends.mask_attention import sdpa_kernels
 from page4d_kernels.backends.mask_attention.problem import AttentionArgs, AttentionProblem
-from page4d_kernels.qualify import battery, record, run, worker
-from page4d_kernels.qualify.__main__ import Saving, _done, first_run, main
+from page4d_kernels.qualify import battery, record, worker
+from page4d_kernels.qualify.__main__ import first_run, main
 from page4d_kernels.qualify.classes import class_of
 from page4d_kernels.qualify.report import describe
-from page4d_kernels.qualify.run import Job, jobs, qualify
+from page4d_kernels.qualify.run import Job, done, jobs, qualify
 from page4d_kernels.qualify.run import _environment as children_environment
-from page4d_kernels.qualify.trial import Draw, Setting
-from page4d_kernels.qualify.worker import measure, trials_of
+from page4d_kernels.qualify.trial import Draw, Setting, settings, trials_of
+from page4d_kernels.qualify.worker import measure
 from page4d_kernels.testing import attention_inputs
 
 CPU = torch.device("cpu")
+PART = "float32 forward, head dim 64"
+SHORT = f"{PART}: mask with layout, up to 512 tokens"
 ATTENTION = registries()["mask_attention"]
 HERE = str(Path(__file__).parent)
 
@@ -119,8 +121,8 @@ def test_what_is_wrong_only_at_full_size_is_caught_while_it_is_timed(planted):
     said: list[dict] = []
     assert judge("planted_long_zeros")[0] == ""
     job = {"op": "mask_attention", "backend": "planted_long_zeros", "timed": []}
-    measure(ATTENTION, job, [Setting("cpu", torch.float32)], 60.0, lambda **what: said.append(what))
-    assert said[-1]["failed"] == "float32 forward" and "its result is not that of the safe backend" in said[-1]["reason"]
+    measure(ATTENTION, job, {PART: Setting("cpu", torch.float32)}, 60.0, lambda **what: said.append(what))
+    assert said[-1]["failed"] == PART and "its result is not that of the safe backend" in said[-1]["reason"]
 
 
 def test_one_percent_is_caught_in_bf16(planted):
@@ -145,37 +147,48 @@ def measured(monkeypatch):
     def words(backend: str, seconds: float, timed: Sequence[str] = ()) -> list[dict]:
         said: list[dict] = []
         job = {"op": "mask_attention", "backend": backend, "timed": timed}
-        measure(ATTENTION, job, [Setting("cpu", torch.float32)], seconds, lambda **what: said.append(what))
-        return said
+        measure(ATTENTION, job, {PART: Setting("cpu", torch.float32)}, seconds, lambda **what: said.append(what))
+        return [what for what in said if "at" not in what]
 
     return words
 
 
 def test_an_error_while_it_is_timed_disqualifies(planted, measured):
     *_, last = measured("planted_second_call", 60.0)
-    assert last["failed"] == "float32 forward" and last["reason"].endswith("RuntimeError: the workspace is gone")
+    assert last["failed"] == PART and last["reason"].endswith("RuntimeError: the workspace is gone")
 
 
 def test_what_the_record_holds_is_not_judged_or_timed_again(measured):
     said: list[dict] = []
     job = {"op": "mask_attention", "backend": "chunked", "device": "cpu", "dtypes": ["float32"], "directions": ["forward"]}
-    job |= {"head_dims": [64], "seed": 0, "judged": ["float32 forward"], "passed": ["float32 forward"]}
+    job |= {"head_dims": [64], "seed": 0, "judged": [PART], "passed": [PART]}
     passed = worker.judge(ATTENTION, job, lambda **what: said.append(what))
-    assert passed == [Setting("cpu", torch.float32)] and not said
+    assert passed == {PART: Setting("cpu", torch.float32)} and not said
     job["passed"] = []
-    assert worker.judge(ATTENTION, job, lambda **what: said.append(what)) == [] and not said
-    assert measured("chunked", 60.0, timed=["float32 forward, head dim 64, mask with layout, up to 512 tokens"]) == []
+    assert worker.judge(ATTENTION, job, lambda **what: said.append(what)) == {} and not said
+    assert measured("chunked", 60.0, timed=[SHORT]) == [{"complete": PART}]
 
 
-def test_a_class_without_time_or_memory_stays_untimed(measured, monkeypatch):
-    assert measured("chunked", 60.0)[1]["timed"] == "float32 forward, head dim 64, mask with layout, up to 512 tokens"
-    assert "untimed" in measured("chunked", 0.0)[1]
+def test_a_class_without_time_stays_open_and_one_that_cannot_be_compared_does_not(measured, monkeypatch):
+    said = measured("chunked", 60.0)
+    assert said[0]["timed"] == SHORT and said[1:] == [{"complete": PART}]
+    assert measured("chunked", 0.0) == [{"untimed": SHORT}]
+    assert measured("sdpa", 60.0) == [{"complete": PART}]  # it is the safe one itself
 
     def no_memory(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(worker, "interleaved", no_memory)
-    assert "untimed" in measured("chunked", 1e9)[1]
+    said = measured("chunked", 1e9)
+    assert "no time" not in str(said) and said[0]["lacked"].startswith(SHORT) and said[1:] == [{"complete": PART}]
+
+
+def test_settings_are_looked_at_once():
+    found = settings("mask_head", "cpu", ["float32"], ["training", "forward"], [64, 128])
+    assert list(found) == ["float32 forward", "float32 training"]
+    found = settings("mask_attention", "cpu", ["float32"], ["forward"], [64, 128])
+    assert list(found) == [PART, "float32 forward, head dim 128"]
+    assert list(settings("residual_norm", "cpu", ["bfloat16"], ["forward"], [64])) == ["bfloat16 forward, bfloat16 branch"]
 
 
 # --- child processes ---------------------------------------------------------------------------------------------------------
@@ -190,21 +203,21 @@ def test_children_that_hang_crash_and_dawdle(planted, cache):
     todo = [Job("mask_attention", name, ("planted",)) for name in names]
     entry, _ = qualify(CPU, todo, 150.0, dtypes=["float32"], stall=25.0, seed=3)
     verdicts = entry.ops["mask_attention"].backends
-    where = "float32 forward, views of one projection"
+    where = f"{PART}, views of one projection"
     assert (
         where in verdicts["planted_hangs"].failed["everything"]
         and "it hangs (no word for 25 s)" in verdicts["planted_hangs"].failed["everything"]
     )
     assert where in verdicts["planted_kills"].failed["everything"] and "exit code 7" in verdicts["planted_kills"].failed["everything"]
     assert "SIGSEGV" in verdicts["planted_segfaults"].failed["everything"]
-    assert verdicts["planted_slow"].passed == ["float32 forward"] and not verdicts["planted_slow"].failed
+    assert verdicts["planted_slow"].passed == [PART] and not verdicts["planted_slow"].failed
     assert 177 in verdicts["planted_slow"].lengths and len(verdicts["planted_slow"].lengths) > 5
     factors = [entry.ops["mask_attention"].factors(name)["planted_slow"] for name in entry.ops["mask_attention"].times]
     assert factors and all(factor < 1 for factor in factors)
     record.save(CPU, entry)
     assert ATTENTION.choose(AttentionProblem.typical("cpu")).name in ("cpu", "sdpa")
     text = describe(entry)
-    assert "planted_kills failed: float32 forward" in text and "auto takes the safe backend (planted_slow 0." in text
+    assert f"planted_kills failed: {PART}" in text and "auto takes the safe backend (planted_slow 0." in text
 
 
 @pytest.fixture
@@ -213,7 +226,7 @@ def scripted(tmp_path, monkeypatch):
 
     def make(backend: str, script: str) -> Job:
         name = f"scripted_{backend}"
-        start = "import json, sys, time\nsay = lambda **what: print(json.dumps(what), flush=True)\n"
+        start = "import json, os, sys, time\nsay = lambda **what: print(json.dumps(what), flush=True)\n"
         (tmp_path / f"{name}.py").write_text(
             start + "say(ready=True)\nasked = json.loads(sys.stdin.readline())\nsys.stdin.readline()\n" + script
         )
@@ -224,45 +237,52 @@ def scripted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("safe", [False, True])
-def test_who_takes_long_for_the_answers_is_not_the_backend(scripted, safe):
-    job = scripted("dawdles", f"say(at='float32 forward, x', safe={safe})\ntime.sleep(60)")
-    entry, missed = qualify(CPU, [job], 60.0, dtypes=["float32"], stall=0.5)
-    if safe:
-        assert entry.ops == {} and missed == ["mask_attention dawdles (stopped at float32 forward, x)"]
+@pytest.mark.parametrize("end", ["time.sleep(60)", "sys.exit(3)", "os.kill(os.getpid(), 9)"])
+def test_what_counts_against_a_backend(scripted, safe, end):
+    """That it hangs or ends the process, unless its answers were computed, or the system ended the process."""
+    job = scripted("ends", f"say(at='{PART}, x', part='{PART}', safe={safe})\n{end}")
+    entry, missed = qualify(CPU, [job], 8.0, dtypes=["float32"], stall=0.5)
+    if safe or "kill" in end:
+        assert entry.ops == {} and missed["mask_attention ends"][0].startswith(f"stopped at {PART}, x")
     else:
-        assert "it hangs" in entry.ops["mask_attention"].backends["dawdles"].failed["everything"] and missed == []
+        failed = entry.verdict(job.op, job.backend).failed
+        assert set(failed) == {"everything", PART} and missed == {}
+        assert ("it hangs" if "sleep" in end else "it ended the process (exit code 3") in failed["everything"]
 
 
-def test_what_was_judged_is_kept_when_the_run_is_cut(scripted, cache, monkeypatch):
-    """Ctrl-C while the second is judged."""
-    monkeypatch.setattr(run, "WIDTH", 1)
-    first = scripted("first", "say(passed='float32 forward', lengths=[3])\nsay(ready=True)\ntime.sleep(60)")
-    second = scripted("second", "while True:\n    say(at='somewhere')\n    time.sleep(0.05)")  # it never ends by itself
-    saving = Saving(CPU)
-
-    def watch(name: str, at: str) -> None:
-        if name == second.name:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        qualify(CPU, [first, second], 60.0, dtypes=["float32"], keep=saving, watch=watch)
-    found = record.stored(CPU)[0].ops["mask_attention"].backends
-    assert set(found) == {"first"} and found["first"].judged("float32 forward", [64])
+@pytest.mark.slow
+def test_what_was_judged_is_kept_when_the_run_is_cut(planted, cache):
+    """Ctrl-C while a child hangs: what had passed is kept, the rest is not judged, and parent and child end soon."""
+    command = [sys.executable, "-m", "page4d_kernels.qualify", "--device", "cpu", "--op", "mask_attention", "--forward-only"]
+    command += ["--import", "planted", "--backend", "planted_hangs_in_bf16", "--dtypes", "float32,bfloat16", "--seconds", "600"]
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background, shells let programs ignore it
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    deadline = time.monotonic() + 100
+    while (entry := record.stored(CPU)[0]) is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    children = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True).stdout.split()
+    time.sleep(3.0)  # now it hangs
+    parent.send_signal(signal.SIGINT)
+    _, errors = parent.communicate(timeout=60)
+    assert parent.returncode == 130 and "what was judged so far is saved" in errors
+    assert children and not any(Path(f"/proc/{child}").exists() for child in children)
+    entry = record.stored(CPU)[0]
+    verdict = entry.verdict("mask_attention", "planted_hangs_in_bf16")
+    assert verdict.passed == [PART] and verdict.failed == {} and not verdict.done(PART)  # it has no times yet
 
 
 def test_a_run_goes_on_with_what_the_last_had_no_time_for(scripted, cache):
-    job = scripted(
-        "late", "say(passed='float32 forward', lengths=[])\nsay(ready=True)\nsay(at='timing, float32 forward, short')\ntime.sleep(60)"
-    )
+    asked = {"dtypes": ["float32"], "directions": ["forward"], "head_dims": [64]}
+    passed = f"say(passed='{PART}', lengths=[])\nsay(ready=True)\nsys.stdin.readline()\n"
+    job = scripted("late", passed + f"say(at='timing, {SHORT}', part='{PART}', safe=True)\ntime.sleep(60)")
     entry, missed = qualify(CPU, [job], 1.5, dtypes=["float32"])
-    assert missed == ["mask_attention late (stopped at timing, float32 forward, short)"]
-    assert not _done(entry, job, ["float32 forward"], [64])
-    check = "assert asked['judged'] == asked['passed'] == ['float32 forward'] and asked['timed'] == []\n"
-    job = scripted("late", check + "say(ready=True)\nsay(timed='float32 forward, short', seconds=[1.0, 2.0])\nsay(done=True)")
+    assert missed == {"mask_attention late": [f"stopped at timing, {SHORT}"]} and not done(entry, job, **asked)
+    check = f"assert asked['judged'] == asked['passed'] == ['{PART}'] and asked['timed'] == []\nsay(ready=True)\nsys.stdin.readline()\n"
+    job = scripted("late", check + f"say(timed='{SHORT}', seconds=[1.0, 2.0])\nsay(complete='{PART}')\nsay(done=True)")
     later, missed = qualify(CPU, [job], 60.0, dtypes=["float32"], known=entry)
     entry.merge(later)
-    assert missed == [] and _done(entry, job, ["float32 forward"], [64]) and not _done(entry, job, ["float32 forward"], [128])
-    assert entry.ops["mask_attention"].factors("float32 forward, short") == {"late": 2.0}
+    assert missed == {} and done(entry, job, **asked) and not done(entry, job, **asked | {"head_dims": [128]})
+    assert entry.ops["mask_attention"].factors(SHORT) == {"late": 2.0}
 
 
 @pytest.mark.slow
@@ -289,7 +309,7 @@ def test_off_forbids_it(cache, monkeypatch):
 
 def test_no_time_is_not_a_disqualification(cache):
     entry, missed = qualify(CPU, [Job("mask_attention", "chunked")], 0.5, dtypes=["float32"])
-    assert entry.ops == {} and len(missed) == 1 and missed[0].startswith("mask_attention chunked (stopped at")
+    assert entry.ops == {} and missed["mask_attention chunked"][0].startswith("stopped at")
 
 
 # --- the command -------------------------------------------------------------------------------------------------------------
@@ -329,17 +349,17 @@ def test_the_command_writes_a_record_that_info_shows(cache, planted):
     command += ["--import", "planted", "--backend", "planted_one_percent", "--seconds", "60"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "planted_one_percent failed in float32 forward" in result.stdout and "saved in" in result.stdout
+    assert f"planted_one_percent failed in {PART}" in result.stdout and "saved in" in result.stdout
     shown = subprocess.run([sys.executable, "-m", "page4d_kernels.info"], capture_output=True, text=True).stdout
-    assert "planted_one_percent failed in float32 forward" in shown.partition("qualified kernels")[2]
+    assert f"planted_one_percent failed in {PART}" in shown.partition("qualified kernels")[2]
 
 
 def test_classes_depend_on_no_exact_length():
     layout = TokenLayout(2, 893, 5)
     names = [class_of(AttentionProblem("cuda", torch.bfloat16, 1, 16, n, n, 64, True, layout)) for n in (513, 2048, 2049)]
-    assert names[0] == names[1] == "bfloat16 forward, head dim 64, mask with layout, up to 2048 tokens" != names[2]
+    assert names[0] == names[1] == "bfloat16 forward, head dim 64: mask with layout, up to 2048 tokens" != names[2]
     training = AttentionProblem("cuda", torch.float16, 1, 16, 9000, 9000, 64, needs_grad=frozenset("q"))
-    assert class_of(training) == "float16 training, head dim 64, no mask, over 8192 tokens"
+    assert class_of(training) == "float16 training, head dim 64: no mask, over 8192 tokens"
 
 
 # --- torch's kernels as candidates, and the gated rows ------------------------------------------------------------------------
@@ -417,20 +437,3 @@ def test_children_see_only_their_gpu(monkeypatch):
     for visible, index, seen in (("", 1, "1"), ("3,5", 1, "5"), ("3", 0, "3"), ("GPU-a, GPU-b", 1, "GPU-b")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert children_environment(torch.device("cuda", index))["CUDA_VISIBLE_DEVICES"] == seen
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_ends_its_children(planted, cache):
-    """Ctrl-C while a child hangs: the parent ends soon, and with it the child."""
-    command = [sys.executable, "-m", "page4d_kernels.qualify", "--device", "cpu", "--op", "mask_attention", "--dtypes", "float32"]
-    command += ["--import", "planted", "--backend", "planted_hangs", "--seconds", "600"]
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background, shells let programs ignore it
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
-    worker = ["pgrep", "-f", "page4d_kernels.qualify.worker", "-P", str(parent.pid)]
-    while not (children := subprocess.run(worker, capture_output=True, text=True).stdout.split()):
-        time.sleep(0.2)
-    time.sleep(1.0)
-    parent.send_signal(signal.SIGINT)
-    parent.wait(60)
-    assert parent.returncode != 0
-    assert not any(Path(f"/proc/{child}").exists() for child in children)

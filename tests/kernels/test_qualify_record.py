@@ -33,7 +33,7 @@ def mine(monkeypatch):
 
 def entry_with(times: dict[str, list[float]], failed: dict[str, str] | None = None, made: str = "2026-01-01 00:00:00") -> Entry:
     """A record of `mask_attention` in which these backends were timed for the typical problem."""
-    backends = {name: Verdict(["float32 forward"], dict(failed or {})) for name in times}
+    backends = {name: Verdict(["float32 forward, head dim 64"], dict(failed or {})) for name in times}
     return Entry(record.environment(CPU), made, {"mask_attention": OpRecord(backends, {class_of(TYPICAL): times})})
 
 
@@ -58,7 +58,7 @@ def test_a_baseline_is_not_taken_however_fast(cache):
 
 def test_who_was_timed_but_did_not_pass_is_not_taken(cache):
     entry = entry_with({"mine": [1.0, 9.0], "cpu": [1.0, 1.0]})
-    entry.ops["mask_attention"].backends["mine"].passed = ["bfloat16 forward"]
+    entry.ops["mask_attention"].backends["mine"].passed = ["bfloat16 forward, head dim 64"]
     record.save(CPU, entry)
     assert choice() == "sdpa"
 
@@ -75,12 +75,12 @@ def test_runs_of_different_dtypes_add_up(cache):
     record.save(CPU, entry_with({"mine": [1.0, 3.0]}))
     later = entry_with({})
     later.ops["mask_attention"] = OpRecord(
-        {"mine": Verdict(["bfloat16 forward"], {"float16 forward": "wrong"})}, {bf16: {"mine": [1.0, 2.0]}}
+        {"mine": Verdict(["bfloat16 forward, head dim 64"], {"float16 forward, head dim 64": "wrong"})}, {bf16: {"mine": [1.0, 2.0]}}
     )
     record.save(CPU, later)
     found = record.current("cpu").ops["mask_attention"]
-    assert found.backends["mine"].passed == ["float32 forward", "bfloat16 forward"]
-    assert found.backends["mine"].failed == {"float16 forward": "wrong"}
+    assert found.backends["mine"].passed == ["float32 forward, head dim 64", "bfloat16 forward, head dim 64"]
+    assert found.backends["mine"].failed == {"float16 forward, head dim 64": "wrong"}
     assert choice() == "mine" and found.factors(bf16) == {"mine": 2.0}
     record.save(CPU, Entry(later.environment, "", {"mask_attention": OpRecord({"mine": Verdict([], {"everything": "it crashed"})})}))
     found = record.current("cpu").ops["mask_attention"]
@@ -93,7 +93,7 @@ def test_auto_takes_the_safe_backend_where_nothing_is_faster(cache):
 
 
 def test_a_failed_backend_is_not_taken_in_any_class_of_its_dtype(cache):
-    record.save(CPU, entry_with({"cpu": [1.0, 9.0]}, {"float32 forward": "wrong"}))
+    record.save(CPU, entry_with({"cpu": [1.0, 9.0]}, {"float32 forward, head dim 64": "wrong"}))
     assert choice() == "sdpa"
     for dtype, kinds in ((torch.float32, {"sdpa"}), (torch.bfloat16, {"cpu", "sdpa"})):
         assert ATTENTION.choose(AttentionProblem("cpu", dtype, 1, 16, 700, 700, 32)).name in kinds
@@ -113,8 +113,13 @@ def test_records_are_not_read_with_off(cache, monkeypatch):
     assert choice() == before
 
 
-NO_TIMES = {"environment": {"device": "x"}, "made": "", "ops": {"mask_attention": {"backends": {}, "times": {"c": {"cpu": [0, 1]}}}}}
-HUGE = json.dumps({"format": 1, "entries": [NO_TIMES]}).replace("[0, 1]", f"[1{'0' * 400}, 1]")
+NO_TIMES = {
+    "environment": {"device": "x"},
+    "made": "",
+    "tried": [],
+    "ops": {"mask_attention": {"backends": {}, "times": {"float32 forward: c": {"cpu": [0, 1]}}}},
+}
+HUGE = json.dumps({"format": 2, "entries": [NO_TIMES]}).replace("[0, 1]", f"[1{'0' * 400}, 1]")
 DAMAGED = [
     HUGE,
     "[" * 100_000,
@@ -122,14 +127,14 @@ DAMAGED = [
     "{",
     "[]",
     "null",
-    '{"format": 1}',
+    '{"format": 2}',
     '{"format": 99, "entries": []}',
-    '{"format": 1, "entries": [{}]}',
+    '{"format": 2, "entries": [{}]}',
     "\x00\xff",
 ]
 
 
-@pytest.mark.parametrize("text", [*DAMAGED, json.dumps({"format": 1, "entries": [NO_TIMES]})], ids=lambda text: text[:20])
+@pytest.mark.parametrize("text", [*DAMAGED, json.dumps({"format": 2, "entries": [NO_TIMES]})], ids=lambda text: text[:20])
 def test_a_damaged_record_is_ignored_with_a_warning(cache, text, caplog):
     before = choice()
     path = record.path_of(CPU)
@@ -140,6 +145,63 @@ def test_a_damaged_record_is_ignored_with_a_warning(cache, text, caplog):
     assert "is ignored" in caplog.text and "page4d qualify" in caplog.text
     record.save(CPU, entry_with({"mine": [1.0, 3.0]}))  # and replaced by the next run
     assert choice() == "mine"
+
+
+VERDICT = {"passed": [], "failed": {}, "skipped": {}, "timed": [], "lengths": []}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"passed": "float32 forward"},
+        {"passed": [3]},
+        {"passed": [""]},
+        {"failed": {"": "why"}},
+        {"lengths": ["3"]},
+        {"skipped": []},
+        {"timed": None},
+    ],
+    ids=str,
+)
+def test_a_verdict_with_other_types_is_damaged(cache, wrong, caplog):
+    item = {"environment": record.environment(CPU), "made": "", "tried": [], "ops": {"mask_attention": {"backends": {}, "times": {}}}}
+    path = record.path_of(CPU)
+    path.parent.mkdir(parents=True)
+    for verdict in (VERDICT, VERDICT | wrong):
+        item["ops"]["mask_attention"]["backends"] = {"mine": verdict}
+        path.write_text(json.dumps({"format": record.FORMAT, "entries": [item]}))
+        record.forget()
+        assert (record.current("cpu") is None) == (verdict != VERDICT)
+    assert "is ignored" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_no_error(cache, monkeypatch, caplog):
+    before = choice()
+    monkeypatch.setenv("XDG_CACHE_HOME", f"/{'a' * 5000}")
+    record.forget()
+    assert choice() == before and "is ignored" in caplog.text
+
+
+def test_a_crash_speaks_for_everything_until_its_part_is_judged_again():
+    crashed = Verdict([], {"everything": "it crashed", "bfloat16 forward": "it crashed"})
+    found = Verdict(["float32 forward"])
+    found.merge(crashed)
+    assert found.failure("float32 forward") and found.done("float16 training")
+    found.merge(Verdict(["float32 forward"]))
+    assert found.failure("float32 forward") == "it crashed"
+    found.merge(Verdict(["bfloat16 forward"]))
+    assert not found.failed and set(found.passed) == {"float32 forward", "bfloat16 forward"}
+
+
+def test_what_is_not_served_takes_nothing_else_away():
+    found = Verdict(["float32 forward, head dim 64"], {"float16 forward, head dim 64": "wrong"}, timed=["float32 forward, head dim 64"])
+    found.merge(Verdict(skipped={"float32 forward, head dim 128": "it takes head dim 64"}))
+    assert found.done("float32 forward, head dim 64") and found.done("float32 forward, head dim 128")
+    assert not found.done("bfloat16 forward, head dim 64") and found.failure("float16 training, head dim 64") == "wrong"
+    found.merge(Verdict(skipped={"everything": "it could not be loaded"}))
+    assert found.done("bfloat16 forward, head dim 64")
+    found.merge(Verdict(["bfloat16 forward, head dim 64"]))
+    assert "everything" not in found.skipped and not found.done("bfloat16 forward, head dim 64")  # it has no times yet
 
 
 def test_what_is_no_file_is_not_read(cache):
@@ -261,7 +323,7 @@ def test_gated_rows_go_to_the_fastest_qualified_backend(cache):
     rows = AttentionProblem("cpu", torch.float32, 1, 2, 15, 177, 64, biased=True)
     entry = entry_with({})
     names = {"sdpa": [1.0, 9.0], "sdpa_rows": [1.0, 3.0], "chunked": [1.0, 1.5]}  # sdpa does not run inside the operator
-    entry.ops["mask_attention"] = OpRecord({name: Verdict(["float32 forward"]) for name in names}, {class_of(rows): names})
+    entry.ops["mask_attention"] = OpRecord({name: Verdict(["float32 forward, head dim 64"]) for name in names}, {class_of(rows): names})
     record.save(CPU, entry)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -293,12 +355,12 @@ def test_without_a_record_a_gpu_user_gets_one_hint(cache, monkeypatch, caplog):
     record._hint.cache_clear()
     monkeypatch.setattr(record, "stored", lambda device: (None, "there is no record of this device"))
     for length in (512, 2048):
-        assert record.advice("mask_attention", "cuda", f"bfloat16 forward, head dim 64, no mask, up to {length} tokens") == record.Advice()
+        assert record.advice("mask_attention", "cuda", f"bfloat16 forward, head dim 64: no mask, up to {length} tokens") == record.Advice()
     assert caplog.text.count("run `page4d qualify` once") == 1
     record.forget()
     monkeypatch.setenv("PAGE4D_QUALIFY", "off")
     record._hint.cache_clear()
-    record.advice("mask_attention", "cuda", "bfloat16 forward, no mask, up to 512 tokens")
+    record.advice("mask_attention", "cuda", "bfloat16 forward, head dim 64: no mask, up to 512 tokens")
     assert caplog.text.count("run `page4d qualify` once") == 1
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -300,39 +302,46 @@ def test_alignment_is_seen_in_strides():
     assert describe(*(odd[:, :1, :1, :64] for _ in range(3))).aligned  # nothing steps
 
 
-def test_no_attention_backend_sees_an_odd_address(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_attention_backend_sees_an_odd_address(monkeypatch, compiled):
     """Kernels load 16 bytes at once. Of torch's own and of other packages, not all check the address."""
+    seen: list[torch.Tensor] = []
+    right = BACKENDS.get("chunked")
+
+    def forward(args):
+        seen.extend(args[:3])
+        return right.forward(args)
+
+    def backward(args, out, lse, d_out, d_lse):
+        seen.extend((*args[:3], d_out))
+        return right.backward(args, out, lse, d_out, d_lse)
+
+    watch = dataclasses.replace(right, name="watch", forward=forward, backward=backward)
+    monkeypatch.setattr(BACKENDS, "_backends", BACKENDS._backends | {"watch": watch})
+
+    def attend(q, k, v):
+        return mask_attention(q[1:].view(1, 1, 10, 64), k[1:].view(1, 1, 10, 64), v, layout=None, backend="watch")
+
+    if compiled:
+        attend = torch.compile(attend, backend="aot_eager")
+    memory = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 641), dtype=np.float32))
+    q, k = (x.clone().requires_grad_() for x in memory[:2])
+    v = torch.from_numpy(memory[2].numpy()[1:]).view(1, 1, 10, 64)  # its storage begins there
+    assert v.data_ptr() % 16 and v.storage_offset() == 0
+    out = attend(q, k, v)
+    out.backward(memory[3, 1:].view(1, 1, 10, 64))
+    assert len(seen) == 7 and all(x.data_ptr() % 16 == 0 for x in seen)
+    assert q.grad[1:].abs().sum() > 0 and q.grad[0] == 0
+    expected = mask_attention(q[1:].view(1, 1, 10, 64), k[1:].view(1, 1, 10, 64), v, layout=None, backend="chunked")
+    assert torch.equal(out, expected)
+
+
+def test_nothing_is_copied_without_need(monkeypatch):
     seen: list[AttentionArgs] = []
     other = Backend("watch", "", lambda args: seen.append(args) or args.q.clone())
     monkeypatch.setattr(BACKENDS, "_backends", BACKENDS._backends | {"watch": other})
-    memory = torch.randn(3, 641)
-    q, k, v = (x[1:].view(1, 1, 10, 64).requires_grad_() for x in memory)
-    assert all(x.data_ptr() % 16 for x in (q, k, v))
-    out = mask_attention(q, k, v, layout=None, backend="watch")
-    assert all(x.data_ptr() % 16 == 0 for x in (seen[0].q, seen[0].k, seen[0].v)) and torch.equal(out, q)
-    mask_attention(q, k, v, layout=None, backend="sdpa").sum().backward()
-    assert q.grad is not None and memory.grad is None
-    aligned = torch.randn(1, 1, 10, 64)
-    mask_attention(aligned, k, v, layout=None, backend="watch")
-    assert seen[1].q.data_ptr() == aligned.data_ptr()  # nothing is copied without need
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
-@pytest.mark.parametrize("op", ["mask_attention", "mask_head", "qk_norm_rope"])
-def test_cuda_launches_reach_the_runtime(op, monkeypatch):
-    """Addresses, sizes and strides are taken as they come; then the CUDA runtime says that there is no device."""
-    from page4d_kernels import native
-
-    if native.why_no_cuda(f"{op}_cuda"):
-        pytest.skip(native.why_no_cuda(f"{op}_cuda"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
-    half = torch.bfloat16
-    arguments = {
-        "mask_attention": (AttentionArgs(*torch.zeros(3, 1, 2, 20, 64, dtype=half), *torch.zeros(2, 1, 20), TokenLayout(2, 10, 5), 0.1),),
-        "mask_head": (torch.zeros(1, 2, 17, 8), [torch.zeros(n) for n in (72, 8, 128, 16, 16, 1)], (3, 4), 5),
-        "qk_norm_rope": (torch.zeros(1, 34, 3, 2, 64), *(torch.zeros(64) for _ in range(4)), *torch.zeros(2, 5, 16), (3, 4), 5, 1e-5),
-    }[op]
-    if op == "mask_head":
-        arguments[1][2] = torch.zeros(16, 8, 1, 1)
-    with pytest.raises(RuntimeError, match=f"{op}: CUDA: .+"):
-        registries()[op].get("cuda").forward(*arguments)
+    q, k, v = torch.randn(3, 1, 1, 10, 64)
+    mask_attention(q, k, v, layout=None, backend="watch")
+    odd = torch.randn(641)[1:].view(1, 1, 10, 64)
+    mask_attention(odd, k, v, layout=None, backend="watch")
+    assert seen[0].q.data_ptr() == q.data_ptr() and seen[1].q.data_ptr() % 16 == 0

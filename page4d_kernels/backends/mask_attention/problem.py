@@ -35,11 +35,16 @@ class AttentionProblem:
         return self.keys
 
     @property
+    def variant(self) -> str:
+        """What it judges apart."""
+        return f"head dim {self.head_dim}"
+
+    @property
     def kind(self) -> str:
-        """Head dim, and how the rows see the mask, for the same purpose."""
+        """How the rows see the mask, which it times apart."""
         mask = "no mask" if not self.biased else "mask with layout" if self.layout is not None else "mask without layout"
         rows = ", few rows" if 4 * self.queries <= self.keys else ""
-        return f"head dim {self.head_dim}, {mask}{rows}"
+        return f"{mask}{rows}"
 
     @classmethod
     def typical(cls, device: str) -> AttentionProblem:

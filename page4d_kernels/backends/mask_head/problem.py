@@ -19,7 +19,7 @@ class MaskHeadProblem:
     hidden: int
     needs_grad: bool = False  # of any parameter
 
-    kind = ""  # with `length`, how `qualify` sorts problems into classes
+    variant = kind = ""  # `qualify` sorts these problems by dtype, direction and length only
 
     @property
     def length(self) -> int:

@@ -19,13 +19,16 @@ class QkNormRopeProblem:
     special_tokens: int
     needs_grad: bool = False  # of the projection or any parameter
 
+    kind = ""
+
     @property
     def length(self) -> int:
         """Tokens, by which `qualify` sorts problems into classes."""
         return self.tokens
 
     @property
-    def kind(self) -> str:
+    def variant(self) -> str:
+        """What it judges apart."""
         return f"head dim {self.head_dim}"
 
     @classmethod

@@ -14,12 +14,19 @@ class ResidualNormProblem:
     rows: int
     channels: int
     needs_grad: bool = False
+    branch: torch.dtype = torch.float32
 
-    kind = ""  # with `length`, how `qualify` sorts problems into classes
+    kind = ""
 
     @property
     def length(self) -> int:
+        """Tokens, by which `qualify` sorts problems into classes."""
         return self.rows
+
+    @property
+    def variant(self) -> str:
+        """What it judges apart."""
+        return f"{str(self.branch).removeprefix('torch.')} branch"
 
     @classmethod
     def typical(cls, device: str) -> ResidualNormProblem:

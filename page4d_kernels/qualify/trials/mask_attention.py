@@ -24,20 +24,20 @@ from ..trial import Draw, Expected, Results, Setting, Timed, Trial, at_an_odd_ad
 PER_FRAME, SPECIAL = 893, 5
 
 
+def variant(setting: Setting) -> str:
+    return f"head dim {setting.head_dim}"
+
+
 def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
     """Everything that hurts: ragged tails, views, special rows, a large gate, one row, many keys, long sequences."""
-    for head_dim in setting.head_dims:
-        yield from _trials(setting, head_dim, draw)
 
-
-def _trials(setting: Setting, head_dim: int, draw: Draw) -> Iterator[Trial]:
     def ragged(frames: int, low: int, high: int, **options) -> AttentionInputs:
         layout = TokenLayout(frames, draw.size(low, high), SPECIAL)
         draw.lengths.append(layout.tokens)
-        return attention_inputs(layout, head_dim=head_dim, dtype=setting.dtype, device=setting.device, seed=draw.seed(), **options)
+        return attention_inputs(layout, head_dim=setting.head_dim, dtype=setting.dtype, device=setting.device, seed=draw.seed(), **options)
 
     def trial(name: str, x: AttentionInputs) -> Trial:
-        return _trial(f"{name}, head dim {head_dim}", x, setting.training)
+        return _trial(name, x, setting.training)
 
     yield trial("views of one projection", ragged(3, 59, 59, packed=True))
     yield trial("two batches", ragged(3, 17, 300, batch=2, heads=5, packed=True))
@@ -134,12 +134,7 @@ def _long_trial(x: AttentionInputs, draw: Draw) -> Trial:
 
 def timed(setting: Setting) -> Iterator[Timed]:
     """One call per class, the most important first. On a CPU with few heads, as the time per head does not depend on their number."""
-    for head_dim in setting.head_dims:
-        yield from _timed_calls(setting, head_dim)
-
-
-def _timed_calls(setting: Setting, head_dim: int) -> Iterator[Timed]:
-    dtype, device, training = setting.dtype, setting.device, setting.training
+    dtype, device, training, head_dim = setting.dtype, setting.device, setting.training, setting.head_dim
     heads = 16 if device == "cuda" else min(16, torch.get_num_threads())
     over = 20 if device == "cuda" else 10  # frames, for more than 8192 tokens
 

@@ -16,6 +16,10 @@ NAMES = ("depthwise_weight", "depthwise_bias", "hidden_weight", "hidden_bias", "
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 
+def variant(setting: Setting) -> str:
+    return ""
+
+
 def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
     dtype, device, training = setting.dtype, setting.device, setting.training
     for name, batch, frames, special, channels, hidden in (

@@ -9,9 +9,14 @@ from torch import Tensor
 
 from ...backends.residual_norm.problem import ResidualNormProblem
 from ...ops.residual_norm import residual_norm
+from ..classes import DTYPES
 from ..trial import Draw, Setting, Timed, Trial, at_an_odd_address, compared, differentiate
 
 LEAVES = ("x", "branch", "scale", "weight", "bias")
+
+
+def variant(setting: Setting) -> str:
+    return f"{DTYPES[setting.dtype]} branch"
 
 
 def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
@@ -34,7 +39,7 @@ def trials(setting: Setting, draw: Draw) -> Iterator[Trial]:
             def call(given: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
                 return residual_norm(*given.values(), dtype=given["branch"].dtype, backend=backend)
 
-            problem = ResidualNormProblem(device, stream, rows, channels, training)
+            problem = ResidualNormProblem(device, stream, rows, channels, training, dtype)
             tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
             run, expected = compared(["sum", "norm"], tensors, LEAVES if training else (), call, tolerance=tolerance)
             yield Trial(f"{rows} rows of {channels} channels{', at an odd address' * odd}", problem, run, expected, tuple(tensors.values()))
@@ -59,4 +64,4 @@ def timed(setting: Setting) -> Iterator[Timed]:
                 outputs = residual_norm(*tensors.values(), dtype=dtype, backend=backend)
                 return differentiate(outputs, leaves) if training else outputs
 
-        yield Timed(ResidualNormProblem(device, torch.float32, frames * 893, 1024, training), run)
+        yield Timed(ResidualNormProblem(device, torch.float32, frames * 893, 1024, training, dtype), run)
