@@ -88,7 +88,7 @@ class TestGraphs:
     @pytest.fixture
     def qualified(self, monkeypatch):
         """A record in which graphs of nano are faster for up to 512 tokens."""
-        label = "bfloat16 forward, 128 channels, 6 layers, up to 512 tokens"
+        label = "bfloat16 forward: 128 channels, 6 layers, up to 512 tokens"
         faster = {("cuda_graph", "cuda", label): record.Advice((("graph", 2.0),))}
         monkeypatch.setattr(record, "advice", lambda *question: faster.get(question, record.Advice()))
         monkeypatch.setattr(cuda_graph, "_on_default_stream", lambda: True)
