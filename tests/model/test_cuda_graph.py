@@ -150,6 +150,38 @@ class TestGraphs:
             assert "depth of input 2 has other bits" in graph_worker.judge(Same(model, wrong=2), images, 1, 0)
 
 
+@pytest.fixture
+def told(monkeypatch):
+    """What the child says about graphs of nano on the CPU, by what it is asked to do more, and the answer to its judge."""
+    nano = list(graph_worker.models("cpu", torch.float32))[-1]
+    monkeypatch.setattr(graph_worker, "models", lambda device, dtype: [nano])
+    monkeypatch.setattr(graph_worker, "GraphedPage4D", Same)
+    monkeypatch.setattr(graph_worker, "MAX_FRAMES", 3)
+    monkeypatch.setattr(graph_worker, "SECONDS", 0.0)
+
+    def run(seconds=100.0, reason="", **asked):
+        said: list[dict] = []
+        job = {"seed": 0, "dtypes": ["float32"], "device": "cpu", "judged": [], "passed": [], "timed": []} | asked
+        monkeypatch.setattr(graph_worker, "judge", lambda *about: reason)
+        monkeypatch.setattr(graph_worker.worker, "channel", lambda: (job, lambda **what: said.append(what)))
+        monkeypatch.setattr(graph_worker.worker, "wait", lambda say: str(seconds))
+        graph_worker.main()
+        return [what for what in said if "at" not in what]
+
+    return run
+
+
+def test_what_is_said_about_graphs(told):
+    name = "float32 forward: 128 channels, 6 layers, up to 512 tokens"
+    passed, timed, complete, done = told()
+    assert passed == {"passed": "float32 forward", "lengths": []} and timed["timed"] == name and len(timed["seconds"]) == 2
+    assert complete == {"complete": "float32 forward"} and done == {"done": True}
+    assert told(seconds=-1.0) == [passed, {"untimed": name}, done]
+    assert told(judged=["float32 forward"], passed=["float32 forward"], timed=[name]) == [complete, done]
+    assert told(judged=["float32 forward"]) == [done]  # it has failed
+    assert told(reason="wrong") == [{"failed": "float32 forward", "reason": "wrong"}, done]
+
+
 class Same:
     """A stand-in for graphs of a model. The depth of call number `wrong` differs in one bit."""
 
