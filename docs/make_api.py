@@ -12,11 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import page4d
+import page4d.pipeline
 import page4d_kernels
 
 HEAD = """# API
 
-The public names of `page4d` and `page4d_kernels`, from their docstrings. `python docs/make_api.py` writes this page.
+The public names of `page4d`, `page4d.pipeline` and `page4d_kernels`, from their docstrings. `python docs/make_api.py` writes this page.
 """
 
 
@@ -65,7 +66,7 @@ def entry(name: str, thing: Any) -> str:
     return f"\n### `{name}`\n" + (f"\nOne of: {', '.join(thing)}\n" if isinstance(thing, dict) else "")
 
 
-def page(modules: tuple[ModuleType, ...] = (page4d, page4d_kernels)) -> str:
+def page(modules: tuple[ModuleType, ...] = (page4d, page4d.pipeline, page4d_kernels)) -> str:
     parts = [HEAD]
     for module in modules:
         parts.append(f"\n## {module.__name__}\n\n{inspect.cleandoc(module.__doc__ or '')}\n")

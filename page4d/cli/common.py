@@ -1,4 +1,4 @@
-"""Shared by the commands: option types, devices, weights, and user errors as one line with an exit code."""
+"""Shared by the commands: option types, and user errors as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -8,23 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from page4d_kernels import BackendError
 from page4d_kernels.env import VariableError
 from page4d_kernels.qualify.errors import QualifyError
 
-from ..config import Page4DConfig, preset
-from ..errors import InputError, UserError
+from ..errors import UserError
 from ..execution.memory import is_out_of_memory
-from ..model import Page4D, default_device
-from ..model.checkpoint import stored_config
 from .parser import accept_all_names, forget_output
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RANDOM, RANDOM_PRESET = "random", "small"
-DEFAULT_WEIGHTS = "nano"
-RELEASED = "--weights page4d, page4d-mask, vggt or a file"
 WEIGHTS_HELP = "nano (bundled, the default), page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET]"
 
 
@@ -89,46 +80,3 @@ def run_command(run: Callable[[], str], save_memory: str = "use fewer --frames o
         print(f"error: the report cannot be printed ({error.strerror}), but the work is done", file=sys.stderr)
         return 1
     return 0
-
-
-def open_device(name: str | None) -> torch.device:
-    """The device called `name`, after a trial allocation. Without a name: cuda if available, else mps, else cpu."""
-    if name is None:
-        return default_device()
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it does not compute")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def check_weights(weights: str) -> Page4DConfig:
-    """The configuration of the weights named by --weights, without reading them.
-
-    Raises:
-        CheckpointError: the file does not exist.
-    """
-    kind, _, name = weights.partition(":")
-    if kind == RANDOM:
-        return preset(name or RANDOM_PRESET)
-    return stored_config(weights) or preset("page4d")
-
-
-def open_model(weights: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Page4D:
-    """A model in eval mode with the weights named by --weights; "random:PRESET" gives random weights."""
-    kind, _, name = weights.partition(":")
-    if weights == DEFAULT_WEIGHTS:
-        say(f"weights: {weights}, a small model trained on rendered scenes only (docs/nano.md); for real videos use {RELEASED}")
-    if kind != RANDOM:
-        return Page4D.from_pretrained(weights, device=device, dtype=dtype)
-    name = name or RANDOM_PRESET
-    config = preset(name)
-    say(
-        f"RANDOM WEIGHTS ({name} preset, {device.type}): the outputs are noise and only show that everything runs; "
-        f"for real results use {RELEASED}"
-    )
-    torch.manual_seed(seed)
-    return Page4D(config).set_compute_dtype(dtype).to(device).eval()

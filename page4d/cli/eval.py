@@ -19,7 +19,8 @@ from ..evaluation.readers import SPECS, open_dataset
 from ..evaluation.report import table, write_json
 from ..files import check_writable
 from ..model import default_dtype
-from .common import DEFAULT_WEIGHTS, DTYPES, WEIGHTS_HELP, check_weights, open_device, open_model, parse_names, parse_size, run_command
+from ..model.opening import DEFAULT_WEIGHTS, DTYPES, check_weights, open_device, open_model
+from .common import WEIGHTS_HELP, parse_names, parse_size, run_command, say
 from .parser import Parser
 
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> str:
     datasets = [open_dataset(spec, **options) for spec in args.data]
     device = open_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
-    model = open_model(args.weights, device, dtype, args.seed)
+    model = open_model(args.weights, device, dtype, args.seed, say)
     results = {
         spec: evaluate(model, data, tasks, protocol=protocol, rules=data.rules, progress=data.name)
         for spec, data in zip(args.data, datasets, strict=True)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ..model.opening import open_device
 from ..training.config import load_config
 from ..training.trainer import WEIGHTS, Trainer, own_device
-from .common import open_device, run_command, say
+from .common import run_command, say
 from .parser import Parser
 
 

@@ -158,7 +158,7 @@ class TestInputs:
 )
 def test_bad_variable(variable, value, words, image, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(variable, value)
-    monkeypatch.setattr("page4d.cli.infer.load_frames", None)  # said before any work
+    monkeypatch.setattr("page4d.pipeline.load_frames", None)  # said before any work
     assert words in refuse(capsys, image, "--out", tmp_path / "out")
 
 

@@ -42,6 +42,16 @@ def test_the_model_snippet_runs(tmp_path, monkeypatch):
     assert Path("prediction.npz").is_file()
 
 
+def test_the_snippet_of_one_call_runs(tmp_path, monkeypatch):
+    code = snippet("reconstruct")
+    assert code.count('weights="page4d-mask"') == 1
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(bundled_clip(), "my_video.mp4")
+    names = run(code.replace('"page4d-mask"', '"nano"'))
+    assert names["points"].shape == (1, 16, 56, 84, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["my_video.mp4"]
+
+
 def test_the_kernel_snippet_runs():
     assert run(snippet("mask_attention("))["out"].shape == (1, 16, 1786, 64)
 

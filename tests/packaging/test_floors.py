@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # from top to bottom; the names of one line share a floor, and do not import each other unless they are the same room
 FLOORS = [
     {"cli", "__main__"},
+    {"pipeline"},
     {"training", "evaluation"},
     {"export"},
     {"model"},

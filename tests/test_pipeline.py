@@ -1,0 +1,88 @@
+"""`reconstruct`: the one call behind `page4d infer`, used from Python."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from page4d.data import Frames
+from page4d.errors import InputError
+from page4d.export import EXPORTERS
+from page4d.pipeline import reconstruct
+from page4d.prediction import Prediction
+
+SMALL = {"weights": "random:tiny", "frames": 2, "size": (28, 42)}
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return reconstruct(**SMALL)
+
+
+def test_three_lines_without_files(scene, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    again = reconstruct(**SMALL)
+    assert again.files == [] and not list(tmp_path.iterdir())
+    assert isinstance(again.prediction, Prediction) and isinstance(again.frames, Frames)
+    assert again.prediction == scene.prediction
+    assert capsys.readouterr() == ("", "")  # a notebook that asks for no words gets none
+    assert sum(again.attention.values()) > 0 and again.seconds > 0 and "depth head" in again.recording.stages
+
+
+def test_cameras_are_those_of_the_original_pictures(scene):
+    rows, columns = scene.frames.original_sizes[0]
+    height, width = scene.prediction.images.shape[-2:]
+    corner = torch.tensor([[[0.0, 0.0], [width - 1.0, height - 1.0]]]).expand(2, 2, 2)
+    seen = scene.frames.points_to_original(corner)
+    ours, network = scene.cameras, scene.prediction.cameras
+    rays = torch.cat([corner, torch.ones(2, 2, 1)], -1) @ network.intrinsics[0].inverse().transpose(1, 2)
+    again = rays @ ours.intrinsics[0].transpose(1, 2)
+    assert torch.allclose(again[..., :2] / again[..., 2:], seen, atol=1e-3)
+    assert torch.equal(ours.extrinsics, network.extrinsics) and columns > width and rows > height
+
+
+def test_files_and_words(scene, tmp_path):
+    words: list[str] = []
+    found = reconstruct(out=tmp_path / "out", formats=["trajectory", "ply"], say=words.append, **SMALL)
+    assert {path.name for path in found.files} == {"points.ply", "trajectory.tum", "cameras.json"}
+    assert all(path.is_file() for path in found.files)
+    assert any("bundled clip" in line for line in words) and any(line.startswith("memory:") for line in words)
+    assert found.prediction.depth is not None and found.prediction.mask is None  # the formats do not need it
+    assert torch.equal(found.prediction.depth, scene.prediction.depth)
+
+
+def test_every_option_of_the_command_line_is_an_argument():
+    from page4d.cli.infer import build_parser
+
+    options = {action.dest for action in build_parser()._actions} - {"help"}
+    named = {"input": "inputs", "range": "value_range", "export": "formats"}
+    arguments = reconstruct.__kwdefaults__.keys() | {"inputs", "out", "weights"}
+    assert {named.get(option, option) for option in options} == arguments - {"say", "progress"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"formats": ["fbx"]}, "unknown format 'fbx'"),
+        ({"query_points": [(1e9, 0)]}, "query point 1e+09,0 is outside the first frame"),
+        ({"query_points": [(1, 1)], "track_grid": 2}, "exclude each other"),
+        ({"track_grid": 0}, "the track grid must be at least 1"),
+        ({"profile": True}, "give a folder for it with out"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"inputs": "no_such_file.mp4"}, "no_such_file.mp4"),
+    ],
+)
+def test_mistakes_are_one_line(options, words):
+    with pytest.raises(InputError) as error:
+        reconstruct(**SMALL | options)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_reconstruction_is_not_changed_by_its_use(scene, tmp_path):
+    before = {name: value.clone() for name, value in scene.prediction.tensors().items()}
+    for name in sorted(EXPORTERS):
+        with pytest.raises(InputError) if name == "tracks" else contextlib.nullcontext():
+            EXPORTERS[name](scene.prediction, scene.frames, tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in scene.prediction.tensors().items())
