@@ -188,7 +188,6 @@ def test_settings_are_looked_at_once():
     assert list(found) == ["float32 forward", "float32 training"]
     found = settings("mask_attention", "cpu", ["float32"], ["forward"], [64, 128])
     assert list(found) == [PART, "float32 forward, head dim 128"]
-    assert list(settings("residual_norm", "cpu", ["bfloat16"], ["forward"], [64])) == ["bfloat16 forward, bfloat16 branch"]
 
 
 # --- child processes ---------------------------------------------------------------------------------------------------------
