@@ -132,7 +132,7 @@ def assert_within_budget(name: str, result: Tensor, oracle: Tensor, plain: Tenso
     budget = factor * float((plain.double() - oracle).abs().max()) + rounding
     error = float((result.double() - oracle).abs().max())
     if not error <= budget:
-        raise AssertionError(f"{name}: error {error:.3e} is over its budget {budget:.3e} (oracle up to {float(oracle.abs().max()):.3e})")
+        raise AssertionError(f"{name}: error {error:.3e} is over its budget {budget:.3e} (values up to {float(oracle.abs().max()):.3e})")
 
 
 @torch.no_grad()

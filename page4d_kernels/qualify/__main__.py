@@ -25,7 +25,9 @@ BY_HAND = {"cuda": 600.0, "cpu": 120.0}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given several times (default: all)")
-    parser.add_argument("--backend", metavar="NAME", help="only this backend, also one that auto never takes (default: all that may serve)")
+    parser.add_argument(
+        "--backend", action="append", metavar="NAME", help="only this one, also one that auto never takes; may be given several times"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     parser.add_argument("--dtypes", metavar="NAMES", help="such as float32,bfloat16 (default: all that a backend serves)")
     parser.add_argument("--head-dims", default="64", metavar="NUMBERS", help="such as 64,128 (default: 64, of all published weights)")
@@ -65,32 +67,51 @@ def run(args: argparse.Namespace, more: Sequence[Job] = ()) -> str:
             __import__(module)
         except Exception as error:  # its own, or there is no such module
             kind_of_error = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-            raise QualifyError(f"--import {module}: {kind_of_error}{error}") from None
+            hint = ": give a module's name, without .py" if module.endswith(".py") else ""
+            raise QualifyError(f"--import {module}: {kind_of_error}{error}{hint}") from None
     device = torch.device(kind)
-    todo = jobs(device, list(dict.fromkeys(args.op or ())), args.backend, args.modules)
+    todo = jobs(device, list(dict.fromkeys(args.op or ())), list(dict.fromkeys(args.backend or ())), args.modules)
     if kind == "cuda" and not args.op and not args.backend:
         todo += more
+    if not todo:
+        return "there is nothing to judge here: beside PyTorch's own, no backend can serve on this machine (see `page4d info`)"
     directions = [FORWARD] if args.forward_only else [FORWARD, TRAINING]
     with record.only_one(device) as alone:
         if not alone:
             raise QualifyError("another process is judging the backends of this device: wait until it has ended")
         known = None if args.force else record.stored(device)[0]
-        todo = [job for job in todo if known is None or not done(known, job, dtypes, directions, head_dims)]
+        # a backend from outside is judged each time: the record does not know whether its code has changed
+        todo = [job for job in todo if known is None or job.modules or not done(known, job, dtypes, directions, head_dims)]
         if known is not None and not todo:
-            return describe(known) + "\nall of this is in the record: --force judges it again"
-        saving = Saving(device)
-        with progress_bar(todo) as watch:
-            entry, missed = qualify(
-                device, todo, args.seconds or BY_HAND[kind], dtypes=dtypes, directions=directions, head_dims=head_dims, seed=args.seed,
-                known=known, keep=saving, watch=watch,
-            )  # fmt: skip
+            return describe(known, args.op) + "\nall of this is in the record: --force judges it again"
+        saving, seconds = Saving(device), args.seconds or BY_HAND[kind]
+        announce(len(todo), seconds)
+        try:
+            with progress_bar(todo) as watch:
+                entry, missed = qualify(
+                    device, todo, seconds, dtypes=dtypes, directions=directions, head_dims=head_dims, seed=args.seed, known=known,
+                    keep=saving, watch=watch,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            print(f"{saving.words or 'nothing was judged yet'}: the next run goes on from here", file=sys.stderr)
+            raise
         if entry.ops and not args.op and not args.backend:
             saving(Entry(entry.environment, entry.made, tried=[f"{dtype} {way}" for dtype in dtypes for way in directions]))
     lines = [saving.words or "nothing was judged, and nothing saved"]
-    lines += [f"no time or memory was left for {name} ({what})" for name, words in missed.items() for what in words]
+    lines += [f"{name}: {what}" for name, words in missed.items() for what in words]
     if missed and saving.words:
         lines.append("run it again to go on from here, or with more --seconds")
-    return "\n".join([describe(record.current(kind) or entry), *lines])
+    if record.mode() == "off":
+        lines.append("PAGE4D_QUALIFY=off is set: auto does not follow the record")
+    return "\n".join([describe(record.stored(device)[0] or entry, args.op), *lines])
+
+
+def announce(backends: int, seconds: float) -> None:
+    """Say what will take a while, and whether the times will be wrong."""
+    print(f"kernels: {backends} backends are judged, which takes up to {seconds:g} s", file=sys.stderr)
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if busy > 0.75 * (os.cpu_count() or 1):
+        print(f"kernels: this machine is busy (load {busy:.1f}): the times may be wrong, --force measures again", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -137,12 +158,13 @@ def first_run(device: torch.device, dtype: torch.dtype) -> str:
         if not alone:
             return "kernels: another process is judging the backends; the documented order serves this run"
         todo, saving = jobs(device), Saving(device)
+        announce(len(todo), SECONDS[device.type])
         with progress_bar(todo) as watch:
             entry, missed = qualify(device, todo, SECONDS[device.type], dtypes=[DTYPES[dtype]], known=known, keep=saving, watch=watch)
         saving(Entry(entry.environment, entry.made, tried=[part]))
     lines = [f"kernels: judged once on this machine, {saving.words}; `page4d info` shows it, PAGE4D_QUALIFY=off forbids it"]
     if missed:
-        lines.append(f"kernels: no time was left for {', '.join(missed)}: `page4d qualify` goes on with them")
+        lines.append(f"kernels: not all of {', '.join(missed)} could be compared in that time: `page4d qualify` goes on")
     return "\n".join(lines)
 
 
@@ -163,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: what was judged so far is saved", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -65,11 +65,14 @@ class Outcome:
     def missed(self) -> list[str]:
         """What was left out, in words."""
         stopped = [f"stopped at {self.late}"] if self.late else []
-        return stopped + ([f"{len(self.untimed)} of its comparisons"] if self.untimed else []) + self.lacked
+        untimed = [f"no time was left for {len(self.untimed)} of its comparisons"] if self.untimed else []
+        return stopped + untimed + [f"not compared: {what}" for what in self.lacked]
 
 
-def jobs(device: torch.device, ops: Sequence[str] | None = None, backend: str | None = None, modules: Sequence[str] = ()) -> list[Job]:
-    """All backends to judge; of those named by `backend`, also ones that "auto" never takes.
+def jobs(
+    device: torch.device, ops: Sequence[str] | None = None, backends: Sequence[str] | None = None, modules: Sequence[str] = ()
+) -> list[Job]:
+    """All backends to judge; of those named by `backends`, also ones that "auto" never takes.
 
     Raises:
         BackendError: there is no such op or backend.
@@ -81,21 +84,22 @@ def jobs(device: torch.device, ops: Sequence[str] | None = None, backend: str | 
             raise BackendError(f"unknown op {op!r}: choose one of {', '.join(known)}")
         by_op.append([])
         for candidate in known[op]:
-            wanted = candidate.name == backend if backend else candidate.automatic and candidate.name not in known[op].safe
-            ours = getattr(candidate.forward, "func", candidate.forward).__module__.startswith("page4d_kernels")
+            wanted = candidate.name in backends if backends else candidate.automatic and candidate.name not in known[op].safe
             if not wanted or candidate.unavailable():
                 continue
-            if backend or not ours or not known[op].reasons(candidate.name, known[op].typical(device.type)):
-                by_op[-1].append(Job(op, candidate.name, tuple(modules)))
+            ours = getattr(candidate.forward, "func", candidate.forward).__module__.startswith("page4d_kernels")
+            if backends or not ours or not known[op].reasons(candidate.name, known[op].typical(device.type)):
+                by_op[-1].append(Job(op, candidate.name, () if ours else tuple(modules)))
     # in turns, so that when time is short each op has its first, which is ours
     found = [job for turn in itertools.zip_longest(*by_op) for job in turn if job is not None]
-    if backend and not found:
-        candidates = [
-            registry.get(backend) for name, registry in known.items() if name in (ops or known) and backend in map(_name, registry)
-        ]
-        if not candidates:
-            raise BackendError(f"no op has a backend {backend!r}: `page4d info` lists them")
-        raise BackendError(f"backend {backend!r} cannot serve here: {'; '.join(candidates[0].unavailable())}")
+    for backend in backends or ():
+        if not any(job.backend == backend for job in found):
+            candidates = [
+                registry.get(backend) for name, registry in known.items() if name in (ops or known) and backend in map(_name, registry)
+            ]
+            if not candidates:
+                raise BackendError(f"no op has a backend {backend!r}: `page4d info` lists them; one of your own needs --import MODULE")
+            raise BackendError(f"backend {backend!r} cannot serve here: {'; '.join(candidates[0].unavailable())}")
     return found
 
 
@@ -110,6 +114,7 @@ class Child:
         self.job, self.outcome = job, Outcome()
         self._watch, self._keep = watch, keep
         self._at, self._part, self._in_backend = "", ENTIRE, False  # where it is, and whether code of the backend is running
+        self._seed = settings["seed"]
         self._ended = threading.Lock()  # held once `end` has been called
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed with the object
@@ -191,7 +196,7 @@ class Child:
     def _fail(self, how: str) -> None:
         """It fails in everything, and in the part where it was."""
         for failed in (ENTIRE, self._part):
-            self.outcome.verdict.failed[failed] = f"{self._at}: {how}"
+            self.outcome.verdict.failed[failed] = f"{self._at}: {how} (--seed {self._seed} repeats it)"
         self._keep(self.outcome)
 
     def _died(self) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,9 @@ import torch.nn.functional as F
 from page4d_kernels import BackendError, residual_norm
 from page4d_kernels.backends.residual_norm import BACKENDS
 from page4d_kernels.backends.residual_norm.problem import ResidualNormProblem
+from page4d_kernels.qualify.classes import part_of
+from page4d_kernels.qualify.trial import Draw, Setting, settings
+from page4d_kernels.qualify.trials.residual_norm import trials
 from page4d_kernels.testing import assert_within_budget, default_device
 
 NAMES = [backend.name for backend in BACKENDS if not backend.unavailable()]
@@ -163,3 +168,12 @@ def test_compiles_without_graph_break(backend):
     compiled = torch.compile(lambda *x: residual_norm(*x, backend=backend), fullgraph=True)
     for x, y in zip(compiled(*tensors), residual_norm(*tensors, backend=backend), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_qualification_tells_dtypes_of_the_branch_apart():
+    """The stream is fp32 in both cases. What passes for a branch in bf16 has shown nothing for one in fp32."""
+    parts = {dtype: part_of(ResidualNormProblem("cpu", torch.float32, 7, 24, branch=dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    assert parts == {torch.float32: "float32 forward, float32 branch", torch.bfloat16: "float32 forward, bfloat16 branch"}
+    assert list(settings("residual_norm", "cpu", ["bfloat16"], ["forward"], [64])) == ["bfloat16 forward, bfloat16 branch"]
+    found = {part_of(trial.problem) for trial in trials(Setting("cpu", torch.bfloat16), Draw(random.Random(0)))}
+    assert found == {"bfloat16 forward, bfloat16 branch", "float32 forward, bfloat16 branch"}
