@@ -100,6 +100,16 @@ class Prediction(EqualByValue):
             return self.world_points, self.world_points_conf
         raise ValueError(f"unknown point source {source!r}: use 'depth' or 'head'")
 
+    def frame(self, index: int) -> Prediction:
+        """One frame, as S = 1. Its tensors share the memory."""
+        part = slice(index, index + 1)
+        changed = {
+            name: value[:, :, part] if name in ("pose_enc_list", "track_list") else value[:, part]
+            for name, value in self.tensors().items()
+            if name != "query_points"  # which has no frames
+        }
+        return replace(self, **changed)
+
     def to(self, *args, **kwargs) -> Prediction:
         """Every tensor through `Tensor.to`; `valid` changes its device alone."""
         moved = {name: value.to(*args, **kwargs) for name, value in self.tensors().items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from numbers import Integral, Real
 from pathlib import Path
@@ -35,9 +35,17 @@ class Frames(EqualByValue):
     original_sizes: list[tuple[int, int]]  # (height, width) of each frame, upright
     scale: Tensor  # (S, 2) fp64: x, y
     offset: Tensor  # (S, 2) fp64: x, y
+    pages: Sequence[Page] = ()  # where each frame was read: the index is that of the picture in its file. Empty for frames made in memory
+    shown: deep.Range = deep.FULL  # what is black and white, of pictures of more than 8 bits
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def frame(self, index: int) -> Frames:
+        """One frame, as S = 1. Its images share the memory."""
+        part = slice(index, index + 1)
+        per_frame = ("images", "names", "timestamps", "original_sizes", "scale", "offset", "pages")
+        return replace(self, **{name: getattr(self, name)[part] for name in per_frame})
 
     def intrinsics_in_original(self, intrinsics: Tensor) -> Tensor:
         """Convert intrinsics (S, 3, 3) from pixels of `images` to pixels of the originals.
@@ -129,6 +137,7 @@ def load_frames(
 
             processed, indices, timestamps = read_video(paths[0], select, convert, bar.update)
             names = [f"frame_{index:06d}" for index in indices]
+            chosen, shown = [Page(paths[0], index) for index in indices], deep.FULL
         else:
             found = [page for path in paths for page in pages(path)]
             animation = len(paths) == 1 and len(found) > 1
@@ -145,7 +154,7 @@ def load_frames(
             names = [f"frame_{index:06d}" for index in indices] if animation else _unique_names(found, indices)
     sizes = [p.original_size for p in processed]
     images, scale, offset = stack(processed)
-    return Frames(images, names, timestamps, sizes, scale, offset)
+    return Frames(images, names, timestamps, sizes, scale, offset, chosen, shown)
 
 
 def sample(timestamps: list[float], *, max_frames: int | None, stride: int | None, fps: float | None) -> list[int]:

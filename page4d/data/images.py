@@ -79,6 +79,17 @@ def pages(path: Path) -> list[Page]:
     return [Page(path)]
 
 
+def is_plain(path: Path) -> bool:
+    """Whether a file is a JPEG or PNG of 8 bits, upright and opaque, with one picture, so that every tool reads it as `read` does."""
+    try:
+        with _opened(path) as image:
+            plain = image.format in ("JPEG", "MPO", "PNG") and image.mode in ("L", "RGB") and not image.has_transparency_data
+            single = image.format != "PNG" or getattr(image, "n_frames", 1) == 1
+            return plain and single and not deep.is_deep(image) and _take_orientation(image, path) == UPRIGHT
+    except InputError:
+        return False
+
+
 def _is_tiff_page(image: Image.Image, index: int) -> bool:
     image.seek(index)
     kind = image.tag_v2.get(TIFF_KIND, 0)  # type: ignore[attr-defined]

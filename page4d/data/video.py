@@ -36,7 +36,7 @@ def read_video(
     """
     timestamps, missing = _list(path)
     chosen, listed = select(timestamps), len(timestamps)
-    kept, timestamps = _decode(path, chosen, convert, tick)
+    kept, timestamps = decode(path, chosen, convert, tick)
     if len(kept) < len(chosen) or not chosen:  # all frames were decoded
         if not timestamps:
             raise InputError(f"{str(path)!r} has no frame that can be decoded: the file is empty or damaged, try another copy")
@@ -44,7 +44,7 @@ def read_video(
             log.warning("%s: only %d of %d frames can be decoded, the file is damaged or cut short", path, len(timestamps), listed)
         revised = select(timestamps)
         if revised != list(kept):
-            kept, timestamps = _decode(path, revised, convert, lambda: None, quiet=True)
+            kept, timestamps = decode(path, revised, convert, lambda: None, quiet=True)
     if missing:
         log.warning("%s: %s, it is damaged or cut short", path, missing)
     return list(kept.values()), list(kept), [timestamps[i] for i in kept]
@@ -54,10 +54,10 @@ def _list(path: Path) -> tuple[list[float], str]:
     """Timestamps of all frames in display order, and what the header promises beyond them. Decodes only if the packets have no times."""
     with open_video(path) as (container, stream):
         listing = list_frames(container, stream)
-    return (_decode(path, [], lambda image: image, lambda: None)[1] if listing.times is None else listing.times), listing.missing
+    return (decode(path, [], lambda image: image, lambda: None)[1] if listing.times is None else listing.times), listing.missing
 
 
-def _decode(
+def decode(
     path: Path, chosen: list[int], convert: Callable[[Image.Image], T], tick: Callable[[], object], quiet: bool = False
 ) -> tuple[dict[int, T], list[float]]:
     """The chosen frames by index, and the timestamps of all frames up to the last chosen one (of all frames if none is chosen)."""
