@@ -25,7 +25,7 @@ from .data.preprocess import DEFAULT_SIZE, Size
 from .data.sources import resolve
 from .errors import InputError
 from .execution.memory import budget_of
-from .export import EXPORTERS, FOLDERS, NEEDED, export
+from .export import FOLDERS, FORMATS, ExportOptions, check_formats, export
 from .files import AtomicFiles, check_writable, on_disk
 from .model import OUTPUTS, Page4D, default_dtype
 from .model.opening import DEFAULT_WEIGHTS, check_weights, open_device, open_model
@@ -64,6 +64,10 @@ def reconstruct(
     weights: str = DEFAULT_WEIGHTS,
     *,
     formats: Sequence[str] | None = None,
+    moving: float = 0.5,
+    glb: str = "animated",
+    depth_size: str = "network",
+    depth_type: str = "png",
     frames: int | None = None,
     stride: int | None = None,
     fps: float | None = None,
@@ -90,7 +94,9 @@ def reconstruct(
         inputs: a video, a folder of images, image files or patterns such as "photos/*.jpg" (docs/inputs.md). None: the bundled clip.
         out: folder for the results. None: nothing is written, and the results must fit into the memory.
         weights: nano (bundled), page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET].
-        formats: some of `page4d.export.EXPORTERS`. None: all that apply. Without `out` they only choose what is computed.
+        formats: some of `page4d.export.FORMATS`, see docs/formats.md. None: all that apply and need no further package. Without `out` they
+            only choose what is computed.
+        moving, glb, depth_size, depth_type: see `page4d.export.ExportOptions`.
         frames: at most so many, evenly spaced; default 32, or all with `stride` or `fps`.
         stride, fps: take every stride-th frame, or about so many per second of video.
         size: of the network's input, a width or (height, width), in multiples of 14. Default: by the weights.
@@ -115,6 +121,9 @@ def reconstruct(
     for registry in registries().values():
         registry.requested()
     env.flag("PAGE4D_NVTX"), env.flag("PAGE4D_DEBUG"), qualification_mode()
+    written_as = ExportOptions(moving=moving, glb=glb, depth_size=depth_size, depth_type=depth_type)
+    if formats is not None:
+        formats = check_formats(formats, written_as)
     folder = None if out is None else Path(out)
     if folder is not None:
         check_writable(folder)
@@ -152,7 +161,7 @@ def reconstruct(
         files: list[Path] = []
         if folder is not None:
             with stage("export"):
-                files = export(prediction, read, folder, formats, progress=progress)
+                files = export(prediction, read, folder, formats, written_as, progress=progress)
     if folder is not None and profile:
         files.append(folder / "trace.json")
     if opened.type == "cuda":
@@ -239,15 +248,14 @@ def _outputs(model: Page4D, formats: Sequence[str] | None, tracks: bool) -> list
         return outputs
     have = set().union(*(FIELDS[name] for name in outputs), {"track"} if tracks else set())
     for name in formats:
-        if name not in EXPORTERS:
-            raise InputError(f"unknown format {name!r}: choose from {', '.join(EXPORTERS)}")
-        if not set(NEEDED[name]) <= have:
+        needed = FORMATS[name].needed
+        if not set(needed) <= have:
             advice = "give --query-points or --track-grid" if name == "tracks" else "these weights have no head for it"
-            raise InputError(f"--export {name} needs {', '.join(NEEDED[name])}: {advice}")
+            raise InputError(f"--export {name} needs {', '.join(needed)}: {advice}")
     if {"npz", "overview"} & set(formats):
         return outputs
-    needed = {field for name in formats for field in NEEDED[name]}
-    return [name for name in outputs if FIELDS[name] & needed] or outputs[:1]
+    used = {field for name in formats for field in (*FORMATS[name].needed, *FORMATS[name].helped)}
+    return [name for name in outputs if FIELDS[name] & used] or outputs[:1]
 
 
 def _plan(

@@ -9,7 +9,7 @@ import torch
 
 from page4d.data import Frames
 from page4d.errors import InputError
-from page4d.export import EXPORTERS
+from page4d.export import FORMATS, ExportOptions
 from page4d.pipeline import reconstruct
 from page4d.prediction import Prediction
 
@@ -82,7 +82,7 @@ def test_mistakes_are_one_line(options, words):
 
 def test_a_reconstruction_is_not_changed_by_its_use(scene, tmp_path):
     before = {name: value.clone() for name, value in scene.prediction.tensors().items()}
-    for name in sorted(EXPORTERS):
+    for name in sorted(FORMATS):
         with pytest.raises(InputError) if name == "tracks" else contextlib.nullcontext():
-            EXPORTERS[name](scene.prediction, scene.frames, tmp_path)
+            FORMATS[name].write(tmp_path, scene.prediction, scene.frames, ExportOptions())
     assert all(torch.equal(before[name], value) for name, value in scene.prediction.tensors().items())

@@ -10,7 +10,8 @@ from page4d_kernels.profiling import peak_bytes
 
 from ..data.deep import RULES
 from ..errors import one_line
-from ..export import EXPORTERS
+from ..export import FORMATS
+from ..export.options import CHOICES
 from ..model.opening import DEFAULT_WEIGHTS, DTYPES
 from ..pipeline import DEFAULT_FRAMES, Reconstruction, count, reconstruct
 from .common import WEIGHTS_HELP, parse_bytes, parse_folder, parse_names, parse_size, run_command, say
@@ -44,7 +45,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--attn", help="attention backend, see `page4d info` (default: PAGE4D_ATTN, else auto)")
     parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: stored with the weights)")
-    parser.add_argument("--export", type=_formats, help=f"comma-separated list of {', '.join(EXPORTERS)} (default: all that apply)")
+    usual = ", ".join(name for name, entry in FORMATS.items() if entry.default)
+    more = ", ".join(name for name, entry in FORMATS.items() if not entry.default)
+    parser.add_argument("--export", type=_formats, help=f"comma-separated list of {usual} (default: all of these that apply), {more}")
+    parser.add_argument("--moving", type=float, default=0.5, help="motion, 0 to 1, above which a pixel counts as moving (default: 0.5)")
+    parser.add_argument("--glb", choices=CHOICES["glb"], default="animated", help="what a glb shows of what moves (default: animated)")
+    parser.add_argument("--depth-size", choices=CHOICES["depth_size"], default="network", help="size of the depth maps (default: network)")
+    parser.add_argument("--depth-type", choices=CHOICES["depth_type"], default="png", help="type of the depth maps (default: png)")
     points = parser.add_mutually_exclusive_group()
     points.add_argument(
         "--query-points", nargs="+", type=_point, metavar="X,Y", help="track these pixels of the first frame (original resolution)"
@@ -56,9 +63,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _formats(text: str) -> list[str]:
     formats = parse_names(text)
-    unknown = [name for name in formats if name not in EXPORTERS]
+    unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
-        raise argparse.ArgumentTypeError(f"unknown format {', '.join(unknown) or text!r}: choose from {', '.join(EXPORTERS)}")
+        raise argparse.ArgumentTypeError(f"unknown format {', '.join(unknown) or text!r}: choose from {', '.join(FORMATS)}")
     return formats
 
 
@@ -74,6 +81,10 @@ def run(args: argparse.Namespace) -> str:
         args.out,
         args.weights,
         formats=args.export,
+        moving=args.moving,
+        glb=args.glb,
+        depth_size=args.depth_size,
+        depth_type=args.depth_type,
         frames=args.frames,
         stride=args.stride,
         fps=args.fps,

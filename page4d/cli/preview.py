@@ -18,7 +18,7 @@ from ..data.synthetic.dataset import SyntheticScenes
 from ..data.synthetic.scene import KINDS
 from ..data.video import write_video
 from ..errors import InputError
-from ..export._color import colormap, distinct, to_uint8
+from ..export.color import colormap, distinct, to_uint8
 from ..files import AtomicFiles, check_writable
 from .common import parse_folder, parse_size, run_command
 from .parser import Parser

@@ -9,7 +9,9 @@ from math import floor
 from numbers import Integral, Real
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -61,6 +63,11 @@ class Frames(EqualByValue):
         """Convert points (S, N, 2) from pixels of `images` to pixels of the originals. Pixel centres are integers in both."""
         scale, offset = self.scale[:, None].to(xy.device), self.offset[:, None].to(xy.device)
         return ((xy.double() + 0.5 - offset) / scale - 0.5).to(xy.dtype)
+
+    def to_original(self, xy: NDArray[np.float64], frame: int) -> NDArray[np.float64]:
+        """`points_to_original` of points (N, 2) of one frame, in numpy."""
+        scale, offset = self.scale[frame].cpu().numpy(), self.offset[frame].cpu().numpy()
+        return (xy + 0.5 - offset) / scale - 0.5
 
     def points_from_original(self, xy: Tensor, frame: int = 0) -> Tensor:
         """Convert points (N, 2) from pixels of one original to pixels of that frame of `images`. Pixel centres are integers in both."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
@@ -13,36 +13,38 @@ from .preprocess import to_rgb
 from .video import decode
 
 
-def each_original(frames: Frames, use: Callable[[int, Image.Image], object]) -> None:
-    """Call `use(index, picture)` for each frame, in order, with its picture upright, in 8-bit RGB and at its original size.
+def each_original(frames: Frames, use: Callable[[int, Image.Image], object], chosen: Sequence[int] | None = None) -> None:
+    """Call `use(index, picture)` for each chosen frame, or all, with its picture upright, in 8-bit RGB and at its original size.
 
-    One picture is in memory at a time. A video is decoded once. Frames made in memory are their own originals.
+    They come in order, one in memory at a time. A video is decoded once. Frames made in memory are their own originals.
 
     Raises:
         InputError: a file is missing or has changed since it was read, or frames made in memory were resized.
     """
-    index = 0
+    left = list(range(len(frames)) if chosen is None else chosen)[::-1]
 
     def take(picture: Image.Image) -> None:
-        nonlocal index
+        index = left[-1]
         if picture.size[::-1] != tuple(frames.original_sizes[index]):
             raise InputError(f"the picture of frame {frames.names[index]!r} has another size than when it was read: run it again")
         use(index, to_rgb(picture))
-        index += 1
+        left.pop()
 
     if not frames.pages:
         if (frames.scale != 1).any() or frames.offset.any():
             raise InputError("these frames were made in memory and resized, so their original pictures are unknown: read them from files")
-        for image in frames.images:
-            pixels = (image.permute(1, 2, 0).cpu().clamp(0, 1) * 255 + 0.5).byte().numpy()
+        for index in left[::-1]:
+            pixels = (frames.images[index].permute(1, 2, 0).cpu().clamp(0, 1) * 255 + 0.5).byte().numpy()
             take(Image.fromarray(pixels))
-    elif is_image(frames.pages[0].path):
-        for page in frames.pages:
+        return
+    pages = [frames.pages[index] for index in left[::-1]]
+    if pages and is_image(pages[0].path):
+        for page in pages:
             read(page, take, frames.shown)
-    else:
-        decode(frames.pages[0].path, [page.index for page in frames.pages], take, lambda: None, quiet=True)
-    if index < len(frames):
-        raise InputError(f"the picture of frame {frames.names[index]!r} cannot be read any more: run it again")
+    elif pages:
+        decode(pages[0].path, [page.index for page in pages], take, lambda: None, quiet=True)
+    if left:
+        raise InputError(f"the picture of frame {frames.names[left[-1]]!r} cannot be read any more: run it again")
 
 
 def linkable(page: Page) -> bool:

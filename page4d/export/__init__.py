@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,50 +13,83 @@ from ..errors import InputError
 from ..files import check_writable
 from ..prediction import Prediction
 from ._manifest import Manifest
-from ._views import check
+from .colmap import write_colmap
 from .depth import write_depth
+from .extras import need
+from .glb import write_glb
 from .mask import write_mask
+from .nerfstudio import write_nerfstudio
 from .npz import write_npz
+from .options import DEFAULTS, ExportOptions
 from .overview import write_overview
 from .ply import write_ply
+from .rerun import write_rerun
 from .tracks import write_tracks
 from .trajectory import write_trajectory
+from .views import check
 
-__all__ = ["EXPORTERS", "FOLDERS", "NEEDED", "available", "export"]
+__all__ = ["FOLDERS", "FORMATS", "ExportOptions", "Format", "available", "check_formats", "export"]
 
-Exporter = Callable[[Prediction, Frames, Path], list[Path]]
+GEOMETRY = ("depth", "depth_conf", "pose_enc")
 
-EXPORTERS: dict[str, Exporter] = {
-    "npz": lambda prediction, frames, out_dir: write_npz(out_dir / "predictions.npz", prediction, frames),
-    "ply": lambda prediction, frames, out_dir: write_ply(out_dir / "points.ply", prediction, frames),
-    "depth": lambda prediction, frames, out_dir: write_depth(out_dir, prediction, frames),
-    "mask": lambda prediction, frames, out_dir: write_mask(out_dir, prediction, frames),
-    "trajectory": lambda prediction, frames, out_dir: write_trajectory(out_dir, prediction, frames),
-    "tracks": lambda prediction, frames, out_dir: write_tracks(out_dir, prediction, frames),
-    "overview": lambda prediction, frames, out_dir: write_overview(out_dir / "overview.png", prediction, frames),
+
+@dataclass(frozen=True)
+class Format:
+    """One format of the results."""
+
+    write: Callable[[Path, Prediction, Frames, ExportOptions], list[Path]]  # into a folder; returns the files
+    needed: tuple[str, ...] = ()  # fields of the prediction
+    default: bool = True  # written when no formats are named
+    package: str = ""  # that it needs beyond those of page4d
+    helped: tuple[str, ...] = ()  # fields that it uses if they are there
+
+
+FORMATS: dict[str, Format] = {
+    "npz": Format(lambda out, prediction, frames, _: write_npz(out / "predictions.npz", prediction, frames)),
+    "ply": Format(lambda out, prediction, frames, _: write_ply(out / "points.ply", prediction, frames), GEOMETRY),
+    "depth": Format(write_depth, ("depth",)),
+    "mask": Format(lambda out, prediction, frames, _: write_mask(out, prediction, frames), ("mask",)),
+    "trajectory": Format(lambda out, prediction, frames, _: write_trajectory(out, prediction, frames), ("pose_enc",)),
+    "tracks": Format(lambda out, prediction, frames, _: write_tracks(out, prediction, frames), ("track",)),
+    "overview": Format(lambda out, prediction, frames, _: write_overview(out / "overview.png", prediction, frames)),
+    "glb": Format(write_glb, GEOMETRY, default=False, package="trimesh", helped=("mask",)),
+    "colmap": Format(write_colmap, GEOMETRY, default=False, helped=("mask", "track")),
+    "nerfstudio": Format(write_nerfstudio, GEOMETRY, default=False, helped=("mask",)),
+    "rerun": Format(write_rerun, GEOMETRY, default=False, package="rerun", helped=("mask", "track")),
 }
 
-NEEDED: dict[str, tuple[str, ...]] = {  # fields of the prediction that a format requires
-    "npz": (),
-    "ply": ("depth", "depth_conf", "pose_enc"),
-    "depth": ("depth",),
-    "mask": ("mask",),
-    "trajectory": ("pose_enc",),
-    "tracks": ("track",),
-    "overview": (),
-}
-
-
-FOLDERS = ("", "depth", "depth/preview", "mask", "mask/raw", "tracks")  # of an output folder, that files are written to
+FOLDERS = (  # of an output folder, that files are written to
+    *("", "depth", "depth/preview", "mask", "mask/raw", "tracks"),
+    *("colmap/images", "colmap/masks", "nerfstudio/images", "nerfstudio/masks", "nerfstudio/depth"),
+)
 
 
 def available(prediction: Prediction) -> list[str]:
-    """The formats whose required outputs are in this prediction."""
-    return [name for name, needed in NEEDED.items() if all(getattr(prediction, field) is not None for field in needed)]
+    """The formats that are written when none are named: those whose outputs are in this prediction and that need no further package."""
+    return [
+        name for name, entry in FORMATS.items() if entry.default and all(getattr(prediction, field) is not None for field in entry.needed)
+    ]
+
+
+def check_formats(formats: Sequence[str], options: ExportOptions) -> list[str]:
+    """The formats without repetitions. InputError if one is unknown, or if a package that it needs is not installed."""
+    names = list(dict.fromkeys(formats))
+    for name in names:
+        if name not in FORMATS:
+            raise InputError(f"unknown format {name!r}: choose from {', '.join(FORMATS)}")
+        package = "OpenEXR" if name == "depth" and options.depth_type == "exr" else FORMATS[name].package
+        if package:
+            need(package, f"{options.depth_type if name == 'depth' else name} files")
+    return names
 
 
 def export(
-    prediction: Prediction, frames: Frames, out_dir: str | Path, formats: Sequence[str] | None = None, progress: bool = False
+    prediction: Prediction,
+    frames: Frames,
+    out_dir: str | Path,
+    formats: Sequence[str] | None = None,
+    options: ExportOptions = DEFAULTS,
+    progress: bool = False,
 ) -> list[Path]:
     """Write `formats` into `out_dir`, which is created if needed. Returns the paths of the files.
 
@@ -64,19 +98,19 @@ def export(
     Args:
         prediction: one sequence (B = 1).
         frames: the frames that it was predicted from.
-        formats: some of `EXPORTERS`. None = all that the prediction has outputs for.
+        formats: some of `FORMATS`, docs/formats.md has them all. None = those of `available`.
+        options: how they are written.
         progress: show a progress bar.
 
     Raises:
-        InputError: a format is unknown, the prediction lacks an output for it, or the folder cannot be written. Then nothing is written.
-            Also if writing fails later: the files of earlier formats stay, and the failed format leaves none.
+        InputError: a format is unknown, the prediction lacks an output for it, a package for it is not installed, or the folder cannot be
+            written. Then nothing is written. Also if writing fails later: the files of earlier formats stay, and the failed format leaves
+            none.
     """
-    names = available(prediction) if formats is None else list(dict.fromkeys(formats))
+    names = check_formats(available(prediction) if formats is None else formats, options)
     for name in names:
-        if name not in EXPORTERS:
-            raise InputError(f"unknown export format {name!r}: choose from {', '.join(EXPORTERS)}")
         try:
-            check(prediction, frames, *NEEDED[name])
+            check(prediction, frames, *FORMATS[name].needed)
         except InputError as error:
             raise InputError(f"cannot export {name!r}: {error}") from error
     out_dir = Path(out_dir)
@@ -85,7 +119,7 @@ def export(
     written: list[Path] = []
     try:
         for name in tqdm(names, desc="exporting", unit="format", disable=None if progress else True):
-            files = EXPORTERS[name](prediction, frames, out_dir)
+            files = FORMATS[name].write(out_dir, prediction, frames, options)
             manifest.replace(name, files)
             written += files
     except OSError as error:

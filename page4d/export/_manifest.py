@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Manifest:
         changed = []
         for relative, mark in self._files.get(name, {}).items():
             path = self._folder / relative
-            if relative in marks or ".." in path.parts or Path(relative).is_absolute() or not path.is_file():
+            if relative in marks or ".." in path.parts or Path(relative).is_absolute() or not os.path.lexists(path):
                 continue
             if _mark(path) == mark:
                 path.unlink()
@@ -56,5 +57,5 @@ class Manifest:
 
 
 def _mark(path: Path) -> list[int]:
-    status = path.stat()
+    status = path.lstat()  # of a link itself, not of what it leads to
     return [status.st_size, status.st_mtime_ns]

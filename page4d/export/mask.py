@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 from ..data.frames import Frames
 from ..files import AtomicFiles
 from ..prediction import Prediction
-from ._color import to_uint8
-from ._views import MOTION_TITLE, array, check, font, frame_pixels, motion_maps, motion_picture
+from .color import to_uint8
+from .views import MOTION_TITLE, array, check, font, frame_pixels, motion_map, motion_picture
 
 
 def write_mask(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:
@@ -25,14 +25,15 @@ def write_mask(out_dir: str | Path, prediction: Prediction, frames: Frames) -> l
     check(prediction, frames, "mask")
     folder = Path(out_dir) / "mask"
     grid = (prediction.motion.shape[-2], prediction.motion.shape[-1])
-    shown = torch.nn.functional.adaptive_max_pool2d(frames.inside().float(), grid).numpy() > 0  # patches that show any of the picture
-    maps, raw = motion_maps(prediction, frames), np.where(shown, to_uint8(array(prediction.motion)), 0).astype(np.uint8)
+    raw = to_uint8(array(prediction.motion))
     with AtomicFiles() as files:
         for i, name in enumerate(frames.names):
-            image = Image.fromarray(motion_picture(frame_pixels(prediction, i), maps[i]))
+            image = Image.fromarray(motion_picture(frame_pixels(prediction, i), motion_map(prediction, frames, i)))
             _label(image, MOTION_TITLE)
             image.save(files.add(folder / f"{name}.png"))
-            Image.fromarray(raw[i]).save(files.add(folder / "raw" / f"{name}.png"))
+            inside = frames.frame(i).inside().float()
+            shown = torch.nn.functional.adaptive_max_pool2d(inside, grid)[0].numpy() > 0  # patches that show any of the picture
+            Image.fromarray(np.where(shown, raw[i], 0).astype(np.uint8)).save(files.add(folder / "raw" / f"{name}.png"))
     return files.paths
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.frames import Frames
 from ..prediction import Prediction
-from ._views import check
+from .views import check
 
 
 def write_npz(path: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:

@@ -13,21 +13,21 @@ from PIL import Image, ImageDraw
 from ..data.frames import Frames
 from ..files import AtomicFiles
 from ..prediction import Prediction
-from ._color import colormap
-from ._views import (
+from .color import colormap
+from .scene import confident_points
+from .views import (
     MOTION_TITLE,
     array,
     check,
-    depth_maps,
+    depth_map,
     depth_picture,
     font,
     frame_pixels,
     inverse_depth_range,
-    motion_maps,
+    motion_map,
     motion_picture,
     track_picture,
 )
-from .ply import confident_points
 
 COLUMNS = 6
 TILE_AREA = 240 * 180  # area of a frame in pixels, for any aspect ratio
@@ -90,13 +90,13 @@ def _rows(prediction: Prediction, frames: Frames, columns: list[int]) -> Iterato
     names = names.encode("utf-8", "replace").decode()  # names of files may hold what is no text
     yield f"frames: {names if len(names) < 60 else names[:57] + '...'}", [Image.fromarray(pixels[i]) for i in columns]
     if prediction.depth is not None:
-        depth = depth_maps(prediction, frames)
-        limits = inverse_depth_range(depth)
+        limits = inverse_depth_range(prediction, frames)
         far, near = (f"{1 / value:.3g}" if value > 0 else "-" for value in limits)
-        yield f"depth: {near} (red) to {far} (blue), scene units", [Image.fromarray(depth_picture(depth[i], limits)) for i in columns]
+        pictures = [Image.fromarray(depth_picture(depth_map(prediction, frames, i), limits)) for i in columns]
+        yield f"depth: {near} (red) to {far} (blue), scene units", pictures
     if prediction.mask is not None:
-        maps = motion_maps(prediction, frames)
-        yield f"dynamics mask: {MOTION_TITLE}", [Image.fromarray(motion_picture(pixels[i], maps[i])) for i in columns]
+        pictures = [Image.fromarray(motion_picture(pixels[i], motion_map(prediction, frames, i))) for i in columns]
+        yield f"dynamics mask: {MOTION_TITLE}", pictures
     if prediction.track is not None:
         yield f"tracks: {prediction.track.shape[2]} points, rings where hidden", [track_picture(prediction, i) for i in columns]
 
@@ -135,8 +135,8 @@ def _faint_points(prediction: Prediction, frames: Frames) -> tuple[NDArray[Any],
         source = "head"
     else:
         return np.zeros((0, 2)), np.zeros((0, 3), np.uint8)
-    vertices = confident_points(prediction, frames, source=source, confidence_percentile=50.0, max_points=120_000)
-    return vertices["xyz"][:, [0, 2]], vertices["rgb"]
+    parts = list(confident_points(prediction, frames, source=source, max_points=120_000))
+    return np.concatenate([part.xyz[:, [0, 2]] for part in parts]), np.concatenate([part.rgb for part in parts])
 
 
 def _heading_up(heading: NDArray[Any]) -> NDArray[Any]:

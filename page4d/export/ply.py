@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from einops import rearrange
 from numpy.typing import NDArray
 
 from ..data.frames import Frames
 from ..files import AtomicFiles
 from ..prediction import Prediction
-from ._color import to_uint8
-from ._views import array, check
+from .scene import Points, confident_points
 
 VERTEX = np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3), ("confidence", "<f4")])
 
@@ -33,34 +31,29 @@ def write_ply(
     """Write the points of all frames in the world (axes of the first camera, scene units), with colour and confidence. Returns the path.
 
     Keeps finite points that show the image (not its padding) and whose confidence is at or above the given percentile of the clip. Of more
-    than `max_points`, a random subset is kept, with a fixed seed. `source` is that of `Prediction.points`.
+    than `max_points`, every frame gives the same share, at random with a fixed seed. `source` is that of `Prediction.points`.
     """
-    vertices = confident_points(prediction, frames, source=source, confidence_percentile=confidence_percentile, max_points=max_points)
-    if not len(vertices):
-        log.warning("%s: no finite points to write, the point cloud is empty", path)
+    parts = confident_points(prediction, frames, max_points=max_points, source=source, confidence_percentile=confidence_percentile)
+    with AtomicFiles() as files:
+        if not write_vertices(files.add(Path(path)), parts):
+            log.warning("%s: no finite points to write, the point cloud is empty", path)
+    return files.paths
+
+
+def write_vertices(path: Path, parts: Iterable[Points], turn: NDArray[np.float64] | None = None) -> int:
+    """Write the points of all frames into one file. Returns their number. `turn` (3, 3) changes the axes of the world."""
+    body = []
+    for points in parts:
+        vertices = np.empty(len(points.xyz), VERTEX)
+        vertices["xyz"] = points.xyz if turn is None else points.xyz @ turn.T
+        vertices["rgb"], vertices["confidence"] = points.rgb, points.confidence
+        body.append(vertices.tobytes())
+    count = sum(map(len, body)) // VERTEX.itemsize
     header = (
-        f"ply\nformat binary_little_endian 1.0\nelement vertex {len(vertices)}\n"
+        f"ply\nformat binary_little_endian 1.0\nelement vertex {count}\n"
         "property float x\nproperty float y\nproperty float z\n"
         "property uchar red\nproperty uchar green\nproperty uchar blue\n"
         "property float confidence\nend_header\n"
     )
-    with AtomicFiles() as files:
-        files.add(Path(path)).write_bytes(header.encode("ascii") + vertices.tobytes())
-    return files.paths
-
-
-def confident_points(prediction: Prediction, frames: Frames, *, source: str, confidence_percentile: float, max_points: int) -> NDArray[Any]:
-    """The points that `write_ply` writes, as a structured array (N,) with the fields of `VERTEX`."""
-    check(prediction, frames, *(("depth", "depth_conf", "pose_enc") if source == "depth" else ()))
-    point_map, confidence_map = prediction.points(source)
-    points, confidence = array(point_map).reshape(-1, 3), array(confidence_map).reshape(-1)
-    keep = np.isfinite(points).all(-1) & np.isfinite(confidence) & frames.inside().numpy().reshape(-1)
-    if keep.any():
-        keep &= confidence >= np.percentile(confidence[keep], confidence_percentile)
-    chosen = np.flatnonzero(keep)
-    if len(chosen) > max_points:
-        chosen = np.sort(np.random.default_rng(0).choice(chosen, max_points, replace=False))
-    vertices = np.empty(len(chosen), VERTEX)
-    vertices["xyz"], vertices["confidence"] = points[chosen], confidence[chosen]
-    vertices["rgb"] = to_uint8(rearrange(array(prediction.images), "s c h w -> (s h w) c")[chosen])
-    return vertices
+    path.write_bytes(b"".join([header.encode("ascii"), *body]))
+    return count

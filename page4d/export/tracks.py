@@ -10,7 +10,7 @@ import numpy as np
 from ..data.frames import Frames
 from ..files import AtomicFiles
 from ..prediction import Prediction
-from ._views import array, check, track_picture
+from .views import array, check, track_picture
 
 
 def write_tracks(out_dir: str | Path, prediction: Prediction, frames: Frames) -> list[Path]:

@@ -6,13 +6,15 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..data.frames import Frames
 from ..files import AtomicFiles
-from ..geometry import decode_pose, matrix_to_quaternion
-from ..prediction import Cameras, Prediction
-from ._views import check
+from ..geometry import matrix_to_quaternion
+from ..prediction import Prediction
+from .scene import scene_cameras
 
 CONVENTION = (
     "OpenCV (x right, y down, z forward); extrinsics are camera-from-world, 3 x 4: x_cam = R x_world + t; translations in scene units; "
@@ -31,15 +33,12 @@ def write_trajectory(out_dir: str | Path, prediction: Prediction, frames: Frames
     Intrinsics in the JSON are in pixels of the original images. Those under "network" are in pixels of the network's input, with the map
     between the two. The centre of the first pixel is (0, 0) in both. Returns the paths.
     """
-    check(prediction, frames, "pose_enc")
-    assert prediction.pose_enc is not None
+    cameras = scene_cameras(prediction, frames)
     height, width = prediction.images.shape[-2:]
-    cameras = Cameras(*decode_pose(prediction.pose_enc.detach().cpu().double(), (height, width)))
-    poses = cameras.world_from_camera[0]
-    quaternions = matrix_to_quaternion(poses[..., :3])
-    intrinsics = frames.intrinsics_in_original(cameras.intrinsics[0])
-    if not torch.isfinite(intrinsics).all():
+    if not np.isfinite(cameras.original).all():
         log.warning("some cameras have a field of view of 0, so an infinite focal length: it is null in cameras.json")
+    poses = torch.from_numpy(cameras.world_from_camera)[:, :3]
+    quaternions = matrix_to_quaternion(poses[..., :3])
     lines = ["# timestamp tx ty tz qx qy qz qw"]
     for timestamp, values in zip(frames.timestamps, torch.cat([poses[..., 3], quaternions], -1).tolist(), strict=True):
         lines.append(" ".join([f"{timestamp:.6f}", *(f"{value:.9g}" for value in values)]))
@@ -49,12 +48,12 @@ def write_trajectory(out_dir: str | Path, prediction: Prediction, frames: Frames
             "timestamp": frames.timestamps[i],
             "width": frames.original_sizes[i][1],
             "height": frames.original_sizes[i][0],
-            "extrinsics": _rows(cameras.extrinsics[0, i]),
-            "intrinsics": _rows(intrinsics[i]),
+            "extrinsics": _rows(cameras.extrinsics[i]),
+            "intrinsics": _rows(cameras.original[i]),
             "network": {
                 "width": width,
                 "height": height,
-                "intrinsics": _rows(cameras.intrinsics[0, i]),
+                "intrinsics": _rows(cameras.network[i]),
                 "scale": frames.scale[i].tolist(),
                 "offset": frames.offset[i].tolist(),
             },
@@ -68,7 +67,7 @@ def write_trajectory(out_dir: str | Path, prediction: Prediction, frames: Frames
     return files.paths
 
 
-def _rows(matrix: torch.Tensor) -> list[list[float | None]]:
+def _rows(matrix: NDArray[np.float64]) -> list[list[float | None]]:
     """The matrix as lists, with None for numbers that are not finite, which JSON does not have."""
-    finite = torch.isfinite(matrix).tolist()
+    finite = np.isfinite(matrix).tolist()
     return [[v if ok else None for v, ok in zip(row, oks, strict=True)] for row, oks in zip(matrix.tolist(), finite, strict=True)]

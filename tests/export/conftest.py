@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from page4d.data.frames import Frames
+from page4d.data.images import Page
 from page4d.prediction import Prediction
 
 S, H, W, N = 3, 56, 84, 5
@@ -33,8 +35,13 @@ def prediction() -> Prediction:
 
 
 @pytest.fixture
-def frames(prediction: Prediction) -> Frames:
-    """Originals of 168 x 80 pixels, so scaled by a half; 8 rows of padding above and below."""
+def frames(prediction: Prediction, tmp_path_factory: pytest.TempPathFactory) -> Frames:
+    """Originals of 168 x 80 pixels, so scaled by a half; 8 rows of padding above and below. One is a JPEG, one a PNG, one a GIF."""
+    folder = tmp_path_factory.mktemp("originals")
+    pages = [Page(folder / name) for name in ("a.jpg", "b.png", "c.gif")]
+    for page, image in zip(pages, prediction.images[0], strict=True):
+        pixels = Image.fromarray((image[:, 8:-8].permute(1, 2, 0) * 255).byte().numpy())
+        pixels.resize((168, 80)).save(page.path)
     return Frames(
         images=prediction.images[0],
         names=[f"frame_{i:06d}" for i in (0, 4, 8)],
@@ -42,4 +49,5 @@ def frames(prediction: Prediction) -> Frames:
         original_sizes=[(80, 168)] * S,
         scale=torch.full((S, 2), 0.5, dtype=torch.float64),
         offset=torch.tensor([[0, 8]] * S, dtype=torch.float64),
+        pages=pages,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ from torch import Tensor
 from ..data.frames import Frames
 from ..errors import InputError
 from ..prediction import Prediction
-from ._color import colormap, distinct, to_uint8
+from ._percentiles import percentiles
+from .color import colormap, distinct, to_uint8
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 MASK_COLOR = np.array([255, 32, 32], np.float32)
 MOTION_LIMITS = (0.5, 1.0)  # transparent and full red; above 1/2 the camera tokens attend less to a patch
 MOTION_TITLE = f"motion {MOTION_LIMITS[0]:g} (clear) to {MOTION_LIMITS[1]:g} (red)"
+VISIBLE = 0.5  # probability from which a tracked point counts as visible
 TAIL = 8  # number of past frames drawn for a track
 
 
@@ -55,33 +58,41 @@ def frame_pixels(prediction: Prediction, index: int) -> Pixels:
     return to_uint8(prediction.images[0, index].detach().cpu().float().numpy()).transpose(1, 2, 0)
 
 
-def inverse_depth_range(depth: NDArray[Any]) -> tuple[float, float]:
+def inverse_depth_range(prediction: Prediction, frames: Frames) -> tuple[float, float]:
     """Percentiles 2 and 98 of 1 / depth over the valid pixels of the clip, so that all frames share one scale."""
-    valid = np.isfinite(depth) & (depth > 0)
-    if not valid.any():
-        return 0.0, 1.0
-    low, high = np.percentile(1 / depth[valid], (2, 98))
-    return float(low), float(high)
+
+    def inverses() -> Iterator[NDArray[Any]]:
+        for i in range(len(frames)):
+            depth = depth_map(prediction, frames, i)
+            yield 1 / depth[is_depth(depth)]
+
+    low, high = percentiles(inverses, (2, 98)) or (0.0, 1.0)
+    return low, high
+
+
+def is_depth(depth: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a depth is known: it is finite and positive."""
+    return np.isfinite(depth) & (depth > 0)
 
 
 def depth_picture(depth: NDArray[Any], limits: tuple[float, float]) -> Pixels:
     """Depth (H, W) in colours (H, W, 3), near = warm; grey where the depth is not valid."""
     low, high = limits
-    inverse = np.divide(1, depth, out=np.full(depth.shape, np.nan), where=np.isfinite(depth) & (depth > 0))
+    inverse = np.divide(1, depth, out=np.full(depth.shape, np.nan), where=is_depth(depth))
     return colormap((inverse - low) / max(high - low, 1e-12))
 
 
-def depth_maps(prediction: Prediction, frames: Frames) -> NDArray[Any]:
-    """The depth (S, H, W), NaN in padding."""
+def depth_map(prediction: Prediction, frames: Frames, index: int) -> NDArray[Any]:
+    """The depth (H, W) of one frame, NaN in padding."""
     assert prediction.depth is not None
-    return np.where(frames.inside().numpy(), array(prediction.depth)[..., 0], np.nan)
+    return np.where(frames.frame(index).inside().numpy()[0], array(prediction.depth[:, index])[..., 0], np.nan)
 
 
-def motion_maps(prediction: Prediction, frames: Frames) -> NDArray[np.float32]:
-    """The motion (S, H, W), bilinearly resized to the frames, 0 in padding."""
-    motion = prediction.motion[0].detach().cpu().float()
-    resized = torch.nn.functional.interpolate(motion[:, None], size=prediction.images.shape[-2:], mode="bilinear")[:, 0]
-    return torch.where(frames.inside(), resized, 0).numpy()
+def motion_map(prediction: Prediction, frames: Frames, index: int) -> NDArray[np.float32]:
+    """The motion (H, W) of one frame, bilinearly resized to it, 0 in padding."""
+    motion = prediction.frame(index).motion.detach().cpu().float()
+    resized = torch.nn.functional.interpolate(motion, size=prediction.images.shape[-2:], mode="bilinear")[0, 0]
+    return torch.where(frames.frame(index).inside()[0], resized, 0).numpy()
 
 
 def motion_picture(pixels: Pixels, motion: NDArray[np.float32]) -> Pixels:
@@ -99,7 +110,7 @@ def track_picture(prediction: Prediction, index: int) -> Image.Image:
     """A frame with all points in distinct colours and their past tracks. A hidden point is a ring with a dark core."""
     assert prediction.track is not None
     tracks = array(prediction.track[:, : index + 1])
-    visible = np.ones(tracks.shape[1], bool) if prediction.vis is None else array(prediction.vis)[index] >= 0.5
+    visible = np.ones(tracks.shape[1], bool) if prediction.vis is None else array(prediction.vis)[index] >= VISIBLE
     image = Image.fromarray(frame_pixels(prediction, index))
     draw = ImageDraw.Draw(image)
     radius = max(2.0, min(image.size) / 90)
