@@ -39,4 +39,8 @@ def percentiles(parts: Callable[[], Iterable[NDArray[Any]]], percents: Sequence[
         inside = rank - int(below[number] - upper[number])
         found = np.uint32(number << 16 | int(np.searchsorted(np.cumsum(lower[number]), inside, side="right")))
         values[rank] = float(np.array(found ^ np.uint32(1 << 31) if found >> 31 else ~found, np.uint32).view(np.float32))
-    return [values[int(np.floor(place))] + (place % 1) * (values[int(np.ceil(place))] - values[int(np.floor(place))]) for place in places]
+    return [_between(values[int(np.floor(place))], values[int(np.ceil(place))], place % 1) for place in places]
+
+
+def _between(low: float, high: float, share: float) -> float:
+    return low + share * (high - low) if share else low  # without share, also for infinities

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from PIL import Image
 
 from page4d.data.frames import Frames
 from page4d.data.images import Page
+from page4d.data.sample import Sample
+from page4d.data.synthetic import SyntheticScenes
+from page4d.geometry import encode_pose
 from page4d.prediction import Prediction
 
 S, H, W, N = 3, 56, 84, 5
@@ -32,6 +37,33 @@ def prediction() -> Prediction:
         vis=torch.rand(1, S, N, generator=g),
         conf=torch.rand(1, S, N, generator=g),
     )
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered dynamic scene, as if it had been predicted without an error. The frames are made in memory."""
+
+    truth: Sample
+    prediction: Prediction
+    frames: Frames
+
+
+@pytest.fixture(scope="session")
+def rendered() -> Rendered:
+    truth = SyntheticScenes("dynamic", frames=4, size=(84, 112), seed=0)[3]
+    assert truth.depth is not None and truth.dynamic is not None
+    moving = torch.nn.functional.adaptive_max_pool2d(truth.dynamic.float(), (6, 8))
+    moving = torch.nn.functional.max_pool2d(moving, 3, 1, 1)  # so that bilinear interpolation leaves out no pixel that moves
+    prediction = Prediction(
+        images=truth.images[None],
+        mask=0.45 - 0.9 * moving[None],
+        pose_enc=encode_pose(truth.extrinsics.double(), truth.intrinsics.double(), (84, 112))[None],
+        depth=truth.depth[None, ..., None],
+        depth_conf=1 + truth.depth[None],
+    )
+    names, sizes = [f"frame {i}" for i in range(4)], [(84, 112)] * 4
+    same = torch.ones(4, 2, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64)
+    return Rendered(truth, prediction, Frames(truth.images, names, [0.0, 0.5, 1.0, 1.5], sizes, *same))
 
 
 @pytest.fixture
