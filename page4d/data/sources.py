@@ -112,23 +112,24 @@ def list_folder(folder: Path) -> list[Path]:
             log.warning("%s: left out, as it %s", path, problem)
         elif suffix in NOT_READ:
             left[suffix] += 1
+    listing = ", ".join(f"{count} {suffix}" for suffix, count in left.items())
     if not images:
-        raise _no_images(folder, names, folders)
+        raise _no_images(folder, names, listing, folders)
     if left:
-        listing = ", ".join(f"{count} {suffix}" for suffix, count in left.items())
         log.warning("%s: not read are %s (only images of a folder are read)", folder, listing)
     return sorted(images, key=_natural)
 
 
-def _no_images(folder: Path, names: list[str], folders: int) -> InputError:
+def _no_images(folder: Path, names: list[str], listing: str, folders: int) -> InputError:
     """What a folder has instead of images, and what to do."""
     videos = sorted((folder / name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES), key=_natural)
     if videos:
         count, advice = (f"{len(videos)} videos", "give one of them, such as") if len(videos) > 1 else ("a video", "give")
         return InputError(f"the folder {str(folder)!r} holds {count} and no images: {advice} {str(videos[0])!r}")
     known = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+    instead = f" ({listing} are not read)" if listing else ""
     below = "; folders in it are not searched" if folders else ""
-    return InputError(f"no images in the folder {str(folder)!r}: it should hold files of the types {known}{below}")
+    return InputError(f"no images in the folder {str(folder)!r}{instead}: it should hold files of the types {known}{below}")
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:

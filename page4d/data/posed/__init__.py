@@ -15,7 +15,7 @@ from .camera import Posed, about, check_present
 
 __all__ = ["Posed", "about", "check_pictures", "locate", "read_posed"]
 
-MODELS = ("", "sparse/0", "sparse", "colmap/sparse/0")  # where a folder may have its COLMAP model
+MODELS = ("", "0", "sparse/0", "sparse", "colmap/sparse/0")  # where a folder may have its COLMAP model
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 def locate(path: str | Path) -> Path | None:
     """The transforms.json or the COLMAP model folder that a path stands for. None if it is neither and holds neither."""
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, no error without permission
         return path if path.suffix.lower() == ".json" else None
-    if (path / "transforms.json").is_file():
+    if os.path.isfile(path / "transforms.json"):
         return path / "transforms.json"
     return next((path / below for below in MODELS if colmap.is_model(path / below)), None)
 

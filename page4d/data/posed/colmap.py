@@ -68,7 +68,7 @@ def pictures_folder(model: Path) -> Path:
         project = project.parent
     if project.name == "sparse":
         project = project.parent
-    return next((folder for folder in (project / "images", project.parent / "images") if folder.is_dir()), project)
+    return next((folder for folder in (project / "images", project.parent / "images") if os.path.isdir(folder)), project)
 
 
 def read(model: Path) -> list[Posed]:
@@ -93,7 +93,7 @@ def read(model: Path) -> list[Posed]:
                 pose = extrinsics_of(_rotation(image.quaternion), np.array(image.translation))
             distorted |= bent
             found.append(Posed(image.name, pictures / image.name, width, height, pose, intrinsics))
-    others = [folder for folder in model.parent.iterdir() if folder != model and is_model(folder)] if model.name == "0" else []
+    others = [folder for folder in model.parent.glob("*") if folder != model and is_model(folder)] if model.name == "0" else []
     if others:
         log.warning("%s: not read are %d other models beside it: give one of their folders to read that", model, len(others))
     if distorted:
@@ -102,7 +102,8 @@ def read(model: Path) -> list[Posed]:
 
 
 def _suffix(folder: Path) -> str | None:
-    return next((end for end in (".bin", ".txt") if all((folder / f"{name}{end}").is_file() for name in ("cameras", "images"))), None)
+    files = {end: [folder / f"cameras{end}", folder / f"images{end}"] for end in (".bin", ".txt")}
+    return next((end for end, pair in files.items() if all(map(os.path.isfile, pair))), None)
 
 
 def _camera(number: int, width: int, height: int, parameters: tuple[float, ...]) -> _Camera:
@@ -129,7 +130,8 @@ def _parameters(number: int, name: object) -> int:
 def _rotation(quaternion: tuple[float, ...]) -> Array:
     """The matrix (3, 3) of a quaternion w, x, y, z."""
     values = np.array(quaternion)
-    length = np.linalg.norm(values)
+    with np.errstate(over="ignore"):  # of numbers near the largest
+        length = np.linalg.norm(values)
     if not abs(length - 1) <= UNIT:
         raise InputError(f"the length of its quaternion is {length:g} and not 1: write the model again")
     w, x, y, z = values / length

@@ -85,7 +85,7 @@ def _posed(values: dict[str, Any], image: Path) -> Posed:
 def _check_perspective(values: dict[str, Any]) -> None:
     model = values.get("camera_model", "OPENCV")
     other = next((name for name in NOT_PERSPECTIVE if values.get(name)), None)
-    if model not in PERSPECTIVE or other:
+    if not isinstance(model, str) or model not in PERSPECTIVE or other:
         raise InputError(f"its camera is no pinhole camera ({other or repr(model)[:40]}): undistort the pictures first")
 
 
