@@ -99,6 +99,18 @@ def test_a_model_is_what_colmap_wrote(model: str, form: str, tmp_path: Path, cap
 
 
 @pytest.mark.parametrize("form", ["bin", "txt"])
+def test_rigs_of_several_cameras(form: str, tmp_path: Path) -> None:
+    """COLMAP keeps their poses per frame of the rig, and writes that of each image too."""
+    pycolmap = pytest.importorskip("pycolmap")
+    options = pycolmap.SyntheticDatasetOptions(num_rigs=2, num_cameras_per_rig=3, num_frames_per_rig=2, num_points3D=5)
+    made = pycolmap.synthesize_dataset(options)
+    found = {posed.name: posed for posed in read_posed(write(made, tmp_path, form))}
+    assert len(found) == len(made.images) == 12
+    for image in made.images.values():
+        assert np.abs(found[image.name].extrinsics - image.cam_from_world().matrix()).max() < 1e-9
+
+
+@pytest.mark.parametrize("form", ["bin", "txt"])
 def test_distortion_is_left_out_with_one_warning(form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parameters = [*MODELS["OPENCV"][:6], 0.0, 1e-3]
     found = read_posed(write(reconstruction("OPENCV", parameters), tmp_path, form))
@@ -161,7 +173,7 @@ def test_pictures_without_a_camera_are_counted(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "images/notes.txt").touch()
     assert load(tmp_path).names == ["a1", "2", "10"]
     (record,) = caplog.records
-    assert "it has no cameras for 3 other pictures in the same folders, which are left out" in record.getMessage()
+    assert "pictures in the same folders that have no camera are left out (3)" in record.getMessage()
 
 
 def test_missing_pictures_are_counted(tmp_path: Path) -> None:
@@ -183,7 +195,7 @@ def test_a_source_of_cameras_stands_alone(tmp_path: Path) -> None:
 def test_more_models_and_pictures_that_are_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     project(tmp_path)
     write(reconstruction(), tmp_path / "sparse/1")
-    assert len(load(tmp_path)) == 3 and "not read are 1 other models beside it" in caplog.text
+    assert len(load(tmp_path)) == 3 and "other models beside it are not read (1)" in caplog.text
     (tmp_path / "images/film.mp4").write_bytes(b"film")
     write(reconstruction(names=["film.mp4"]), tmp_path / "sparse/1")
     assert "which is not an image file: give pictures" in refusal(tmp_path / "sparse/1")

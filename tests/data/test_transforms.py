@@ -53,7 +53,7 @@ def test_nerfstudio(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pictures(tmp_path, ["images/3.png"])
     transforms(tmp_path, k1=0.1, **GLOBAL)
     assert load_frames([path], size=28).known == frames.known
-    assert "the lens distortion is left out" in caplog.text and "no cameras for 1 other pictures" in caplog.text
+    assert "the lens distortion is left out" in caplog.text and "no camera are left out (1)" in caplog.text
 
 
 def test_a_point_in_front_lands_where_opengl_says(tmp_path: Path) -> None:

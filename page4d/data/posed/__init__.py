@@ -65,7 +65,7 @@ def check_pictures(found: list[Posed], path: str | Path) -> None:
     listed = {os.path.realpath(posed.image) for posed in found}
     left = sum(path not in listed for path in _beside(found, source))
     if left:
-        log.warning("%s: it has no cameras for %d other pictures in the same folders, which are left out", source, left)
+        log.warning("%s: pictures in the same folders that have no camera are left out (%d)", source, left)
 
 
 def _beside(found: list[Posed], source: Path) -> set[str]:

@@ -41,17 +41,11 @@ class Posed:
         upright = size[::-1]
         stored = size if orientation in (5, 6, 7, 8) else upright
         own = (self.width, self.height)
-        for fits in (_same, _similar):
-            for found, turn in ((stored, orientation), (upright, UPRIGHT)):
-                if fits(found, own):
-                    scale = np.array(found) / own
-                    return _turned(self.extrinsics, _scaled(self.intrinsics, scale), found, turn)
+        for found, turn in ((stored, orientation), (upright, UPRIGHT)):
+            if _similar(found, own):
+                return _turned(self.extrinsics, _scaled(self.intrinsics, np.array(found) / own), found, turn)
         sizes = f"the picture has {stored[0]} x {stored[1]} pixels and its camera {own[0]} x {own[1]} (width x height)"
         raise InputError(f"{sizes}: give the pictures that the cameras were made for, or pictures scaled from them")
-
-
-def _same(picture: tuple[int, int], camera: tuple[int, int]) -> bool:
-    return picture == camera
 
 
 def _similar(picture: tuple[int, int], camera: tuple[int, int]) -> bool:

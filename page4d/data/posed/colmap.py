@@ -95,7 +95,7 @@ def read(model: Path) -> list[Posed]:
             found.append(Posed(image.name, pictures / image.name, width, height, pose, intrinsics))
     others = [folder for folder in model.parent.glob("*") if folder != model and is_model(folder)] if model.name == "0" else []
     if others:
-        log.warning("%s: not read are %d other models beside it: give one of their folders to read that", model, len(others))
+        log.warning("%s: other models beside it are not read (%d): give the folder of one to read that one", model, len(others))
     if distorted:
         log.warning("%s: the lens distortion is left out, the pinhole part of the cameras is kept", model)
     return found
