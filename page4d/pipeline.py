@@ -92,6 +92,7 @@ def reconstruct(
 
     Args:
         inputs: a video, a folder of images, image files or patterns such as "photos/*.jpg" (docs/inputs.md). None: the bundled clip.
+            Of a COLMAP model or a transforms.json, its images; `Reconstruction.frames.known` keeps its cameras.
         out: folder for the results. None: nothing is written, and the results must fit into the memory.
         weights: nano (bundled), page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET].
         formats: some of `page4d.export.FORMATS`, see docs/formats.md. None: all that apply and need no further package. Without `out` they
@@ -177,13 +178,13 @@ def _read(
         inputs = [bundled_clip()]
         say("no input given: using the bundled clip, a rendered scene with a moving camera and moving objects")
         default = BUNDLED_SIZE
-    paths = resolve(inputs)
+    source = resolve(inputs)
     if out is not None:
-        _check_out(out, paths)
+        _check_out(out, source.paths)
     if sampling["size"] is None:
         sampling = sampling | {"size": config.image_size or default}
     with stage("preprocess"):
-        frames = load_frames(paths, **sampling, progress=progress)
+        frames = load_frames(source, **sampling, progress=progress)
     height, width = frames.images.shape[-2:]
     say(f"{count(frames)} at {height} x {width}{_cut(frames)}")
     return frames

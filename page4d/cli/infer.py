@@ -20,7 +20,11 @@ from .parser import Parser
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = Parser(prog, description="Cameras, depth, points, tracks and the dynamics mask of a video.")
-    parser.add_argument("input", nargs="*", help="a video, a folder of images, or image files (default: the bundled clip)")
+    parser.add_argument(
+        "input",
+        nargs="*",
+        help="a video, a folder of images, image files, or images with cameras: COLMAP, transforms.json (default: the bundled clip)",
+    )
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=WEIGHTS_HELP)
     parser.add_argument("--out", type=parse_folder, default=Path("out"), help="folder for the results (default: out)")
     parser.add_argument(

@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..prediction import EqualByValue
+from ..prediction import Cameras, EqualByValue
 from . import deep
-from .images import Page, is_image, pages, read, shown_range, times
+from .images import Page, is_image, pages, read, shown_range, stored_orientation, times
+from .posed import Posed, about
 from .preprocess import Processed, Size, check_memory, check_size, preprocess, stack
-from .sources import resolve
+from .sources import Source, resolve
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class Frames(EqualByValue):
     offset: Tensor  # (S, 2) fp64: x, y
     pages: Sequence[Page] = ()  # where each frame was read: the index is that of the picture in its file. Empty for frames made in memory
     shown: deep.Range = deep.FULL  # what is black and white, of pictures of more than 8 bits
+    known: Cameras | None = None  # the source's own cameras: (S, 3, 4), (S, 3, 3) fp64, in pixels of the originals, upright
 
     def __len__(self) -> int:
         return len(self.names)
@@ -47,7 +49,8 @@ class Frames(EqualByValue):
         """One frame, as S = 1. Its images share the memory."""
         part = slice(index, index + 1)
         per_frame = ("images", "names", "timestamps", "original_sizes", "scale", "offset", "pages")
-        return replace(self, **{name: getattr(self, name)[part] for name in per_frame})
+        known = self.known and Cameras(self.known.extrinsics[part], self.known.intrinsics[part])
+        return replace(self, known=known, **{name: getattr(self, name)[part] for name in per_frame})
 
     def intrinsics_in_original(self, intrinsics: Tensor) -> Tensor:
         """Convert intrinsics (S, 3, 3) from pixels of `images` to pixels of the originals.
@@ -85,7 +88,7 @@ class Frames(EqualByValue):
 
 
 def load_frames(
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path] | Source,
     *,
     size: Size | None = None,
     mode: str = "crop",
@@ -95,12 +98,13 @@ def load_frames(
     value_range: str = "auto",
     progress: bool = False,
 ) -> Frames:
-    """Read one video, one animation, one folder of images (in natural order), or image files in the given order.
+    """Read one video, one animation, one folder of images (in natural order), image files in the given order, or images with cameras.
 
     docs/inputs.md has all rules: which files are read, how they are turned, cropped, padded and stretched, and what is refused.
 
     Args:
         inputs: one video, one folder, or image files. A pattern such as "photos/*.jpg" stands for the files that match it.
+            A COLMAP model or a transforms.json gives its images, and `Frames.known`. Or what `sources.resolve` has found.
         size: the size of the frames; sides must be multiples of 14. An int W (default 518), or (H, W).
         mode: "crop" or "pad".
             With an int W, "crop" resizes to width W and a height in proportion, rounded to a multiple of 14, and cuts rows beyond W; "pad"
@@ -123,7 +127,8 @@ def load_frames(
     _check_sampling(max_frames, stride, fps)
     if value_range not in deep.RULES:
         raise InputError(f"unknown value range {value_range!r}: use 'auto' or 'full'")
-    paths = resolve(inputs)
+    source = inputs if isinstance(inputs, Source) else resolve(inputs)
+    paths = source.paths
 
     count = 1
 
@@ -146,7 +151,7 @@ def load_frames(
             names = [f"frame_{index:06d}" for index in indices]
             chosen, shown = [Page(paths[0], index) for index in indices], deep.FULL
         else:
-            found = [page for path in paths for page in pages(path)]
+            found = [page for path in paths for page in pages(path)[: 1 if source.posed else None]]  # a camera has one picture
             animation = len(paths) == 1 and len(found) > 1
             seconds = times(found) if animation else None
             if fps is not None and seconds is None:
@@ -160,8 +165,9 @@ def load_frames(
             timestamps = [seconds[i] if seconds else float(i) for i in indices]
             names = [f"frame_{index:06d}" for index in indices] if animation else _unique_names(found, indices)
     sizes = [p.original_size for p in processed]
+    known = _known([source.posed[index] for index in indices], chosen, sizes) if source.posed else None
     images, scale, offset = stack(processed)
-    return Frames(images, names, timestamps, sizes, scale, offset, chosen, shown)
+    return Frames(images, names, timestamps, sizes, scale, offset, chosen, shown, known)
 
 
 def sample(timestamps: list[float], *, max_frames: int | None, stride: int | None, fps: float | None) -> list[int]:
@@ -178,6 +184,16 @@ def sample(timestamps: list[float], *, max_frames: int | None, stride: int | Non
         return chosen
     last = len(chosen) - 1
     return [chosen[round(i * last / max(1, max_frames - 1))] for i in range(max_frames)]
+
+
+def _known(posed: list[Posed], chosen: list[Page], sizes: list[tuple[int, int]]) -> Cameras:
+    """The cameras of the chosen pages, in pixels of the upright pictures of `sizes` (height, width)."""
+    found = []
+    for camera, page, size in zip(posed, chosen, sizes, strict=True):
+        with about(repr(str(page.path))):
+            found.append(camera.in_picture(size, stored_orientation(page)))
+    extrinsics, intrinsics = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*found, strict=True))
+    return Cameras(extrinsics, intrinsics)
 
 
 def _check_sampling(max_frames: int | None, stride: int | None, fps: float | None) -> None:

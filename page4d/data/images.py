@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import re
 import struct
 import warnings
 import zlib
@@ -59,6 +60,13 @@ def is_image(path: Path) -> bool:
     return start.startswith(known) or _is_heif(start) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
 
 
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts image2 before image10."""
+    parts = re.split(r"(\d+)", name.lower())
+    digits = [part.lstrip("0") for part in parts]  # the longer is the larger; int() refuses thousands of digits
+    return [(len(digits[i]), digits[i]) if i % 2 else (-1, part) for i, part in enumerate(parts)]
+
+
 def pages(path: Path) -> list[Page]:
     """The pages of a file that are pictures of their own: not previews, masks, or the still that stands for an animation.
 
@@ -77,6 +85,18 @@ def pages(path: Path) -> list[Page]:
     except Exception:  # whatever Pillow raises for a damaged file
         pass
     return [Page(path)]
+
+
+def stored_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels by the header, before the picture is turned upright."""
+    with _opened(path) as image:
+        return image.size
+
+
+def stored_orientation(page: Page) -> int:
+    """The EXIF orientation by which `read` turns a page upright."""
+    with _page(page) as image:
+        return _take_orientation(image, page.path)
 
 
 def is_plain(path: Path) -> bool:

@@ -20,7 +20,7 @@ _TRANSPOSE = {
 }
 
 # Signs of a, b, c, d in x' = a x + c y, y' = b x + d y, from stored to displayed pixels, y down.
-_MATRIX = {
+MATRIX = {
     1: (1, 0, 0, 1),
     2: (-1, 0, 0, 1),
     3: (-1, 0, 0, -1),
@@ -46,6 +46,6 @@ def of_display_matrix(matrix: Sequence[int]) -> tuple[int, bool]:
     a, b, c, d = matrix[0], matrix[1], matrix[3], matrix[4]
     x, y = abs(complex(a, b)) or 1.0, abs(complex(c, d)) or 1.0  # lengths of the images of the two axes
     directions = (a / x, b / x, c / y, d / y)
-    likeness = {number: sum(p * q for p, q in zip(directions, signs, strict=True)) for number, signs in _MATRIX.items()}
+    likeness = {number: sum(p * q for p, q in zip(directions, signs, strict=True)) for number, signs in MATRIX.items()}
     best = max(likeness, key=lambda number: likeness[number])
     return (best, likeness[best] > 1.999) if any(directions) else (UPRIGHT, False)

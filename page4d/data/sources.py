@@ -9,24 +9,35 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from .images import IMAGE_SUFFIXES, is_image
+from .images import IMAGE_SUFFIXES, is_image, natural
+from .posed import Posed, check_pictures, locate, read_posed
 
+VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".mts", ".m2ts", ".ts"}
 NOT_READ = {  # pictures and videos that a folder may hold beside those that are read
     *(".jxl", ".jp2", ".j2k", ".exr", ".hdr", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
-    *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".mts", ".m2ts", ".ts"),
+    *VIDEO_SUFFIXES,
 }
 
 log = logging.getLogger(__name__)
 
 
-def resolve(inputs: Sequence[str | Path]) -> list[Path]:
-    """The files to read: one video, or images.
+@dataclass(frozen=True)
+class Source:
+    """The files to read: one video, or images in order."""
+
+    paths: list[Path]
+    posed: list[Posed] | None = None  # the camera of each image, where these are known
+
+
+def resolve(inputs: Sequence[str | Path]) -> Source:
+    """Find what the inputs name.
 
     Raises:
-        InputError: an input is empty, a URL, missing, or neither a file nor a folder; or there is nothing to read.
+        InputError: an input is empty, a URL, missing, or neither a file nor a folder; or there is nothing to read; or cameras are damaged.
     """
     if isinstance(inputs, (str, bytes, os.PathLike)):
         inputs = [inputs]
@@ -36,11 +47,17 @@ def resolve(inputs: Sequence[str | Path]) -> list[Path]:
     if not paths:
         raise InputError("nothing to read: give a video, a folder of images or image files")
     if len(paths) == 1:
-        return list_folder(paths[0]) if paths[0].is_dir() else paths
+        if locate(paths[0]):
+            posed = read_posed(paths[0])
+            check_pictures(posed, paths[0])
+            return Source([each.image for each in posed], posed)
+        return Source(list_folder(paths[0]) if paths[0].is_dir() else paths)
     for path in paths:
+        if locate(path):
+            raise InputError(f"{str(path)!r} brings its own pictures and cameras, so it cannot be mixed with other inputs: give it alone")
         if path.is_dir() or not is_image(path):
             raise InputError(f"{str(path)!r} is not an image file: give one video, one folder, or image files only")
-    return paths
+    return Source(paths)
 
 
 def _expand(entry: str | Path) -> list[Path]:
@@ -95,17 +112,26 @@ def list_folder(folder: Path) -> list[Path]:
             log.warning("%s: left out, as it %s", path, problem)
         elif suffix in NOT_READ:
             left[suffix] += 1
-    if left:
-        listing = ", ".join(f"{count} {suffix}" for suffix, count in left.items())
-        log.warning("%s: not read are %s (only images of a folder are read)", folder, listing)
+    listing = ", ".join(f"{count} {suffix}" for suffix, count in left.items())
     if not images:
-        known = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        below = "; folders in it are not searched" if folders else ""
-        raise InputError(f"no images in the folder {str(folder)!r}: it should hold files of the types {known}{below}")
+        raise _no_images(folder, names, listing, folders)
+    if left:
+        log.warning("%s: not read are %s (only images of a folder are read)", folder, listing)
     return sorted(images, key=_natural)
 
 
+def _no_images(folder: Path, names: list[str], listing: str, folders: int) -> InputError:
+    """What a folder has instead of images, and what to do."""
+    videos = sorted((folder / name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES), key=_natural)
+    if videos:
+        count, advice = (f"{len(videos)} videos", "give one of them, such as") if len(videos) > 1 else ("a video", "give")
+        return InputError(f"the folder {str(folder)!r} holds {count} and no images: {advice} {str(videos[0])!r}")
+    known = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+    instead = f" ({listing} are not read)" if listing else ""
+    below = "; folders in it are not searched" if folders else ""
+    return InputError(f"no images in the folder {str(folder)!r}{instead}: it should hold files of the types {known}{below}")
+
+
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """A sort key that puts image2 before image10. The name itself breaks ties such as 1 and 01."""
-    parts = re.split(r"(\d+)", path.name.lower())
-    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)], str(path)
+    """A sort key: the name in natural order. The path itself breaks ties such as 1 and 01."""
+    return natural(path.name), str(path)

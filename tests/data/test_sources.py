@@ -87,3 +87,15 @@ def test_pictures_and_videos_that_are_not_read_are_counted(folder: Path, caplog:
 def test_folders_are_not_searched(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     assert "folders in it are not searched" in refusal(tmp_path)
+
+
+def test_a_folder_of_videos_names_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("10.mov", "2.MP4", "raw.dng"):
+        (tmp_path / name).touch()
+    message = f"the folder {str(tmp_path)!r} holds 2 videos and no images: give one of them, such as {str(tmp_path / '2.MP4')!r}"
+    assert refusal(tmp_path) == message
+    (tmp_path / "10.mov").unlink()
+    assert refusal(tmp_path) == f"the folder {str(tmp_path)!r} holds a video and no images: give {str(tmp_path / '2.MP4')!r}"
+    (tmp_path / "2.MP4").unlink()
+    assert "(1 .dng are not read): it should hold files of the types" in refusal(tmp_path)
+    assert not caplog.records
