@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from page4d.data import InputError
+from page4d.data import InputError, load_frames
 from page4d.data.frames import Frames
 from page4d.export import ExportOptions, export
 from page4d.export.colmap import write_colmap
@@ -168,3 +169,18 @@ def test_names_of_files(prediction: Prediction, frames: Frames, tmp_path: Path):
         names = [image.name for _, image in sorted(model(tmp_path, kind).images.items())]
         assert names == ["000000_my_photo.jpg", "000001_my_photo.jpg", "000002_\u00fcber.jpg"]
         assert all((tmp_path / "colmap" / "images" / name).is_file() for name in names)
+
+
+def test_our_own_reader_gives_the_same_cameras(prediction, frames, tmp_path):
+    """COLMAP and nerfstudio agree with each other, and both with cameras.json."""
+    export(prediction, frames, tmp_path, ["colmap", "nerfstudio", "trajectory"])
+    stored = json.loads((tmp_path / "cameras.json").read_text())["frames"]
+    for folder in ("colmap", "nerfstudio"):
+        again = load_frames([tmp_path / folder], size=(28, 42))
+        assert again.known is not None and again.names == frames.names and again.original_sizes == frames.original_sizes
+        for i, entry in enumerate(stored):
+            extrinsics = again.known.extrinsics[i].numpy()
+            if folder == "nerfstudio":  # whose world has z up
+                extrinsics = extrinsics @ np.vstack([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+            assert np.allclose(extrinsics, entry["extrinsics"], atol=1e-12)
+            assert np.allclose(again.known.intrinsics[i].numpy(), entry["intrinsics"], atol=1e-9)
