@@ -20,7 +20,7 @@ from .scene import SceneCameras, confident_points, registered, scene_cameras
 
 MAX_POINTS = 1_000_000
 Y_UP = np.diag([1.0, -1, -1, 1])  # from OpenCV's axes (y down, z forward) to glTF's (y up, z back), of the world and of cameras
-FLOAT, UNSIGNED_SHORT = 5126, 5123  # component types of glTF
+FLOAT = 5126  # the component type of glTF
 NEAR = 0.05  # of the cameras, in lengths of a frustum
 
 
@@ -93,16 +93,16 @@ def _add_lines(scene: Any, trimesh: Any, name: str, segments: NDArray[np.float64
 
 
 def _linear_colors(buffers: dict, tree: dict) -> None:
-    """Replace the colours of 8 bits, which are those of a picture (sRGB), by linear ones of 16 bits."""
+    """Replace the colours of 8 bits, which are those of a picture (sRGB), by linear ones in fp32."""
     accessors = list(tree["accessors"].values())
     for place in {primitive["attributes"]["COLOR_0"] for mesh in tree["meshes"] for primitive in mesh["primitives"]}:
-        key = list(buffers)[accessors[place]["bufferView"]]
-        srgb = np.frombuffer(buffers[key], np.uint8)[: 4 * accessors[place]["count"]].reshape(-1, 4) / 255
-        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-        linear[:, 3] = srgb[:, 3]
-        values = (linear * 65535).round().astype("<u2")
-        buffers[key] = values.tobytes()
-        accessors[place] |= {"componentType": UNSIGNED_SHORT, "min": values.min(0).tolist(), "max": values.max(0).tolist()}
+        accessor = accessors[place]
+        key = list(buffers)[accessor["bufferView"]]
+        srgb = np.frombuffer(buffers[key], np.uint8)[: 4 * accessor["count"]].reshape(-1, 4)[:, :3] / 255
+        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4).astype("<f4")
+        buffers[key] = linear.tobytes()
+        accessor |= {"componentType": FLOAT, "type": "VEC3", "min": linear.min(0).tolist(), "max": linear.max(0).tolist()}
+        del accessor["normalized"]
 
 
 def _place_camera(tree: dict, cameras: SceneCameras, frames: Frames, index: int) -> int:
