@@ -16,7 +16,7 @@ from .color import colormap
 from .extras import need
 from .frusta import frustum_length, frustum_segments
 from .options import DEFAULTS, ExportOptions
-from .scene import SceneCameras, confident_points, registered, scene_cameras
+from .scene import SceneCameras, confident_points, gather, registered, scene_cameras
 
 MAX_POINTS = 1_000_000
 Y_UP = np.diag([1.0, -1, -1, 1])  # from OpenCV's axes (y down, z forward) to glTF's (y up, z back), of the world and of cameras
@@ -58,21 +58,25 @@ def write_glb(out_dir: Path, prediction: Prediction, frames: Frames, options: Ex
 
 
 def _add_points(scene: Any, trimesh: Any, prediction: Prediction, frames: Frames, options: ExportOptions) -> None:
-    static, moving = [], []
     static_only = options.glb == "static"
-    for points in confident_points(prediction, frames, max_points=MAX_POINTS, moving=options.moving, static_only=static_only):
-        xyz = points.xyz @ Y_UP[:3, :3].T
-        static.append((xyz[~points.moving], points.rgb[~points.moving]))
-        moving.append((xyz[points.moving], points.rgb[points.moving]))
-    clouds = {"static": static}
+    parts = confident_points(prediction, frames, max_points=MAX_POINTS, moving=options.moving, static_only=static_only)
+    points, counts = gather(parts, min(MAX_POINTS, prediction.images[0, :, 0].numel()))
+
+    def add(name: str, part: slice, chosen: NDArray[np.bool_]) -> None:
+        if chosen.any():
+            xyz, rgb = points.xyz[part][chosen], points.rgb[part][chosen]
+            colors = np.concatenate([rgb, np.full_like(rgb[:, :1], 255)], 1)
+            scene.add_geometry(trimesh.PointCloud(xyz @ Y_UP[:3, :3].T, colors), name, name)
+
+    everything = slice(None)
+    add("static", everything, ~points.moving)
     if options.glb == "all":
-        clouds["moving"] = moving
+        add("moving", everything, points.moving)
     elif options.glb == "animated":
-        clouds |= {f"moving/{frames.names[i]}": [part] for i, part in enumerate(moving)}
-    for name, cloud in clouds.items():
-        xyz, rgb = (np.concatenate(column) for column in zip(*cloud, strict=True))
-        if len(xyz):
-            scene.add_geometry(trimesh.PointCloud(xyz, np.concatenate([rgb, np.full_like(rgb[:, :1], 255)], 1)), name, name)
+        ends = np.cumsum(counts).tolist()
+        for name, count, end in zip(frames.names, counts, ends, strict=True):
+            part = slice(end - count, end)
+            add(f"moving/{name}", part, points.moving[part])
 
 
 def _add_cameras(scene: Any, trimesh: Any, cameras: SceneCameras, prediction: Prediction, frames: Frames, chosen: list[int]) -> None:

@@ -19,7 +19,7 @@ from ..prediction import Prediction
 from ._originals import original_depth, picture_names, static_mask, write_pictures
 from .options import DEFAULTS, ExportOptions
 from .ply import write_vertices
-from .scene import confident_points, registered, scene_cameras
+from .scene import confident_points, gather, registered, scene_cameras
 from .views import depth_map
 
 MAX_POINTS = 500_000
@@ -74,7 +74,8 @@ def write_nerfstudio(out_dir: Path, prediction: Prediction, frames: Frames, opti
                 static_mask(prediction, frames, i, options.moving).save(files.add(folder / entry["mask_path"]))
             entries.append(entry)
         parts = confident_points(prediction, frames, max_points=MAX_POINTS, moving=options.moving, static_only=True)
-        write_vertices(files.add(folder / "points.ply"), parts, Z_UP[:, :3])
+        points, _ = gather(parts, min(MAX_POINTS, prediction.images[0, :, 0].numel()))
+        write_vertices(files.add(folder / "points.ply"), points, Z_UP[:, :3])
         scene = {
             "camera_model": "OPENCV",
             "k1": 0.0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from ..data.frames import Frames
 from ..files import AtomicFiles
 from ..prediction import Prediction
-from .scene import Points, confident_points
+from .scene import Points, confident_points, gather
 
 VERTEX = np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3), ("confidence", "<f4")])
 
@@ -34,26 +33,23 @@ def write_ply(
     than `max_points`, every frame gives the same share, at random with a fixed seed. `source` is that of `Prediction.points`.
     """
     parts = confident_points(prediction, frames, max_points=max_points, source=source, confidence_percentile=confidence_percentile)
+    points, _ = gather(parts, min(max_points, prediction.images[0, :, 0].numel()))
+    if not len(points.xyz):
+        log.warning("%s: no finite points to write, the point cloud is empty", path)
     with AtomicFiles() as files:
-        if not write_vertices(files.add(Path(path)), parts):
-            log.warning("%s: no finite points to write, the point cloud is empty", path)
+        write_vertices(files.add(Path(path)), points)
     return files.paths
 
 
-def write_vertices(path: Path, parts: Iterable[Points], turn: NDArray[np.float64] | None = None) -> int:
-    """Write the points of all frames into one file. Returns their number. `turn` (3, 3) changes the axes of the world."""
-    body = []
-    for points in parts:
-        vertices = np.empty(len(points.xyz), VERTEX)
-        vertices["xyz"] = points.xyz if turn is None else points.xyz @ turn.T
-        vertices["rgb"], vertices["confidence"] = points.rgb, points.confidence
-        body.append(vertices.tobytes())
-    count = sum(map(len, body)) // VERTEX.itemsize
+def write_vertices(path: Path, points: Points, turn: NDArray[np.float64] | None = None) -> None:
+    """Write points into a file. `turn` (3, 3) changes the axes of the world."""
+    vertices = np.empty(len(points.xyz), VERTEX)
+    vertices["xyz"] = points.xyz if turn is None else points.xyz @ turn.T
+    vertices["rgb"], vertices["confidence"] = points.rgb, points.confidence
     header = (
-        f"ply\nformat binary_little_endian 1.0\nelement vertex {count}\n"
+        f"ply\nformat binary_little_endian 1.0\nelement vertex {len(vertices)}\n"
         "property float x\nproperty float y\nproperty float z\n"
         "property uchar red\nproperty uchar green\nproperty uchar blue\n"
         "property float confidence\nend_header\n"
     )
-    path.write_bytes(b"".join([header.encode("ascii"), *body]))
-    return count
+    path.write_bytes(header.encode("ascii") + vertices.tobytes())

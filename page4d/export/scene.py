@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,3 +144,26 @@ def confident_points(
             moves[rows, columns],
             np.stack([columns, rows], -1),
         )
+
+
+def gather(parts: Iterable[Points], limit: int) -> tuple[Points, list[int]]:
+    """The points of all frames in one, at most `limit`, and how many each frame has.
+
+    The arrays are allocated once. Many small ones that stay, between large ones that go, would leave holes as large as the clip.
+    """
+    kinds = {
+        "xyz": ((3,), np.float32),
+        "rgb": ((3,), np.uint8),
+        "confidence": ((), np.float32),
+        "moving": ((), bool),
+        "pixels": ((2,), np.int64),
+    }
+    arrays = {name: np.empty((limit, *shape), dtype) for name, (shape, dtype) in kinds.items()}
+    counts, total = [], 0
+    for points in parts:
+        count = len(points.xyz)
+        for name, whole in arrays.items():
+            whole[total : total + count] = getattr(points, name)
+        counts.append(count)
+        total += count
+    return Points(**{name: whole[:total] for name, whole in arrays.items()}), counts
