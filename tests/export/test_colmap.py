@@ -142,6 +142,29 @@ def test_tracks_are_observations(rendered, tmp_path):
     assert model(tmp_path / "moving").num_points3D() == 0
 
 
+def test_a_track_is_where_most_frames_see_it(rendered, tmp_path):
+    """The first of four frames sees it 30 % too far away."""
+    still = torch.full_like(rendered.prediction.mask, 0.4)
+    pose = rendered.prediction.pose_enc[:, :1].repeat(1, 4, 1)
+    depth = torch.full_like(rendered.prediction.depth, 2.0)
+    depth[:, 0] = 2.6
+    track = torch.tensor([30.0, 40.0]).expand(1, 4, 1, 2)
+    prediction = replace(rendered.prediction, mask=still, pose_enc=pose, depth=depth, track=track, vis=torch.ones(1, 4, 1))
+    write_colmap(tmp_path, prediction, rendered.frames)
+    found = model(tmp_path)
+    (point,) = (point for point in found.points3D.values() if point.track.length() == 4)
+    assert (found.images[1].cam_from_world() * point.xyz)[2] == pytest.approx(2.0, abs=1e-6) and point.error < 1e-4
+
+
+def test_links_of_an_earlier_run_are_removed_even_if_the_originals_changed(prediction, frames, tmp_path, caplog):
+    export(prediction, frames, tmp_path, ["colmap"])
+    frames.pages[0].path.touch()
+    renamed = replace(frames, names=["x", "y", "z"])
+    export(prediction, renamed, tmp_path, ["colmap"])
+    assert {path.stem for path in (tmp_path / "colmap" / "images").iterdir()} == {"x", "y", "z"} and not caplog.text
+    assert all(page.path.is_file() for page in frames.pages)
+
+
 def test_frames_without_a_camera_are_left_out(prediction, frames, tmp_path, caplog):
     prediction.pose_enc[0, 1, 7:] = 0
     write_colmap(tmp_path, prediction, frames)

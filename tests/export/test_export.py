@@ -77,13 +77,18 @@ def test_ply(prediction: Prediction, frames: Frames, tmp_path: Path, source: str
 def test_ply_keeps_confident_finite_points(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     trimesh = pytest.importorskip("trimesh")
     assert prediction.depth is not None and prediction.depth_conf is not None
-    prediction.depth[0, 0, 20, 30] = float("nan")
-    prediction.depth_conf[0, 0, 20, 30] = 99
+    for column, value in enumerate((float("nan"), float("inf"), 0.0, -1.0)):
+        prediction.depth[0, 0, 20, column] = value
+        prediction.depth_conf[0, 0, 20, column] = 99
     (path,) = write_ply(tmp_path / "p.ply", prediction, frames, confidence_percentile=75)
     confidence = trimesh.load(path).metadata["_ply_raw"]["vertex"]["data"]["confidence"]
     everything = prediction.depth_conf[0][frames.inside()].numpy()
     everything = everything[everything < 99]
-    assert confidence.min() >= np.percentile(everything, 75) and len(confidence) == pytest.approx(len(everything) / 4, abs=1)
+    assert (
+        confidence.max() < 99
+        and confidence.min() >= np.percentile(everything, 75)
+        and len(confidence) == pytest.approx(len(everything) / 4, abs=1)
+    )
     (few,) = write_ply(tmp_path / "few.ply", prediction, frames, max_points=100)
     (again,) = write_ply(tmp_path / "again.ply", prediction, frames, max_points=100)
     assert len(trimesh.load(few).vertices) == 100 and few.read_bytes() == again.read_bytes()

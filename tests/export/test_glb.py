@@ -152,3 +152,17 @@ def test_frames_without_a_camera(prediction, frames, tmp_path, caplog):
     assert "moving/frame_000000" not in scene.nodes
     with pytest.raises(InputError, match="no frame has a finite camera"):
         export(replace(prediction, pose_enc=torch.zeros_like(prediction.pose_enc)), frames, tmp_path / "none", ["glb"])
+
+
+def test_the_camera_takes_the_short_way(rendered, tmp_path):
+    """It turns from 170 to 190 degrees, where the quaternion of each frame alone changes its sign."""
+    angles = torch.deg2rad(torch.tensor([170.0, 178.0, 183.0, 190.0])) / 2
+    pose = rendered.prediction.pose_enc.clone()
+    pose[0, :, 3:7] = torch.stack([torch.zeros(4), angles.sin(), torch.zeros(4), angles.cos()], -1)
+    scene = written(rendered, tmp_path, pose_enc=pose)
+    (rotations,) = (
+        scene.values(scene.tree.animations[0].samplers[channel.sampler].output)
+        for channel in scene.tree.animations[0].channels
+        if channel.target.path == "rotation"
+    )
+    assert ((rotations[1:] * rotations[:-1]).sum(1) > 0.9).all()
