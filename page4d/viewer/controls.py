@@ -21,11 +21,11 @@ class State:
     cameras: bool
     percentile: float  # of the confidence
     threshold: float  # of the motion
-    size: float  # of a point, in pixels at a usual depth
+    size: float  # diameter of a point, in pixels of the input at the median depth
 
 
 class Controls:
-    """Time, points, cameras, and the pictures of the current frame.
+    """Time, the picture of the current frame, points and cameras.
 
     Args:
         server: viser's server.
@@ -46,6 +46,7 @@ class Controls:
         on_look: Callable[[Any], None],
     ) -> None:
         self._thumbnails, self._on_change = thumbnails, on_change
+        self._has_motion = thumbnails.prediction.mask is not None
         self.playing = False
         self.count = len(thumbnails.frames)
         gui = server.gui
@@ -56,27 +57,26 @@ class Controls:
         if self.count > 1:
             with gui.add_folder("Time"):
                 self.frame = self._watched(gui.add_slider("frame", 0, self.count - 1, 1, 0))
+                self.fps = self._watched(gui.add_slider("frames/s", 1, FASTEST, 0.5, options.fps))
                 self.play = gui.add_button("play")
                 self.play.on_click(lambda _: self.toggle())
-                self.fps = self._watched(gui.add_slider("frames per second", 1, FASTEST, 0.5, options.fps))
+        with gui.add_folder("Picture, depth, motion" if self._has_motion else "Picture, depth"):
+            self._picture = gui.add_image(thumbnails.sheet(0), jpeg_quality=85)
         with gui.add_folder("Points"):
-            self.static = self._watched(gui.add_checkbox("static, of all frames", True))
-            if thumbnails.prediction.mask is not None:
-                self.moving = self._watched(gui.add_checkbox("moving, of this frame", True))
-                self.threshold = self._watched(gui.add_slider("moving above", 0, 1, 0.01, options.moving))
-            self.percentile = self._watched(gui.add_slider("confidence percentile", 0, 100, 1, options.confidence))
-            self.size = self._watched(gui.add_slider("size", 0.5, 5, 0.1, 1.5))
+            self.static = self._watched(gui.add_checkbox("static", True, hint="what stands still, of all frames"))
+            if self._has_motion:
+                self.moving = self._watched(gui.add_checkbox("moving", True, hint="what moves, of the current frame"))
             if tracks:
-                self.tracks = self._watched(gui.add_checkbox("tracks", True))
+                self.tracks = self._watched(gui.add_checkbox("tracks", True, hint="where tracked points have been"))
+            if self._has_motion:
+                hint = "motion above which a point counts as moving"
+                self.threshold = self._watched(gui.add_slider("motion", 0, 1, 0.01, options.moving, hint=hint))
+            hint = "percentile from which points are shown"
+            self.percentile = self._watched(gui.add_slider("confidence", 0, 100, 1, options.confidence, hint=hint))
+            self.size = self._watched(gui.add_slider("size", 0.5, 5, 0.1, 1.5, hint="of a point, in pixels of the input"))
         with gui.add_folder("Cameras"):
-            self.cameras = self._watched(gui.add_checkbox("frusta and path", True))
+            self.cameras = self._watched(gui.add_checkbox("frusta", True, hint="click one to look through it"))
             gui.add_button("look through this camera").on_click(lambda event: on_look(event.client))
-        with gui.add_folder("This frame"):
-            self._pictures = {
-                kind: gui.add_image(draw(0), label=kind, jpeg_quality=85)
-                for kind, draw in {"picture": thumbnails.picture, "depth": thumbnails.depth, "motion": thumbnails.motion}.items()
-                if kind != "motion" or thumbnails.prediction.mask is not None
-            }
 
     def _watched(self, handle: Any) -> Any:
         handle.on_update(lambda _: self._on_change())
@@ -104,6 +104,5 @@ class Controls:
             size=self.size.value,
         )
 
-    def show_pictures(self, index: int) -> None:
-        for kind, handle in self._pictures.items():
-            handle.image = getattr(self._thumbnails, kind)(index)
+    def show_picture(self, index: int) -> None:
+        self._picture.image = self._thumbnails.sheet(index)

@@ -52,7 +52,7 @@ class Page:
         cloud = load_cloud(prediction, frames)
         thumbnails = Thumbnails(prediction, frames)
         length = frustum_length(thumbnails.prediction, thumbnails.frames)
-        self._pixel = length / LENGTH / float(cameras.network[cameras.finite, 0, 0].mean())  # side of a pixel at the median depth
+        self._pixel = length / LENGTH / float(cameras.network[cameras.finite, 0, 0].mean())  # width of a pixel at the median depth
         self._changed = threading.Event()
         self.server = start_server(options.host, options.port)
         self.address = page_address(options.host, self.server.get_port())
@@ -62,16 +62,22 @@ class Page:
             self.server, thumbnails, self.tracks is not None, options, self._changed.set, lambda client: self.look_through(client)
         )
         self.shown = self.controls.state()
-        self.points = PointNodes(self.server.scene, cloud, self.shown.size * self._pixel)
+        self.points = PointNodes(self.server.scene, cloud, self.shown.size / 2 * self._pixel)
         self.points.split(self.shown.percentile, self.shown.threshold)
         self.cameras.highlight(self.shown.frame)
 
     def look_through(self, client: Any, index: int | None = None) -> None:
-        """Give a client the view of a camera, of the current frame by default. The frusta are hidden, since they would be in the way."""
-        if index is not None and self.controls.frame:
+        """Give a client the view of a camera, of the current frame by default. The frusta are hidden, since they would be in the way.
+
+        A camera that is not finite has no view: then nothing happens.
+        """
+        index = self.shown.frame if index is None else index
+        if index not in self.cameras.frusta:
+            return
+        if self.controls.frame:
             self.controls.frame.value = index
         self.controls.cameras.value = False
-        self.cameras.look_through(client, self.shown.frame if index is None else index)
+        self.cameras.look_through(client, index)
 
     def refresh(self) -> None:
         """Make the scene what the controls say. Only what differs is sent."""
@@ -80,14 +86,14 @@ class Page:
             if (wanted.percentile, wanted.threshold) != (shown.percentile, shown.threshold):
                 self.points.split(wanted.percentile, wanted.threshold)
             if wanted.size != shown.size:
-                self.points.resize(wanted.size * self._pixel)
+                self.points.resize(wanted.size / 2 * self._pixel)
             self._switch(wanted)
             if wanted.frame != shown.frame:
                 self.points.moving.show(wanted.frame)
                 self.cameras.highlight(wanted.frame)
                 if self.tracks:
                     self.tracks.show(wanted.frame)
-                self.controls.show_pictures(wanted.frame)
+                self.controls.show_picture(wanted.frame)
         self.shown = wanted
 
     def _switch(self, wanted: State) -> None:

@@ -14,7 +14,7 @@ class PointNodes:
     Args:
         scene: viser's `SceneApi`.
         cloud: the points.
-        size: side of a drawn point, in scene units.
+        size: radius of a drawn point, in scene units.
     """
 
     def __init__(self, scene: Any, cloud: Cloud, size: float) -> None:

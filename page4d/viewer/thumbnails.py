@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from ..data.frames import Frames
 from ..export.views import Pixels, depth_map, depth_picture, frame_pixels, inverse_depth_range, motion_map, motion_picture
 from ..prediction import Prediction
@@ -30,9 +32,15 @@ class Thumbnails:
     def picture(self, index: int) -> Pixels:
         return frame_pixels(self.prediction, index)
 
-    def depth(self, index: int) -> Pixels:
-        """Near = warm, in the same colours for all frames; grey where it is not known."""
-        return depth_picture(depth_map(self.prediction, self.frames, index), self._limits)
+    def sheet(self, index: int) -> Pixels:
+        """The picture above, depth and motion side by side below. Without a mask depth is as large as the picture.
 
-    def motion(self, index: int) -> Pixels:
-        return motion_picture(self.picture(index), motion_map(self.prediction, self.frames, index))
+        Depth: near = warm, in the same colours for all frames; grey where it is not known. Motion: red.
+        """
+        picture = self.picture(index)
+        depth = depth_picture(depth_map(self.prediction, self.frames, index), self._limits)
+        if self.prediction.mask is None:
+            return np.concatenate([picture, depth])
+        motion = motion_picture(picture, motion_map(self.prediction, self.frames, index))
+        below = np.concatenate([depth[::2, ::2], motion[::2, ::2]], 1)
+        return np.concatenate([picture, below[:, : picture.shape[1]]])
