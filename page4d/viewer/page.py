@@ -53,7 +53,7 @@ class Page:
         thumbnails = Thumbnails(prediction, frames)
         length = frustum_length(thumbnails.prediction, thumbnails.frames)
         self._pixel = length / LENGTH / float(cameras.network[cameras.finite, 0, 0].mean())  # width of a pixel at the median depth
-        self._changed = threading.Event()
+        self._changed, self._closed = threading.Event(), False
         self.server = start_server(options.host, options.port)
         self.address = page_address(options.host, self.server.get_port())
         self.cameras = CameraNodes(self.server, cameras, frames, thumbnails, length, length / LENGTH, self.look_through)
@@ -109,11 +109,12 @@ class Page:
         if open_browser and has_browser():
             webbrowser.open(self.address)
         with contextlib.suppress(KeyboardInterrupt):
-            self._follow()
+            self.follow()
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Keep the scene as the controls say, and play, until the page is closed."""
         due = time.monotonic()  # of the next frame
-        while True:
+        while not self._closed:
             self._changed.clear()
             self.refresh()
             now = time.monotonic()
@@ -129,6 +130,8 @@ class Page:
 
     def close(self) -> None:
         """Stop serving."""
+        self._closed = True
+        self._changed.set()
         with quiet(), contextlib.suppress(KeyboardInterrupt):  # an impatient second Ctrl-C
             self.server.stop()
 

@@ -84,7 +84,7 @@ def open_page() -> Iterator:
 @pytest.fixture(scope="session")
 def rendered() -> tuple[Prediction, Frames]:
     """A rendered room with moving objects. Depth, cameras, motion and tracks are the true ones."""
-    sample = SyntheticScenes("dynamic", frames=16, size=(252, 336), seed=0, tracks=64)[7]
+    sample = SyntheticScenes("dynamic", frames=12, size=(252, 336), seed=0, tracks=64)[7]
     prediction = as_prediction(sample)
     return prediction, frames_of(prediction)
 

@@ -22,11 +22,6 @@ pytestmark = pytest.mark.slow
 VIEW = {"x": 0, "y": 0, "width": 660, "height": 600}  # left of the panel
 
 
-def follow(page: Page) -> None:
-    """What `Page.run` does until Ctrl-C, in the background."""
-    threading.Thread(target=page._follow, daemon=True).start()
-
-
 def opened(browser, address: str):
     """A tab with the address, and the list of its errors."""
     tab, errors = browser.new_page(), []
@@ -86,7 +81,7 @@ def projected(page: Page, tab, i: int, grow: int) -> tuple[slice, slice]:
 def test_the_slider_moves_what_moves_and_nothing_else(square, open_page, browser):
     page = open_page(*square)
     page.controls.cameras.value = False
-    follow(page)
+    threading.Thread(target=page.follow, daemon=True).start()
     tab, errors = opened(browser, page.address)
     first = settled(tab, lambda shot: red(shot).any())
     assert (first < 240).any(-1).mean() > 0.2, "the canvas is blank"
@@ -105,7 +100,7 @@ def test_the_slider_moves_what_moves_and_nothing_else(square, open_page, browser
 
 def test_play_and_pause(square, open_page, browser):
     page = open_page(*square)
-    follow(page)
+    threading.Thread(target=page.follow, daemon=True).start()
     tab, errors = opened(browser, page.address)
     tab.get_by_role("button", name="play").click()
     tab.wait_for_function("document.querySelector('[role=slider]').ariaValueNow >= 2")
@@ -116,7 +111,7 @@ def test_play_and_pause(square, open_page, browser):
 
 def test_a_click_on_a_frustum_looks_through_it(square, open_page, browser):
     page = open_page(*square)
-    follow(page)
+    threading.Thread(target=page.follow, daemon=True).start()
     tab, errors = opened(browser, page.address)
     settled(tab)
     tab.mouse.click(500, 300)  # the frusta are before the middle of the first look
@@ -146,21 +141,22 @@ def test_the_saved_file_plays_from_the_disk(square, open_page, browser, tmp_path
 
 
 def test_picture_of_the_page(rendered, open_page, browser, tmp_path, request):
-    """A rendered scene in the first frames, seen from beside the first camera."""
+    """A rendered scene, seen from above the cameras."""
     page = open_page(*rendered, ViewOptions(confidence=0, port=18080))
-    follow(page)
+    threading.Thread(target=page.follow, daemon=True).start()
     tab, errors = opened(browser, page.address)
     tab.set_viewport_size({"width": 1440, "height": 940})
     wait_for(page.server.get_clients)
     (client,) = page.server.get_clients().values()
     wait_for(lambda: client.camera.update_timestamp)
     with client.atomic():
-        client.camera.position, client.camera.look_at = np.array([-0.3, -0.45, -0.75]), np.array([0.28, 0.08, 0.6])
-    page.controls.frame.value = 9
-    wait_for(lambda: page.shown.frame == 9)
+        client.camera.position, client.camera.look_at = np.array([0.27, -0.42, -0.5]), np.array([0.31, 0.08, 0.6])
+        client.camera.fov = 0.82
+    page.controls.frame.value = 7
+    wait_for(lambda: page.shown.frame == 7)
     shot = settled(tab)
     assert (shot < 240).any(-1).mean() > 0.3 and len(np.unique(shot.reshape(-1, 3), axis=0)) > 10_000
     target = Path(request.config.getoption("--viewer-picture") or tmp_path / "viewer.png")
     picture = Image.fromarray(pixels(tab, None).astype(np.uint8))
-    picture.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(target, optimize=True)
+    picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.FLOYDSTEINBERG).save(target, optimize=True)
     assert not errors
