@@ -13,7 +13,9 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
@@ -27,7 +29,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--use-angle=swiftshader", "--enable-u
 COUNT = """() => { window.shown = 0; new MutationObserver(() => window.shown++).observe(
     document.querySelector('[role=slider]'), {attributes: true, attributeFilter: ['aria-valuenow']}) }"""
 PLAYED = 6.0  # seconds
-MIDDLE = {"x": 200, "y": 200, "width": 300, "height": 200}  # of the scene, in pixels of the screen
+MIDDLE: Any = {"x": 200, "y": 200, "width": 300, "height": 200}  # of the scene, in pixels of the screen
 
 
 def clip() -> Prediction:
@@ -65,7 +67,7 @@ def in_browser(page: Page) -> None:
         tab.goto(page.address)
         tab.get_by_role("button", name="play").wait_for()
         print(f"page with controls    {time.perf_counter() - start:6.2f} s after it is asked for")
-        while Image.open(io.BytesIO(tab.screenshot(clip=MIDDLE))).convert("L").getextrema()[0] > 250:  # white
+        while np.asarray(Image.open(io.BytesIO(tab.screenshot(clip=MIDDLE)))).min() > 250:  # white
             time.sleep(0.05)
         print(f"points are drawn      {time.perf_counter() - start:6.2f} s")
         time.sleep(2)  # it fades in

@@ -33,6 +33,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--confidence", type=float, default=ViewOptions.confidence, metavar="P", help="show points from this percentile on (default: 50)"
     )
+    parser.add_argument(
+        "--points", type=int, default=ViewOptions.points, metavar="N", help="static points that are sent at most (default: 600000)"
+    )
     parser.add_argument("--fps", type=float, default=ViewOptions.fps, help="frames per second that are played (default: 10)")
     return parser
 
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def run(args: argparse.Namespace, pages: list[Page]) -> str:
     """Save the scene, or add its page to `pages`. Returns the report."""
-    options = ViewOptions(args.moving, args.confidence, args.fps, args.host, args.port)
+    options = ViewOptions(args.moving, args.confidence, args.fps, args.points, args.host, args.port)
     need("viser", "the viewer and its files")
     if args.save is not None:
         check_html(args.save)

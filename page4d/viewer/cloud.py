@@ -13,7 +13,6 @@ from ..export.views import motion_map
 from ..prediction import Prediction
 
 MAX_POINTS = 3_000_000  # of the clip; every frame gives the same share
-MAX_STATIC = 600_000  # of these that are sent, since all frames show much of the same
 
 
 @dataclass(frozen=True)
@@ -34,22 +33,21 @@ class Cloud:
     motion: NDArray[np.float32]  # (N,) in 0 to 1; -1 without a dynamics mask
     ends: NDArray[np.int64]  # (S,): the end of each frame
 
-    def split(self, percentile: float, moving: float) -> tuple[Colored, list[Colored]]:
+    def split(self, percentile: float, moving: float, most: int) -> tuple[Colored, list[Colored]]:
         """The static points of all frames, and the moving points of each.
 
         Args:
             percentile: of the confidence, 0 to 100. Points below it are left out.
             moving: motion above which a point moves.
-
-        With more than `MAX_STATIC` static points, some are left out at random, with a fixed seed.
+            most: number of static points. If there are more, some are left out at random, with a fixed seed.
         """
         if not len(self.xyz):
             return self._part(np.zeros(0, np.int64)), [self._part(np.zeros(0, np.int64)) for _ in self.ends]
         kept = self.confidence >= np.percentile(self.confidence, percentile)
         moves = self.motion > moving
         static = np.flatnonzero(kept & ~moves)
-        if len(static) > MAX_STATIC:
-            static = np.sort(np.random.default_rng(0).choice(static, MAX_STATIC, replace=False))
+        if len(static) > most:
+            static = np.sort(np.random.default_rng(0).choice(static, most, replace=False))
         places = np.flatnonzero(kept & moves)
         return self._part(static), [self._part(part) for part in np.split(places, np.searchsorted(places, self.ends[:-1]))]
 

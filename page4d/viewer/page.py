@@ -62,7 +62,7 @@ class Page:
             self.server, thumbnails, self.tracks is not None, options, self._changed.set, lambda client: self.look_through(client)
         )
         self.shown = self.controls.state()
-        self.points = PointNodes(self.server.scene, cloud, self.shown.size / 2 * self._pixel)
+        self.points = PointNodes(self.server.scene, cloud, self.shown.size / 2 * self._pixel, options.points)
         self.points.split(self.shown.percentile, self.shown.threshold)
         self.cameras.highlight(self.shown.frame)
 

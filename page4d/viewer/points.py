@@ -15,17 +15,18 @@ class PointNodes:
         scene: viser's `SceneApi`.
         cloud: the points.
         size: radius of a drawn point, in scene units.
+        most: number of static points.
     """
 
-    def __init__(self, scene: Any, cloud: Cloud, size: float) -> None:
-        self._scene, self._cloud, self._size = scene, cloud, size
+    def __init__(self, scene: Any, cloud: Cloud, size: float, most: int) -> None:
+        self._scene, self._cloud, self._size, self._most = scene, cloud, size, most
         self.static: Any = None
         self.moving = Flipbook(scene, "/moving")
 
     def split(self, percentile: float, moving: float) -> None:
         """Send all points, see `Cloud.split`."""
         visible = self.static is None or self.static.visible
-        static, parts = self._cloud.split(percentile, moving)
+        static, parts = self._cloud.split(percentile, moving, self._most)
         self.static = self._add("/static", static, visible)
         for i, part in enumerate(parts):
             if len(part.xyz):

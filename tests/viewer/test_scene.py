@@ -135,13 +135,13 @@ def test_too_many_tracks_are_thinned_evenly(tracked, open_page, monkeypatch):
     assert [len(page.tracks.pages[i].points) for i in (1, 2, 3, 4)] == [1, 2, 3, 4]
 
 
-def test_points_are_capped_the_same_way_every_time(square, monkeypatch):
-    monkeypatch.setattr(cloud, "MAX_STATIC", 1000)
-    one, two = (cloud.load_cloud(*square).split(0, 0.5) for _ in range(2))
+def test_points_are_capped_the_same_way_every_time(square, open_page, monkeypatch):
+    assert len(open_page(*square, ViewOptions(points=1000, port=18080)).points.static.points) == 1000
+    one, two = (cloud.load_cloud(*square).split(0, 0.5, 1000) for _ in range(2))
     assert len(one[0].xyz) == 1000 and np.array_equal(one[0].xyz, two[0].xyz)
     assert [len(part.xyz) for part in one[1]] == [256] * 5  # what moves is not thinned
     monkeypatch.setattr(cloud, "MAX_POINTS", 500)
-    assert [len(part.xyz) for part in cloud.load_cloud(*square).split(0, -1)[1]] == [100] * 5
+    assert [len(part.xyz) for part in cloud.load_cloud(*square).split(0, -1, 1000)[1]] == [100] * 5
 
 
 def test_looks(square, open_page):
@@ -216,7 +216,15 @@ def test_a_port_in_use_is_passed_over(square, open_page):
 
 
 def test_mistakes_are_one_line(tmp_path):
-    for wrong in ({"moving": 2}, {"confidence": -1}, {"fps": 0}, {"fps": float("nan")}, {"port": 0}, {"moving": float("nan")}):
+    for wrong in (
+        {"moving": 2},
+        {"confidence": -1},
+        {"fps": 0},
+        {"fps": float("nan")},
+        {"port": 0},
+        {"points": 0},
+        {"moving": float("nan")},
+    ):
         with pytest.raises(InputError):
             ViewOptions(**wrong)
     for host in ("1.2.3.4", "no such host", "a" * 300):
