@@ -56,13 +56,15 @@ def clip() -> Prediction:
 
 
 def in_browser(page: Page) -> None:
-    """Print when the page has drawn its points, and how often it shows another frame while it plays."""
+    """Print when the page has drawn its points, and how many frames per second reach it and are drawn."""
     from playwright.sync_api import sync_playwright
 
     threading.Thread(target=page.follow, daemon=True).start()
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         tab = browser.new_page(viewport={"width": 1000, "height": 600})
+        received: list[int] = []  # bytes
+        tab.on("websocket", lambda socket: socket.on("framereceived", lambda data: received.append(len(data))))
         start = time.perf_counter()
         tab.goto(page.address)
         tab.get_by_role("button", name="play").wait_for()
@@ -73,9 +75,13 @@ def in_browser(page: Page) -> None:
         time.sleep(2)  # it fades in
         tab.evaluate(COUNT)
         tab.get_by_role("button", name="play").click()
-        before, start = tab.evaluate("shown"), time.perf_counter()
-        time.sleep(PLAYED)
-        print(f"playing               {(tab.evaluate('shown') - before) / (time.perf_counter() - start):6.2f} frames/s in the browser")
+        for what in ("all points", "moving points"):
+            page.controls.static.value = what == "all points"
+            tab.wait_for_timeout(2000)
+            sent, before, start = len(received), tab.evaluate("shown"), time.perf_counter()
+            tab.wait_for_timeout(PLAYED * 1000)
+            drawn, seconds = tab.evaluate("shown") - before, time.perf_counter() - start
+            print(f"playing, {what:<13}{(len(received) - sent) / seconds:6.2f} frames/s reach the browser, {drawn / seconds:.2f} are drawn")
         browser.close()
 
 

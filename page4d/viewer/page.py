@@ -106,9 +106,9 @@ class Page:
 
     def run(self, open_browser: bool = True) -> None:
         """Serve until Ctrl-C. `open_browser`: open one, if there is a screen for it."""
-        if open_browser and has_browser():
-            webbrowser.open(self.address)
         with contextlib.suppress(KeyboardInterrupt):
+            if open_browser and has_browser():
+                webbrowser.open(self.address)
             self.follow()
 
     def follow(self) -> None:

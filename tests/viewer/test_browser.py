@@ -145,7 +145,7 @@ def test_picture_of_the_page(rendered, open_page, browser, tmp_path, request):
     page = open_page(*rendered, ViewOptions(confidence=0, port=18080))
     threading.Thread(target=page.follow, daemon=True).start()
     tab, errors = opened(browser, page.address)
-    tab.set_viewport_size({"width": 1440, "height": 940})
+    tab.set_viewport_size({"width": 1440, "height": 860})
     wait_for(page.server.get_clients)
     (client,) = page.server.get_clients().values()
     wait_for(lambda: client.camera.update_timestamp)
@@ -158,5 +158,6 @@ def test_picture_of_the_page(rendered, open_page, browser, tmp_path, request):
     assert (shot < 240).any(-1).mean() > 0.3 and len(np.unique(shot.reshape(-1, 3), axis=0)) > 10_000
     target = Path(request.config.getoption("--viewer-picture") or tmp_path / "viewer.png")
     picture = Image.fromarray(pixels(tab, None).astype(np.uint8))
-    picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.FLOYDSTEINBERG).save(target, optimize=True)
+    palette = picture.quantize(256, Image.Quantize.MAXCOVERAGE)  # the whole range of colours; Pillow dithers only with a given palette
+    picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(target, optimize=True)
     assert not errors
