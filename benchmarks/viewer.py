@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from page4d.cli.view import FIELDS, THREADS
 from page4d.export.folder import load_folder
 from page4d.prediction import Prediction
 from page4d.viewer import Page, ViewOptions, save_html
@@ -86,11 +87,12 @@ def in_browser(page: Page) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(THREADS)
     print(f"{S} frames of {H} x {W}, {len(os.sched_getaffinity(0))} cores")
     with tempfile.TemporaryDirectory() as folder:
         path = clip().save(Path(folder) / "predictions.npz")
         start = time.perf_counter()
-        prediction, frames = load_folder(path, ("mask", "track", "vis", "valid"))
+        prediction, frames = load_folder(path, FIELDS)
         read = time.perf_counter()
         with Page(prediction, frames, ViewOptions()) as page:
             built = time.perf_counter()

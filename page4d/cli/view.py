@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ..data.frames import Frames
 from ..errors import InputError
 from ..export import FORMATS
@@ -17,6 +19,7 @@ from ..viewer import Page, ViewOptions, check_html, save_html
 from .common import parse_folder, run_command
 from .parser import Parser
 
+THREADS = 1  # of torch. A page is many small operations: on a busy machine more threads wait for each other, 15 s instead of 2
 FIELDS = ("mask", "track", "vis", "valid")  # what is shown besides the geometry
 
 
@@ -57,6 +60,7 @@ def run(args: argparse.Namespace, pages: list[Page]) -> str:
     prediction, frames = load_folder(args.out, FIELDS)
     if args.save is None:
         return open_page(prediction, frames, options, pages)
+    torch.set_num_threads(THREADS)
     with Page(prediction, frames, options) as page:
         path = save_html(page, args.save, args.fps)
     return f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser"
@@ -64,6 +68,7 @@ def run(args: argparse.Namespace, pages: list[Page]) -> str:
 
 def open_page(prediction: Prediction, frames: Frames, options: ViewOptions, pages: list[Page]) -> str:
     """Start a page and add it to `pages`. Returns the line that says where it is."""
+    torch.set_num_threads(THREADS)
     pages.append(Page(prediction, frames, options))
     return f"the scene is at {pages[0].address} (Ctrl-C ends it)"
 

@@ -38,6 +38,14 @@ def frames_of(prediction: Prediction) -> Frames:
     )
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """The command takes one thread for the rest of its process. Other tests get theirs back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def square() -> tuple[Prediction, Frames]:
     """A green wall at depth 2 before cameras that hardly move. A red square at depth 1.5 moves: 16 x 16 pixels, 10 to the right a frame."""

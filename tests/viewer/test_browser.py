@@ -145,7 +145,7 @@ def test_picture_of_the_page(rendered, open_page, browser, tmp_path, request):
     page = open_page(*rendered, ViewOptions(confidence=0, port=18080))
     threading.Thread(target=page.follow, daemon=True).start()
     tab, errors = opened(browser, page.address)
-    tab.set_viewport_size({"width": 1440, "height": 860})
+    tab.set_viewport_size({"width": 1440, "height": 890})
     wait_for(page.server.get_clients)
     (client,) = page.server.get_clients().values()
     wait_for(lambda: client.camera.update_timestamp)
