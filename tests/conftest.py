@@ -12,6 +12,7 @@ os.environ["PAGE4D_QUALIFY"] = "off"  # and neither reads the user's record nor 
 
 def pytest_addoption(parser):
     parser.addoption("--full-fuzz", action="store_true", help="run tests/fuzz with all its cases: a minute")
+    parser.addoption("--viewer-picture", metavar="PNG", help="where tests/viewer/test_browser.py puts its picture of the page")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -14,8 +14,10 @@ from ..export import FORMATS
 from ..export.options import CHOICES
 from ..model.opening import DEFAULT_WEIGHTS, DTYPES
 from ..pipeline import DEFAULT_FRAMES, Reconstruction, count, reconstruct
+from ..viewer import Page, ViewOptions
 from .common import WEIGHTS_HELP, parse_bytes, parse_folder, parse_names, parse_size, run_command, say
 from .parser import Parser
+from .view import check_view, open_page, run_pages
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -61,6 +63,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--query-points", nargs="+", type=_point, metavar="X,Y", help="track these pixels of the first frame (original resolution)"
     )
     points.add_argument("--track-grid", type=int, metavar="N", help="track N x N points spread over the first frame")
+    parser.add_argument("--view", action="store_true", help="then show the scene in the browser, as `page4d view` does")
     parser.add_argument("--profile", action="store_true", help="also write trace.json for chrome://tracing or Perfetto")
     return parser
 
@@ -75,11 +78,16 @@ def _formats(text: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args = build_parser(prog).parse_args(argv)
-    return run_command(lambda: run(args))
+    pages: list[Page] = []
+    code = run_command(lambda: run(args, pages))
+    run_pages(pages)
+    return code
 
 
-def run(args: argparse.Namespace) -> str:
-    """Run inference by the options and return the report."""
+def run(args: argparse.Namespace, pages: list[Page]) -> str:
+    """Run inference by the options and return the report. With --view, add the page to `pages`."""
+    if args.view:
+        check_view(args.export)
     scene = reconstruct(
         args.input,
         args.out,
@@ -106,7 +114,9 @@ def run(args: argparse.Namespace) -> str:
         say=say,
         progress=True,
     )
-    return summary(scene)
+    if not args.view:
+        return summary(scene)
+    return f"{summary(scene)}\n{open_page(scene.prediction, scene.frames, ViewOptions(args.moving), pages)}"
 
 
 def _point(text: str) -> tuple[float, float]:

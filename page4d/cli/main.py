@@ -12,6 +12,7 @@ from .parser import Parser, interruptible
 
 COMMANDS = {  # each is a module of this package with `main(argv, prog)`
     "infer": "cameras, depth, points, tracks and the dynamics mask of a video",
+    "view": "look at a reconstruction over time, in the browser",
     "info": "versions, devices, and every backend with the reasons why it cannot serve here",
     "qualify": "judge the backends on this machine, so that auto takes the fastest that are right",
     "bench": "measure speed and memory of the kernels and the model",

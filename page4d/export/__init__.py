@@ -26,11 +26,9 @@ from .ply import write_ply
 from .rerun import write_rerun
 from .tracks import write_tracks
 from .trajectory import write_trajectory
-from .views import check
+from .views import GEOMETRY, check
 
 __all__ = ["FOLDERS", "FORMATS", "ExportOptions", "Format", "available", "check_formats", "export"]
-
-GEOMETRY = ("depth", "depth_conf", "pose_enc")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from ..data.frames import Frames
 from ..prediction import Prediction
 from .scene import SceneCameras
-from .views import VISIBLE, array, depth_map, frame_pixels, is_depth, motion_map
+from .track_points import track_points
+from .views import frame_pixels, motion_map
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,11 @@ def static_tracks(prediction: Prediction, frames: Frames, cameras: SceneCameras,
 
     The point is the median of what the frames say of it: their depth at the track, unprojected.
     """
-    count = 0 if prediction.track is None else prediction.track.shape[2]
-    seen, places = np.zeros((len(frames), count), bool), np.zeros((len(frames), count, 3))
-    colors, moved = np.zeros((len(frames), count, 3), np.uint8), np.zeros(count, bool)
-    if not count:
-        return StaticTracks(places[0], colors[0], np.zeros(0), seen, places[..., :2])
-    assert prediction.track is not None
-    xy = array(prediction.track).astype(np.float64)
-    visible = np.ones(seen.shape, bool) if prediction.vis is None else array(prediction.vis) >= VISIBLE
-    for i in np.flatnonzero(cameras.finite).tolist():
-        depth = depth_map(prediction, frames, i)
-        near = np.round(np.nan_to_num(xy[i], nan=-1, posinf=-1, neginf=-1)).astype(int)
-        inside = ((near >= 0) & (near < depth.shape[::-1])).all(1)
-        columns, rows = np.where(inside[:, None], near, 0).T
-        z = depth[rows, columns]
-        seen[i] = visible[i] & inside & is_depth(z)
-        rays = np.linalg.solve(cameras.network[i], np.concatenate([xy[i], np.ones((count, 1))], 1).T).T
-        camera = np.where(seen[i, :, None], rays * z[:, None], 0)
-        places[i] = (camera - cameras.extrinsics[i, :, 3]) @ cameras.extrinsics[i, :, :3]
+    found = track_points(prediction, frames, cameras)
+    seen, places, xy = found.seen, found.xyz, found.xy
+    colors, moved = np.zeros((*seen.shape, 3), np.uint8), np.zeros(seen.shape[1], bool)
+    for i in np.flatnonzero(seen.any(1)).tolist():
+        columns, rows = found.pixels[i].T
         colors[i] = frame_pixels(prediction, i)[rows, columns]
         if prediction.mask is not None:
             moved |= seen[i] & (motion_map(prediction, frames, i)[rows, columns] > moving)

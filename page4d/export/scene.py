@@ -120,7 +120,9 @@ def confident_points(
             certain, known = kept(*pair)
             yield certain[known]
 
-    (threshold,) = percentiles(confidences, [confidence_percentile]) or [np.inf]
+    threshold = -np.inf
+    if confidence_percentile > 0:
+        (threshold,) = percentiles(confidences, [confidence_percentile]) or [np.inf]
 
     def chosen(one: Prediction, frame: Frames) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         certain, known = kept(one, frame)

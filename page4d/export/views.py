@@ -17,6 +17,7 @@ from ..prediction import Prediction
 from ._percentiles import percentiles
 from .color import colormap, distinct, to_uint8
 
+GEOMETRY = ("depth", "depth_conf", "pose_enc")  # fields that points need
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 MASK_COLOR = np.array([255, 32, 32], np.float32)

@@ -41,9 +41,9 @@ def test_every_command_has_help_under_its_own_name(command, capsys):
 def test_an_unknown_command_is_one_line_that_names_the_commands(capsys):
     assert exit_code("video.mp4") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "unknown command 'video.mp4': choose one of infer, info, qualify, bench" in line and "page4d infer VIDEO" in line
+    assert "unknown command 'video.mp4': choose one of infer, view, info, qualify, bench" in line and "page4d infer VIDEO" in line
     assert exit_code() == 2
-    assert "error: no command: give one of infer, info, qualify, bench" in capsys.readouterr().err
+    assert "error: no command: give one of infer, view, info, qualify, bench" in capsys.readouterr().err
     assert exit_code("--nonsense") == 2
     assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
     assert exit_code("train") == 2

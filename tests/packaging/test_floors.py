@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = [
     {"cli", "__main__"},
     {"pipeline"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "viewer"},
     {"export"},
     {"model"},
     {"data", "execution"},
