@@ -22,7 +22,7 @@ from .config import Page4DConfig
 from .data import Frames, bundled_clip, load_frames
 from .data.images import is_image
 from .data.preprocess import DEFAULT_SIZE, Size
-from .data.sources import resolve
+from .data.sources import Source, resolve
 from .errors import InputError
 from .execution.memory import budget_of
 from .export import FOLDERS, FORMATS, ExportOptions, check_formats, export
@@ -123,8 +123,9 @@ def reconstruct(
         registry.requested()
     env.flag("PAGE4D_NVTX"), env.flag("PAGE4D_DEBUG"), qualification_mode()
     written_as = ExportOptions(moving=moving, glb=glb, depth_size=depth_size, depth_type=depth_type)
-    if formats is not None:
-        formats = check_formats(formats, written_as)
+    usual = [name for name, entry in FORMATS.items() if entry.default]
+    checked = check_formats(usual if formats is None else formats, written_as)
+    formats = None if formats is None else checked
     folder = None if out is None else Path(out)
     if folder is not None:
         check_writable(folder)
@@ -180,7 +181,7 @@ def _read(
         default = BUNDLED_SIZE
     source = resolve(inputs)
     if out is not None:
-        _check_out(out, source.paths)
+        _check_out(out, source)
     if sampling["size"] is None:
         sampling = sampling | {"size": config.image_size or default}
     with stage("preprocess"):
@@ -190,10 +191,14 @@ def _read(
     return frames
 
 
-def _check_out(out: Path, paths: list[Path]) -> None:
-    """InputError if results would be written among the pictures that are read: a later run would read them, or this one replace them."""
+def _check_out(out: Path, source: Source) -> None:
+    """InputError if results would be written among the files that are read: a later run would read them, or this one replace them."""
     written = {(out / folder).resolve() for folder in FOLDERS}
-    for path in paths:
+    if source.cameras is not None:
+        folder = source.cameras if source.cameras.is_dir() else source.cameras.parent
+        if folder.resolve() in written:
+            raise InputError(f"the results would be written beside the input's cameras, in {str(folder)!r}: choose another --out")
+    for path in source.paths:
         if is_image(path) and {path.resolve().parent, path.parent.resolve()} & written:
             raise InputError(f"the results would be written among the input's pictures, in {str(path.parent)!r}: choose another --out")
 

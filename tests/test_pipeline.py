@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import pytest
 import torch
@@ -86,3 +87,22 @@ def test_a_reconstruction_is_not_changed_by_its_use(scene, tmp_path):
         with pytest.raises(InputError) if name == "tracks" else contextlib.nullcontext():
             FORMATS[name].write(tmp_path, scene.prediction, scene.frames, ExportOptions())
     assert all(torch.equal(before[name], value) for name, value in scene.prediction.tensors().items())
+
+
+def test_the_input_s_own_cameras_are_never_replaced(tmp_path):
+    """Results in the folder of a model or of a transforms.json would take their place, or that of its depth and points."""
+    made = reconstruct(out=tmp_path, formats=["colmap", "nerfstudio"], **SMALL)
+    assert made.files
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for inputs, out in (("colmap", ""), ("colmap/sparse/0", ""), ("nerfstudio", ""), ("nerfstudio", "nerfstudio")):
+        with pytest.raises(InputError, match=r"beside the input's cameras|among the input's pictures"):
+            reconstruct(tmp_path / inputs, tmp_path / out, **SMALL)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = reconstruct(tmp_path / "colmap", tmp_path / "other", formats=["trajectory"], **SMALL)
+    assert again.frames.known is not None and again.files
+
+
+def test_a_package_for_the_usual_formats_is_missed_before_the_work_starts(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "OpenEXR", None)
+    with pytest.raises(InputError, match="OpenEXR"):
+        reconstruct("no_such_file.mp4", tmp_path, depth_type="exr")

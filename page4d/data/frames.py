@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..prediction import Cameras, EqualByValue
 from . import deep
-from .images import Page, is_image, pages, read, shown_range, stored_orientation, times
+from .images import Page, is_image, pages, read_all, shown_range, stored_orientation, times
 from .posed import Posed, about
 from .preprocess import Processed, Size, check_memory, check_size, preprocess, stack
 from .sources import Source, resolve
@@ -159,8 +159,8 @@ def load_frames(
             indices = select(seconds or [float(i) for i in range(len(found))])
             chosen = [found[index] for index in indices]
             shown, processed = shown_range(chosen, value_range), []
-            for page in chosen:
-                processed.append(read(page, convert, shown))
+            for picture in read_all(chosen, convert, shown):
+                processed.append(picture)
                 bar.update()
             timestamps = [seconds[i] if seconds else float(i) for i in indices]
             names = [f"frame_{index:06d}" for index in indices] if animation else _unique_names(found, indices)

@@ -9,9 +9,10 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,11 +29,13 @@ IMAGE_SUFFIXES = {
     *HEIF_SUFFIXES,
 }
 ANIMATED_FORMATS = {"PNG", "WEBP", "GIF", "AVIF"}
+NEVER_DEEP = {"GIF", "WEBP", "JPEG", "MPO", "BMP"}  # have 8 bits per channel
 SINGLE = (b"\xff\xd8\xff", b"BM", b"P5", b"P6")  # JPEG, BMP and PPM hold one picture, and perhaps previews
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis"}
 PNG = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
 TIFF_KIND, TIFF_REDUCED, TIFF_MASK = 254, 1, 4  # the tag NewSubfileType, and its bits for previews and masks
+TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags of the size as it is stored
 
 T = TypeVar("T")
 
@@ -90,7 +93,8 @@ def pages(path: Path) -> list[Page]:
 def stored_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels by the header, before the picture is turned upright."""
     with _opened(path) as image:
-        return image.size
+        tags = getattr(image, "tag_v2", {})  # Pillow turns the size of a TIFF
+        return (tags[TIFF_WIDTH], tags[TIFF_HEIGHT]) if image.format == "TIFF" else image.size
 
 
 def stored_orientation(page: Page) -> int:
@@ -99,15 +103,23 @@ def stored_orientation(page: Page) -> int:
         return _take_orientation(image, page.path)
 
 
-def is_plain(path: Path) -> bool:
-    """Whether a file is a JPEG or PNG of 8 bits, upright and opaque, with one picture, so that every tool reads it as `read` does."""
+PLAIN = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",)}  # suffixes that tools know, the first as the usual one
+
+
+def plain_suffix(path: Path) -> str:
+    """The suffix of a file that every tool reads as `read` does: a JPEG or PNG in 8-bit RGB, upright and opaque, with one picture.
+
+    A file with another suffix has that of its format. Empty for all other files.
+    """
     try:
         with _opened(path) as image:
-            plain = image.format in ("JPEG", "MPO", "PNG") and image.mode in ("L", "RGB") and not image.has_transparency_data
-            single = image.format != "PNG" or getattr(image, "n_frames", 1) == 1
-            return plain and single and not deep.is_deep(image) and _take_orientation(image, path) == UPRIGHT
+            known = PLAIN.get(image.format or "", ())
+            several = image.format == "PNG" and getattr(image, "n_frames", 1) > 1
+            if not known or several or image.mode != "RGB" or image.has_transparency_data or deep.is_deep(image):
+                return ""
+            return "" if _take_orientation(image, path) != UPRIGHT else path.suffix if path.suffix.lower() in known else known[0]
     except InputError:
-        return False
+        return ""
 
 
 def _is_tiff_page(image: Image.Image, index: int) -> bool:
@@ -140,11 +152,15 @@ def shown_range(found: list[Page], rule: str) -> deep.Range:
     names = []
 
     def pictures() -> Iterator[NDArray[Any]]:
-        for page in found:
-            with suppress(InputError), _page(page) as image:  # `read` will report it
-                if deep.is_deep(image, page.index):
-                    names.append(page.path)
-                    yield _values(image, page)
+        for path, group in groupby(found, lambda page: page.path):
+            with suppress(InputError), _opened(path) as image:  # `read` will report it
+                for page in group:
+                    if image.format in NEVER_DEEP:
+                        break
+                    _turn_to(image, page)
+                    if deep.is_deep(image, page.index):
+                        names.append(path)
+                        yield _values(image, page)
 
     try:
         return deep.shown_range(pictures(), rule)
@@ -153,23 +169,44 @@ def shown_range(found: list[Page], rule: str) -> deep.Range:
 
 
 def read(page: Page, convert: Callable[[Image.Image], T], shown: deep.Range = deep.FULL) -> T:
-    """`convert(image)` of one page, turned upright by its EXIF orientation, with 8 bits per channel.
+    """`convert(image)` of one page, as `read_all` reads it."""
+    return next(read_all([page], convert, shown))
+
+
+def read_all(found: Sequence[Page], convert: Callable[[Image.Image], T], shown: deep.Range = deep.FULL) -> Iterator[T]:
+    """`convert(image)` of each page, turned upright by its EXIF orientation, with 8 bits per channel.
+
+    The pages of an animation are read from one open file, as each builds on those before it.
 
     Raises:
-        InputError: the file is not an image or is damaged, or `convert` raises it. The message names the file.
+        InputError: a file is not an image or is damaged, or `convert` raises it. The message names the file.
     """
-    with _page(page) as image:
-        is_deep = deep.is_deep(image, page.index)  # by the header, which decoding uses up
-        orientation = _take_orientation(image, page.path)
-        if is_deep:
-            picture = Image.fromarray(deep.to_8_bit(_values(image, page), shown))
-        else:
-            with _decoding(page.path):
-                picture = image.copy()  # whose size is that of its pixels: that of a TIFF is already turned
-        try:
-            return convert(upright(picture, orientation))
-        except InputError as error:
-            raise InputError(f"{str(page.path)!r}: {error}") from error
+    for path, group in groupby(found, lambda page: page.path):
+        several = list(group)
+        while several:
+            with _opened(path) as image:
+                together = len(several) if image.format in ANIMATED_FORMATS else 1  # pages of a TIFF have their own orientation
+                orientation: int | None = None
+                for page in several[:together]:
+                    _turn_to(image, page)
+                    is_deep = deep.is_deep(image, page.index)  # by the header, which decoding uses up
+                    orientation = _take_orientation(image, path) if orientation is None else orientation
+                    yield _converted(image, page, is_deep, orientation, convert, shown)
+            several = several[together:]
+
+
+def _converted(
+    image: Image.Image, page: Page, is_deep: bool, orientation: int, convert: Callable[[Image.Image], T], shown: deep.Range
+) -> T:
+    if is_deep:
+        picture = Image.fromarray(deep.to_8_bit(_values(image, page), shown))
+    else:
+        with _decoding(page.path):
+            picture = image.copy()  # whose size is that of its pixels: that of a TIFF is already turned
+    try:
+        return convert(upright(picture, orientation))
+    except InputError as error:
+        raise InputError(f"{str(page.path)!r}: {error}") from error
 
 
 def _values(image: Image.Image, page: Page) -> NDArray[Any]:
@@ -180,9 +217,13 @@ def _values(image: Image.Image, page: Page) -> NDArray[Any]:
 @contextmanager
 def _page(page: Page) -> Iterator[Image.Image]:
     with _opened(page.path) as image:
-        with _decoding(page.path):
-            image.seek(page.index)
+        _turn_to(image, page)
         yield image
+
+
+def _turn_to(image: Image.Image, page: Page) -> None:
+    with _decoding(page.path):
+        image.seek(page.index)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..errors import InputError
 from .frames import Frames
-from .images import Page, is_image, is_plain, read
+from .images import Page, is_image, plain_suffix, read_all
 from .preprocess import to_rgb
 from .video import decode
 
@@ -25,8 +25,7 @@ def each_original(frames: Frames, use: Callable[[int, Image.Image], object], cho
 
     def take(picture: Image.Image) -> None:
         index = left[-1]
-        if picture.size[::-1] != tuple(frames.original_sizes[index]):
-            raise InputError(f"the picture of frame {frames.names[index]!r} has another size than when it was read: run it again")
+        check_original(frames, index, picture.size)
         use(index, to_rgb(picture))
         left.pop()
 
@@ -39,14 +38,20 @@ def each_original(frames: Frames, use: Callable[[int, Image.Image], object], cho
         return
     pages = [frames.pages[index] for index in left[::-1]]
     if pages and is_image(pages[0].path):
-        for page in pages:
-            read(page, take, frames.shown)
+        for _ in read_all(pages, take, frames.shown):
+            pass
     elif pages:
         decode(pages[0].path, [page.index for page in pages], take, lambda: None, quiet=True)
     if left:
         raise InputError(f"the picture of frame {frames.names[left[-1]]!r} cannot be read any more: run it again")
 
 
-def linkable(page: Page) -> bool:
-    """Whether every tool reads this file as it was read here: a JPEG or PNG of 8 bits, upright and opaque, with one picture."""
-    return page.index == 0 and is_image(page.path) and is_plain(page.path)
+def check_original(frames: Frames, index: int, size: tuple[int, int]) -> None:
+    """InputError unless the picture of a frame still has the (width, height) that it was read with."""
+    if size[::-1] != tuple(frames.original_sizes[index]):
+        raise InputError(f"the picture of frame {frames.names[index]!r} has another size than when it was read: run it again")
+
+
+def link_suffix(page: Page) -> str:
+    """The suffix of a link to this file, if every tool reads it as it was read here: see `plain_suffix`. Else empty."""
+    return plain_suffix(page.path) if page.index == 0 and is_image(page.path) else ""

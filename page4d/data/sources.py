@@ -31,6 +31,7 @@ class Source:
 
     paths: list[Path]
     posed: list[Posed] | None = None  # the camera of each image, where these are known
+    cameras: Path | None = None  # the transforms.json or the folder of the model that says them
 
 
 def resolve(inputs: Sequence[str | Path]) -> Source:
@@ -48,9 +49,7 @@ def resolve(inputs: Sequence[str | Path]) -> Source:
         raise InputError("nothing to read: give a video, a folder of images or image files")
     if len(paths) == 1:
         if locate(paths[0]):
-            posed = read_posed(paths[0])
-            check_pictures(posed, paths[0])
-            return Source([each.image for each in posed], posed)
+            return _posed(paths[0])
         return Source(list_folder(paths[0]) if paths[0].is_dir() else paths)
     for path in paths:
         if locate(path):
@@ -58,6 +57,17 @@ def resolve(inputs: Sequence[str | Path]) -> Source:
         if path.is_dir() or not is_image(path):
             raise InputError(f"{str(path)!r} is not an image file: give one video, one folder, or image files only")
     return Source(paths)
+
+
+def _posed(path: Path) -> Source:
+    try:
+        posed = read_posed(path)
+    except InputError as error:
+        pictures = path.is_dir() and any(is_image(path / name) for name in os.listdir(path))
+        advice = f"; to read its pictures without cameras, give {str(path / '*')!r}" if pictures else ""
+        raise InputError(f"{error}{advice}") from error
+    check_pictures(posed, path)
+    return Source([each.image for each in posed], posed, locate(path))
 
 
 def _expand(entry: str | Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..data.frames import Frames
 from ..errors import InputError
 from ..files import check_writable
 from ..prediction import Prediction
-from ._manifest import Manifest
+from ._manifest import Manifest, marks
 from .colmap import write_colmap
 from .depth import write_depth
 from .extras import need
@@ -58,7 +59,7 @@ FORMATS: dict[str, Format] = {
 
 FOLDERS = (  # of an output folder, that files are written to
     *("", "depth", "depth/preview", "mask", "mask/raw", "tracks"),
-    *("colmap/images", "colmap/masks", "nerfstudio/images", "nerfstudio/masks", "nerfstudio/depth"),
+    *("colmap/sparse/0", "colmap/images", "colmap/masks", "nerfstudio", "nerfstudio/images", "nerfstudio/masks", "nerfstudio/depth"),
 )
 
 
@@ -117,11 +118,13 @@ def export(
     written: list[Path] = []
     try:
         for name in tqdm(names, desc="exporting", unit="format", disable=None if progress else True):
+            before = marks(out_dir, FOLDERS)
             files = FORMATS[name].write(out_dir, prediction, frames, options)
-            manifest.replace(name, files)
+            manifest.replace(name, files, before)
             written += files
     except OSError as error:
         path = error.filename2 or error.filename or out_dir  # a failed rename has the final path second
-        raise InputError(f"cannot write {str(path)!r} ({error.strerror or error}): choose another output folder") from error
+        advice = "rename the picture" if error.errno == errno.ENAMETOOLONG else "choose another output folder"
+        raise InputError(f"cannot write {str(path)!r} ({error.strerror or error}): {advice}") from error
     manifest.report(names)
     return written

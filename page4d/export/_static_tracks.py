@@ -26,7 +26,7 @@ class StaticTracks:
 
 
 def static_tracks(prediction: Prediction, frames: Frames, cameras: SceneCameras, moving: float) -> StaticTracks:
-    """The tracks that at least two frames see on known depth, and none of them on a pixel that moves.
+    """The tracks that at least two frames see on known depth and in front of them, and none of them on a pixel that moves.
 
     The point is the median of what the frames say of it: their depth at the track, unprojected.
     """
@@ -41,6 +41,9 @@ def static_tracks(prediction: Prediction, frames: Frames, cameras: SceneCameras,
     kept = np.flatnonzero((seen.sum(0) >= 2) & ~moved)
     seen, places, xy = seen[:, kept], places[:, kept], xy[:, kept]
     xyz = np.array([np.median(places[seen[:, n], n], axis=0) for n in range(len(kept))]).reshape(-1, 3)
+    depths = np.einsum("sj,nj->sn", cameras.extrinsics[:, 2, :3], xyz) + cameras.extrinsics[:, 2, 3, None]
+    front = np.flatnonzero(((depths > 0) | ~seen).all(0))
+    kept, seen, xyz, xy = kept[front], seen[:, front], xyz[front], xy[:, front]
     original = np.stack([frames.to_original(xy[i], i) for i in range(len(frames))])
     return StaticTracks(xyz, colors[seen.argmax(0), kept], _error(xyz, original, seen, cameras), seen, original)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,10 @@ def _write(depth: NDArray[Any], path: Path) -> dict[str, Any]:
     if path.suffix == ".exr":
         exr = need("OpenEXR", "EXR files")
         with exr.File({"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}, {"Z": known}) as file:
-            file.write(str(path))
+            try:
+                file.write(str(path))
+            except RuntimeError as error:  # its only kind of error
+                raise OSError(errno.EIO, str(error).rsplit(". ", 1)[-1].rstrip("."), str(path)) from error
         return {"scale": 1.0, "min": low, "max": high}
     scale = high / 65535 if high else 1.0
     Image.fromarray(np.where(valid, (known / scale).round().clip(1, 65535), 0).astype(np.uint16)).save(path)

@@ -21,7 +21,7 @@ from .scene import SceneCameras, confident_points, gather, registered, scene_cam
 MAX_POINTS = 1_000_000
 Y_UP = np.diag([1.0, -1, -1, 1])  # from OpenCV's axes (y down, z forward) to glTF's (y up, z back), of the world and of cameras
 FLOAT = 5126  # the component type of glTF
-NEAR = 0.05  # of the cameras, in lengths of a frustum
+NEAR = 0.1  # of the camera, in lengths of a frustum
 
 
 def write_glb(out_dir: Path, prediction: Prediction, frames: Frames, options: ExportOptions = DEFAULTS) -> list[Path]:
@@ -41,14 +41,14 @@ def write_glb(out_dir: Path, prediction: Prediction, frames: Frames, options: Ex
     trimesh = need("trimesh", "glb files")
     cameras = scene_cameras(prediction, frames)
     chosen = registered(cameras, frames, "glb")
-    scene = trimesh.Scene()
+    scene, length = trimesh.Scene(), frustum_length(prediction, frames)
     _add_points(scene, trimesh, prediction, frames, options)
-    _add_cameras(scene, trimesh, cameras, prediction, frames, chosen)
+    _add_cameras(scene, trimesh, cameras, frames, chosen, length)
     animated = options.glb == "animated" and len(chosen) > 1
 
     def finish(buffers: dict, tree: dict) -> None:
         _linear_colors(buffers, tree)
-        camera = _place_camera(tree, cameras, frames, chosen[0])
+        camera = _place_camera(tree, cameras, frames, chosen[0], length)
         if animated:
             _animate(buffers, tree, camera, cameras, frames, chosen)
 
@@ -79,8 +79,7 @@ def _add_points(scene: Any, trimesh: Any, prediction: Prediction, frames: Frames
             add(f"moving/{name}", part, points.moving[part])
 
 
-def _add_cameras(scene: Any, trimesh: Any, cameras: SceneCameras, prediction: Prediction, frames: Frames, chosen: list[int]) -> None:
-    length = frustum_length(prediction, frames)
+def _add_cameras(scene: Any, trimesh: Any, cameras: SceneCameras, frames: Frames, chosen: list[int], length: float) -> None:
     turn = Y_UP[:3, :3].T
     frusta = np.concatenate([frustum_segments(cameras, frames, i, length) for i in chosen]) @ turn
     centres = cameras.world_from_camera[chosen, :3, 3] @ turn
@@ -109,11 +108,12 @@ def _linear_colors(buffers: dict, tree: dict) -> None:
         del accessor["normalized"]
 
 
-def _place_camera(tree: dict, cameras: SceneCameras, frames: Frames, index: int) -> int:
+def _place_camera(tree: dict, cameras: SceneCameras, frames: Frames, index: int, length: float) -> int:
     """Add a glTF camera with the view of a frame. Returns its node."""
     height, width = frames.original_sizes[index]
-    yfov = 2 * float(np.arctan(height / 2 / cameras.original[index, 1, 1]))
-    tree["cameras"] = [{"type": "perspective", "perspective": {"aspectRatio": width / height, "yfov": yfov, "znear": NEAR}}]
+    across, down = width / 2 / cameras.original[index, 0, 0], height / 2 / cameras.original[index, 1, 1]
+    view = {"aspectRatio": across / down, "yfov": 2 * float(np.arctan(down)), "znear": NEAR * length}
+    tree["cameras"] = [{"type": "perspective", "perspective": view}]
     translation, rotation = _camera_pose(cameras, [index])
     node = {"name": "camera", "camera": 0, "translation": translation[0].tolist(), "rotation": rotation[0].tolist()}
     tree["nodes"].append(node)
@@ -137,6 +137,8 @@ def _animate(buffers: dict, tree: dict, camera: int, cameras: SceneCameras, fram
     """Show the node of each frame at its time alone, by its scale, and move the camera."""
     start = frames.timestamps[chosen[0]]
     times = np.array([frames.timestamps[i] - start for i in chosen], np.float32)
+    for n in range(1, len(times)):  # glTF wants times that increase, and pictures may share one
+        times[n] = max(times[n], np.nextafter(times[n - 1], np.float32(np.inf)))
     samplers: list[dict] = []
     channels: list[dict] = []
 

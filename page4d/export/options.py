@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from ..errors import InputError
 
@@ -29,8 +30,8 @@ class ExportOptions:
     depth_type: str = "png"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.moving <= 1:
-            raise InputError(f"the threshold of motion must be between 0 and 1, not {self.moving:g}")
+        if not isinstance(self.moving, Real) or not 0 <= self.moving <= 1:
+            raise InputError(f"the threshold of motion must be between 0 and 1, not {self.moving!r:.40}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} cannot be {getattr(self, name)!r}: choose from {', '.join(choices)}")

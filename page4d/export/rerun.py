@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,9 +45,7 @@ def write_rerun(out_dir: Path, prediction: Prediction, frames: Frames, options: 
     cameras = scene_cameras(prediction, frames)
     chosen = registered(cameras, frames, "rerun")
     poses, length = cameras.world_from_camera, frustum_length(prediction, frames)
-    with AtomicFiles() as files:
-        stream = rr.RecordingStream("page4d", recording_id=RECORDING, send_properties=False)
-        stream.save(files.add(Path(out_dir) / "scene.rrd"))
+    with AtomicFiles() as files, _recording(rr, files.add(Path(out_dir) / "scene.rrd")) as stream:
         stream.log("world", rr.ViewCoordinates.RDF, static=True)
         stream.log("world/path", rr.LineStrips3D([poses[chosen, :3, 3]]), static=True)
         classes = [rr.AnnotationInfo(0, "static", STATIC_COLOR), rr.AnnotationInfo(MOVING, "moving", MOVING_COLOR)]
@@ -72,8 +77,46 @@ def write_rerun(out_dir: Path, prediction: Prediction, frames: Frames, options: 
             if prediction.track is not None:
                 visible = np.ones(prediction.track.shape[2], bool) if prediction.vis is None else array(prediction.vis)[i] >= VISIBLE
                 stream.log("world/camera/tracks", rr.Points2D(array(prediction.track)[i][visible] + HALF))
-        stream.disconnect()
     return files.paths
+
+
+@contextmanager
+def _recording(rr: Any, path: Path) -> Iterator[Any]:
+    """A stream that is written into `path`. OSError if that fails.
+
+    The library itself says nothing of a full disk, or waits for ever. So it writes into a pipe, and what comes out is written here.
+    """
+    stream = rr.RecordingStream("page4d", recording_id=RECORDING, send_properties=False)
+    if not hasattr(os, "mkfifo"):
+        stream.save(path)
+        yield stream
+        stream.disconnect()
+        return
+    errors: list[OSError] = []
+
+    def drain(pipe: Path) -> None:
+        with open(pipe, "rb") as source:
+            try:
+                with open(path, "wb") as file:
+                    shutil.copyfileobj(source, file)
+            except OSError as error:
+                errors.append(error)
+                while source.read(1 << 20):  # so that the other end can finish
+                    pass
+
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = Path(folder) / path.name
+        os.mkfifo(pipe)
+        thread = threading.Thread(target=drain, args=(pipe,), daemon=True)
+        thread.start()
+        stream.save(pipe)
+        try:
+            yield stream
+        finally:
+            stream.disconnect()
+            thread.join()
+    if errors:
+        raise OSError(errors[0].errno, errors[0].strerror, str(path)) from errors[0]
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..data.frames import Frames
@@ -24,9 +25,11 @@ log = logging.getLogger(__name__)
 
 
 def each_frame(prediction: Prediction, frames: Frames) -> Pairs:
-    """The prediction and the frames of one picture at a time."""
+    """The prediction and the frames of one picture at a time. Half precision becomes fp32, as geometry needs it."""
     for i in range(len(frames)):
-        yield prediction.frame(i), frames.frame(i)
+        one = prediction.frame(i)
+        half = any(value.dtype in (torch.float16, torch.bfloat16) for value in one.tensors().values())
+        yield one.to(torch.float32) if half else one, frames.frame(i)
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class SceneCameras:
 
     @property
     def finite(self) -> NDArray[np.bool_]:
-        """(S,): whether the camera exists. A field of view of 0 gives an infinite focal length."""
+        """(S,): whether the camera exists. A field of view of 0 has an infinite focal length, one beyond pi a negative one."""
         numbers = np.concatenate([self.extrinsics, self.original], axis=2)
-        return np.isfinite(numbers).reshape(len(numbers), -1).all(1)
+        return np.isfinite(numbers).reshape(len(numbers), -1).all(1) & (self.original[:, [0, 1], [0, 1]] > 0).all(1)
 
     @property
     def world_from_camera(self) -> NDArray[np.float64]:

@@ -91,9 +91,13 @@ def depth_map(prediction: Prediction, frames: Frames, index: int) -> NDArray[Any
 
 def motion_map(prediction: Prediction, frames: Frames, index: int) -> NDArray[np.float32]:
     """The motion (H, W) of one frame, bilinearly resized to it, 0 in padding."""
+    return np.where(frames.frame(index).inside()[0].numpy(), smooth_motion(prediction, index), 0)
+
+
+def smooth_motion(prediction: Prediction, index: int) -> NDArray[np.float32]:
+    """The motion (H, W) of one frame, bilinearly resized to it, also in padding."""
     motion = prediction.frame(index).motion.detach().cpu().float()
-    resized = torch.nn.functional.interpolate(motion, size=prediction.images.shape[-2:], mode="bilinear")[0, 0]
-    return torch.where(frames.frame(index).inside()[0], resized, 0).numpy()
+    return torch.nn.functional.interpolate(motion, size=prediction.images.shape[-2:], mode="bilinear")[0, 0].numpy()
 
 
 def motion_picture(pixels: Pixels, motion: NDArray[np.float32]) -> Pixels:

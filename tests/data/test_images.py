@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from page4d.data import InputError, load_frames
+from page4d.data import InputError, images, load_frames
+from page4d.data.images import stored_size
 
 SIZE = (56, 84)
 
@@ -307,3 +308,30 @@ def test_damaged_images_are_read_or_one_line(seed: int, suffix: str) -> None:
         load_frames([path], size=SIZE)
     except InputError as error:
         assert "\n" not in str(error)
+
+
+def test_the_stored_size_of_a_turned_tiff(tmp_path):
+    """Pillow reports the size of the upright picture for TIFFs alone."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("tif", "jpg", "png"):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"a.{suffix}", exif=exif)
+        assert stored_size(tmp_path / f"a.{suffix}") == (40, 30)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_an_animation_is_opened_once_not_once_per_picture(tmp_path, monkeypatch, suffix):
+    pictures = [Image.new("RGB", (40, 30), (8 * i, 0, 255 - 8 * i)) for i in range(30)]
+    pictures[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=pictures[1:], duration=100)
+    opened, count = images._opened, 0
+
+    def counted(path):
+        nonlocal count
+        count += 1
+        return opened(path)
+
+    monkeypatch.setattr(images, "_opened", counted)
+    frames = load_frames([tmp_path / f"a.{suffix}"], size=(28, 42))
+    assert len(frames) == 30 and count < 6
+    for i in (0, 7, 29):
+        assert torch.allclose(frames.images[i].mean((1, 2)) * 255, torch.tensor([8.0 * i, 0, 255 - 8 * i]), atol=6)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from page4d.data import InputError, bundled_clip, load_frames
 from page4d.data.images import Page
-from page4d.data.originals import each_original, linkable
+from page4d.data.originals import each_original, link_suffix
 from page4d.data.preprocess import preprocess
 from page4d.data.video import write_video
 
@@ -46,7 +46,7 @@ def test_photos_are_upright(tmp_path, orientation):
     (found,) = originals(frames)
     assert found.size == ((40, 30) if orientation < 5 else (30, 40)) == frames.original_sizes[0][::-1]
     assert np.array_equal(preprocess(found, size=(28, 42)).pixels, (frames.images[0].permute(1, 2, 0) * 255).round().byte().numpy())
-    assert linkable(frames.pages[0]) == (orientation == 1)
+    assert link_suffix(frames.pages[0]) == (".png" if orientation == 1 else "")
 
 
 def test_deep_pictures_keep_the_range_of_the_clip(tmp_path):
@@ -56,7 +56,7 @@ def test_deep_pictures_keep_the_range_of_the_clip(tmp_path):
     frames = load_frames([tmp_path], size=(28, 42))
     found = originals(frames)
     assert all(np.asarray(image).max() > 200 for image in found), "stretched as for the network"
-    assert not linkable(frames.pages[0])
+    assert not link_suffix(frames.pages[0])
 
 
 def test_which_files_can_be_linked(tmp_path):
@@ -66,8 +66,13 @@ def test_which_files_can_be_linked(tmp_path):
     picture().convert("RGBA").save(tmp_path / "d.png")
     picture().convert("P").save(tmp_path / "e.png")
     picture().save(tmp_path / "f.png", save_all=True, append_images=[picture(seed=1)])
-    assert [linkable(Page(tmp_path / name)) for name in ("a.jpg", "b.png", "c.webp", "d.png", "e.png", "f.png")] == [True] * 2 + [False] * 4
-    assert not linkable(Page(bundled_clip())) and not linkable(Page(tmp_path / "none.png"))
+    picture().convert("L").save(tmp_path / "g.jpg")  # some tools want three channels
+    names = ("a.jpg", "b.png", "c.webp", "d.png", "e.png", "f.png", "g.jpg")
+    assert [link_suffix(Page(tmp_path / name)) for name in names] == [".jpg", ".png", "", "", "", "", ""]
+    assert not link_suffix(Page(bundled_clip())) and not link_suffix(Page(tmp_path / "none.png"))
+    (tmp_path / "a.jpg").rename(tmp_path / "0001")
+    (tmp_path / "b.png").rename(tmp_path / "B.PNG")
+    assert link_suffix(Page(tmp_path / "0001")) == ".jpg" and link_suffix(Page(tmp_path / "B.PNG")) == ".PNG"
 
 
 def test_frames_made_in_memory_are_their_own_originals(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import shutil
 import struct
 from pathlib import Path
@@ -318,7 +319,7 @@ IMAGES = "1 1 0 0 0 0 0 0 5 a.png\n\n"
         (CAMERAS, IMAGES + IMAGES, "lists the picture 'a.png' 2 times"),
         (CAMERAS, IMAGES.strip() + "\n" + IMAGES, "line 2: it should be empty or hold points"),
         (CAMERAS, "# empty\n", "lists no pictures"),
-        (CAMERAS, b"1 1 0 0 0 0 0 0 5 \xff\n\n", "its text is not UTF-8"),
+        (CAMERAS, b"1 1 0 0 0 0 0 0 5 \xff\n\n", "cannot be found"),
         (CAMERAS, "1 1 0 0 0 0 0 0 5 " + "1" * 5000 + ".png\n\n", "the only picture that it lists cannot be found"),
     ],
 )
@@ -334,6 +335,14 @@ def test_text_by_hand(tmp_path: Path) -> None:
     (tmp_path / "images.txt").write_bytes(b"# images\r\n" + IMAGES.replace("\n", "\r\n").encode() + b"2 1 0 0 0 1 2 3 5 b 1.png")
     found = read_posed(tmp_path)
     assert [posed.name for posed in found] == ["a.png", "b 1.png"] and found[1].extrinsics[:, 3].tolist() == [1, 2, 3]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", ["a.png"])
+    (tmp_path / "sparse").mkdir()
+    for name, text in (("cameras", CAMERAS), ("images", IMAGES)):
+        (tmp_path / "sparse" / f"{name}.txt").write_bytes(codecs.BOM_UTF8 + text.encode())
+    assert load_frames([tmp_path], size=28).names == ["a"]
 
 
 def test_counts_and_models_that_cannot_be(tmp_path: Path) -> None:

@@ -111,7 +111,6 @@ HUGE = [[1e300, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
         ({"fl_x": 0}, "are no camera"),
         ({"fl_x": 10**400}, "which is not a finite number"),
         ({"fl_x": True}, "which is not a finite number"),
-        ({"fl_x": None}, "which is not a finite number"),
         ({"w": 64.5}, '"w" is 64.5 and not a number of pixels'),
         ({"h": -1}, '"h" is -1 and not a number of pixels'),
         ({"k1": "x"}, '"k1" holds'),
@@ -152,3 +151,23 @@ def test_every_cut_of_a_transforms_json_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:end])
         with pytest.raises(InputError, match="it is damaged or no JSON"):
             read_posed(path)
+
+
+def test_what_other_programs_write(tmp_path: Path) -> None:
+    """Rounding in the last row, null for what is not known, paths of Windows, suffixes in capitals and left out."""
+    pictures(tmp_path, ["images/B.JPG"])
+    rounded = [*POSE[:3], [0, 0, 0, 1.0000000000000002]]
+    frames = [
+        {"file_path": ".\\images\\2.png", "transform_matrix": rounded, "fl_x": None, "k1": None},
+        {"file_path": "images/B", "transform_matrix": POSE},
+    ]
+    found = read_posed(transforms(tmp_path, frames, **GLOBAL))
+    assert [posed.image.name for posed in found] == ["2.png", "B.JPG"] and found[0].intrinsics[0, 0] == 70.5
+    assert len(load_frames([tmp_path / "transforms.json"], size=28)) == 2
+
+
+def test_pictures_beside_a_foreign_transforms_json(tmp_path: Path) -> None:
+    pictures(tmp_path, ["a.jpg", "b.jpg"])
+    (tmp_path / "transforms.json").write_text("{}")
+    assert f"to read its pictures without cameras, give {str(tmp_path / '*')!r}" in refusal(tmp_path)
+    assert "without cameras" not in refusal(tmp_path / "transforms.json")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from page4d.data import InputError, load_frames
 from page4d.data.frames import Frames
+from page4d.data.images import Page
 from page4d.export import ExportOptions, export
 from page4d.export.colmap import write_colmap
 from page4d.export.scene import confident_points, scene_cameras
@@ -91,6 +92,7 @@ def test_pictures_and_masks(prediction, frames, tmp_path):
     assert all(page.path.is_file() for page in frames.pages)
     export(prediction, frames, tmp_path, ["colmap"], ExportOptions(moving=1.0))
     assert (np.asarray(Image.open(folder / "masks" / "frame_000000.jpg.png")) == 255).all()
+    assert os.readlink(folder / "images" / "frame_000000.jpg") == str(frames.pages[0].path.resolve())
 
 
 def test_points_and_masks_follow_the_threshold(rendered, tmp_path):
@@ -184,6 +186,48 @@ def test_lost_originals_are_an_error_and_nothing_is_written(prediction, frames, 
     assert not (tmp_path / "out").exists()
 
 
+def test_originals_that_changed_are_an_error_also_where_they_are_linked(prediction, frames, tmp_path):
+    Image.new("RGB", (84, 40)).save(frames.pages[0].path)
+    with pytest.raises(InputError, match="'frame_000000' has another size than when it was read"):
+        write_colmap(tmp_path / "out", prediction, frames)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_lead_to_the_files_themselves(prediction, frames, tmp_path):
+    """Not to links in the output folder of another run, which may go."""
+    export(prediction, frames, tmp_path / "a", ["colmap"])
+    link = tmp_path / "a" / "colmap" / "images" / "frame_000000.jpg"
+    export(prediction, replace(frames, pages=[Page(link), *frames.pages[1:]]), tmp_path / "b", ["colmap"])
+    assert os.readlink(tmp_path / "b" / "colmap" / "images" / "frame_000000.jpg") == str(frames.pages[0].path.resolve())
+
+
+def test_half_precision_is_as_exact(prediction, frames, tmp_path):
+    """Points and cameras come from the same rounded numbers."""
+    write_colmap(tmp_path, replace(prediction, track=None).to(torch.bfloat16), frames)
+    found = model(tmp_path)
+    for image in found.images.values():
+        for point in image.points2D:
+            assert np.linalg.norm(image.project_point(found.points3D[point.point3D_id].xyz) - point.xy) < 0.01
+
+
+def test_a_field_of_view_beyond_pi_is_no_camera(prediction, frames, tmp_path, caplog):
+    prediction.pose_enc[0, 1, 7:] = 3.3
+    write_colmap(tmp_path, prediction, frames)
+    assert len(model(tmp_path).images) == 2 and "without a finite camera" in caplog.text
+
+
+def test_a_track_behind_a_camera_that_sees_it_is_left_out(rendered, tmp_path):
+    still = torch.full_like(rendered.prediction.mask, 0.4)
+    track = torch.tensor([30.0, 40.0]).expand(1, 4, 1, 2)
+    depth = torch.full_like(rendered.prediction.depth, 1e-30)
+    pose = rendered.prediction.pose_enc.clone()
+    pose[0, :, 3:7] = torch.tensor([0.0, 0, 0, 1])
+    pose[0, :, :3] = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 0, -2], [0, 0, -3]])
+    prediction = replace(rendered.prediction, mask=still, depth=depth, track=track, vis=torch.ones(1, 4, 1), pose_enc=pose)
+    write_colmap(tmp_path, prediction, rendered.frames)
+    assert all(point.track.length() == 1 for point in model(tmp_path).points3D.values())
+
+
 def test_names_of_files(prediction: Prediction, frames: Frames, tmp_path: Path):
     """Blanks end a name in COLMAP's text files."""
     odd = replace(frames, names=["my photo", "my_photo", "\u00fcber"], pages=[frames.pages[0]] * 3)
@@ -192,6 +236,14 @@ def test_names_of_files(prediction: Prediction, frames: Frames, tmp_path: Path):
         names = [image.name for _, image in sorted(model(tmp_path, kind).images.items())]
         assert names == ["000000_my_photo.jpg", "000001_my_photo.jpg", "000002_\u00fcber.jpg"]
         assert all((tmp_path / "colmap" / "images" / name).is_file() for name in names)
+
+
+def test_names_that_no_text_holds(prediction, frames, tmp_path):
+    """A file name is bytes. Our reader takes what our writer wrote."""
+    odd = replace(frames, names=[os.fsdecode(b"\xffz"), "b", "c"])
+    export(prediction, odd, tmp_path, ["colmap"])
+    again = load_frames([tmp_path / "colmap"], size=(28, 42))
+    assert {page.path.stem for page in again.pages} == set(odd.names)
 
 
 def test_our_own_reader_gives_the_same_cameras(prediction, frames, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from page4d.data import InputError
-from page4d.export import ExportOptions, export
+from page4d.export import ExportOptions, _originals, export
 from page4d.export._originals import original_depth, original_motion
 from page4d.export._percentiles import percentiles
 from page4d.geometry import unproject
@@ -84,6 +84,8 @@ def test_options_are_checked():
     for wrong, words in (
         ({"moving": 1.5}, "between 0 and 1, not 1.5"),
         ({"moving": float("nan")}, "between 0 and 1, not nan"),
+        ({"moving": "0.5"}, "between 0 and 1, not '0.5'"),
+        ({"moving": None}, "between 0 and 1, not None"),
         ({"glb": "fbx"}, "glb cannot be 'fbx': choose from animated, all, static"),
         ({"depth_size": "4k"}, "depth_size cannot be '4k'"),
         ({"depth_type": "tiff"}, "depth_type cannot be 'tiff'"),
@@ -107,3 +109,16 @@ def test_percentiles_are_those_of_numpy(seed):
 
 def test_percentiles_of_nothing():
     assert percentiles(lambda: [np.zeros(0, np.float32)], [50]) == [] == percentiles(list, [50])
+
+
+def test_bands_of_rows_make_the_same_map(prediction, frames, monkeypatch):
+    whole = original_depth(prediction, frames, 1), original_motion(prediction, frames, 1)
+    monkeypatch.setattr(_originals, "BAND_PIXELS", 7 * 168)
+    assert np.array_equal(original_depth(prediction, frames, 1), whole[0])
+    assert np.array_equal(original_motion(prediction, frames, 1), whole[1])
+
+
+def test_motion_reaches_the_rim_of_the_picture(prediction, frames):
+    """Padding beside it does not count as static."""
+    moving = replace(prediction, mask=torch.full_like(prediction.mask, -0.4))
+    assert np.allclose(original_motion(moving, frames, 0), 0.9)

@@ -166,3 +166,19 @@ def test_the_camera_takes_the_short_way(rendered, tmp_path):
         if channel.target.path == "rotation"
     )
     assert ((rotations[1:] * rotations[:-1]).sum(1) > 0.9).all()
+
+
+def test_times_increase_where_pictures_share_one(rendered, tmp_path):
+    same = replace(rendered, frames=replace(rendered.frames, timestamps=[0.0, 0.1, 0.1, 0.1]))
+    scene = written(same, tmp_path)
+    for sampler in scene.tree.animations[0].samplers:
+        assert (np.diff(scene.values(sampler.input)[:, 0]) > 0).all()
+
+
+def test_the_camera_has_both_fields_of_view(rendered, tmp_path):
+    pose = rendered.prediction.pose_enc.clone()
+    pose[0, :, 7:] = 0.9
+    view = written(rendered, tmp_path, pose_enc=pose).tree.cameras[0].perspective
+    assert view.yfov == pytest.approx(0.9, abs=1e-6)
+    assert 2 * np.arctan(np.tan(view.yfov / 2) * view.aspectRatio) == pytest.approx(0.9, abs=1e-6)
+    assert 0 < view.znear < 0.1

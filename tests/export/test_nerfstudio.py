@@ -85,3 +85,21 @@ def test_deep_scenes_have_a_larger_step(rendered, tmp_path, caplog):
     entry = read(tmp_path)["frames"][0]
     depth = np.asarray(Image.open(tmp_path / "nerfstudio" / entry["depth_file_path"]))
     assert np.abs(depth * 0.01 - 10 * rendered.truth.depth[0].numpy()).max() < 0.0051
+
+
+def test_a_few_far_pixels_do_not_cost_the_others_their_depth(rendered, tmp_path, caplog):
+    depth = rendered.prediction.depth.clone()
+    depth[0, 0, 5, 5] = 7000
+    write_nerfstudio(tmp_path, replace(rendered.prediction, depth=depth), rendered.frames)
+    assert read(tmp_path)["depth_unit_scale_factor"] == 0.001 and not caplog.text
+    stored = np.asarray(Image.open(tmp_path / "nerfstudio" / "depth" / "frame_0.png"))
+    assert stored[5, 5] == 0
+    stored = np.asarray(Image.open(tmp_path / "nerfstudio" / "depth" / "frame_1.png"))
+    assert np.abs(stored * 0.001 - rendered.truth.depth[1].numpy()).max() < 0.00051
+
+
+def test_stems_that_are_equal_without_blanks_and_suffixes(prediction, frames, tmp_path):
+    odd = replace(frames, names=["a b", "a_b", "A b"])
+    export(prediction, odd, tmp_path, ["nerfstudio", "colmap"])
+    names = [entry["file_path"] for entry in read(tmp_path)["frames"]]
+    assert names == ["images/000000_a_b.jpg", "images/000001_a_b.png", "images/000002_A_b.jpg"]

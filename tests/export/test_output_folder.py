@@ -101,3 +101,17 @@ def test_predictions_and_frames_are_equal_by_value(prediction: Prediction, frame
     assert prediction != replace(prediction, mask=None) and prediction != replace(prediction, images=prediction.images + 1)
     assert prediction != "a prediction" and prediction.cameras == prediction.cameras
     assert frames == replace(frames) and frames != replace(frames, names=["a", "b", "c"])
+
+
+def test_files_of_others_are_not_replaced_in_silence(
+    prediction: Prediction, frames: Frames, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "trajectory.tum").write_text("mine")
+    export(prediction, frames, tmp_path, ["trajectory", "mask"])
+    assert "1 file(s) that no earlier run left as they were have been replaced, such as trajectory.tum" in caplog.text
+    caplog.clear()
+    export(prediction, frames, tmp_path, ["trajectory", "mask"])
+    assert not caplog.text
+    (tmp_path / "mask" / "frame_000000.png").write_bytes(b"edited")
+    export(prediction, frames, tmp_path, ["trajectory", "mask"])
+    assert "such as mask/frame_000000.png" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 import struct
@@ -173,10 +174,8 @@ class _Bytes:
 
 
 def _decoded(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise InputError("its text is not UTF-8, so it is damaged: copy it or write the model again") from error
+    """Text in UTF-8, with or without a byte order mark. Names of files may hold other bytes."""
+    return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
 
 
 def _binary_cameras(file: _Bytes) -> Iterator[tuple[int, _Camera]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import InputError
 from ..images import IMAGE_SUFFIXES, stored_size
-from .camera import Array, Posed, about, check_present, content, extrinsics_of, intrinsics_of
+from .camera import ROUNDING, Array, Posed, about, check_present, content, extrinsics_of, intrinsics_of
 
 PERSPECTIVE = {"PERSPECTIVE", "SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "FULL_OPENCV"}  # of "camera_model"
 NOT_PERSPECTIVE = ("is_fisheye", "equirectangular", "latlong", "ortho")  # that instant-ngp says with true
@@ -37,7 +37,9 @@ def read(path: Path) -> list[Posed]:
         frames = whole.get("frames")
         if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
             raise InputError('it is no transforms.json, as it has no list "frames": give one, or a COLMAP model')
-        listed = [{**whole, **frame} for frame in frames]  # what a frame says itself goes before what is said for all
+        listed = [  # what a frame says itself goes before what is said for all, and null says nothing
+            {name: value for values in (whole, frame) for name, value in values.items() if value is not None} for frame in frames
+        ]
         images = []
         for number, values in enumerate(listed):
             with about(f"frame {number}"):
@@ -66,7 +68,10 @@ def _image(folder: Path, name: Any) -> Path:
     if not isinstance(name, str) or not name.strip():
         raise InputError('it has no "file_path": export the cameras again')
     path = folder / name
-    known = [Path(f"{path}{suffix}") for suffix in (".png", ".jpg", *sorted(IMAGE_SUFFIXES))]
+    if not os.path.isfile(path) and "\\" in name:  # written on Windows
+        path = folder / name.replace("\\", "/")
+    suffixes = [".png", ".jpg", *sorted(IMAGE_SUFFIXES)]
+    known = [Path(f"{path}{suffix}") for suffix in (*suffixes, *map(str.upper, suffixes))]
     return next((candidate for candidate in (path, *known) if os.path.isfile(candidate)), path)
 
 
@@ -113,7 +118,7 @@ def _extrinsics(matrix: Any) -> Array:
     if len(rows) not in (3, 4):
         raise InputError('its "transform_matrix" does not have 4 rows of 4 numbers: export the cameras again')
     pose = np.array([[_finite(value, '"transform_matrix"') for value in row] for row in rows])
-    if len(rows) == 4 and (pose[3] != (0, 0, 0, 1)).any():
+    if len(rows) == 4 and np.abs(pose[3] - (0, 0, 0, 1)).max() > ROUNDING:
         raise InputError('the last row of its "transform_matrix" is not 0 0 0 1: export the cameras again')
     rotation = FLIP @ pose[:3, :3].T
     return extrinsics_of(rotation, -rotation @ pose[:3, 3])
