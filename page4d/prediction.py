@@ -69,6 +69,7 @@ class Prediction(EqualByValue):
     track_list: Tensor | None = None  # (4, B, S, N, 2): the refinement iterations
     vis: Tensor | None = None  # (B, S, N) in (0, 1): probability of being visible
     conf: Tensor | None = None  # (B, S, N) in (0, 1): confidence of the track
+    attention_deviation: Tensor | None = None  # (depth,): see `Page4D.forward`; 0 where a layer is dense
     valid: Tensor | None = None  # (B, S, H, W) bool: pixels that show the original; `export` writes it if there is padding
 
     @property
@@ -106,7 +107,7 @@ class Prediction(EqualByValue):
         changed = {
             name: value[:, :, part] if name in ("pose_enc_list", "track_list") else value[:, part]
             for name, value in self.tensors().items()
-            if name != "query_points"  # which has no frames
+            if name not in ("query_points", "attention_deviation")  # which have no frames
         }
         return replace(self, **changed)
 

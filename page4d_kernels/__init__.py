@@ -7,11 +7,14 @@ from .ops.mask_head import mask_head
 from .ops.qk_norm_rope import qk_norm_rope
 from .ops.residual_norm import residual_norm
 from .reference.qk_norm_rope import rope_tables
+from .thin_attention import KeySelection, frame_attention, select_keys, thin_attention
 
 __all__ = [
     "Backend",
     "BackendError",
+    "KeySelection",
     "TokenLayout",
+    "frame_attention",
     "is_backend_supported",
     "mask_attention",
     "mask_head",
@@ -20,5 +23,7 @@ __all__ = [
     "registries",
     "residual_norm",
     "rope_tables",
+    "select_keys",
+    "thin_attention",
     "use_backend",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from page4d_kernels.reference import accumulation_dtype
 
-from ..layers import Block, Modulation, Rope
+from ..layers import Block, Modulation, Rope, Sparsity
 from .memory import MemoryPlan, Workload, for_each_chunk, is_out_of_memory, with_bytes, with_half_chunks, with_offload
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ class TrunkRunner(Protocol):
         """Save x as the frame half of a layer that the heads read. `save_global_half` follows before the next layer."""
         ...
 
-    def global_block(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None) -> Tensor:
-        """A block whose attention spans all frames."""
+    def global_block(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None, sparsity: Sparsity | None) -> Tensor:
+        """A block whose attention spans all frames. `sparsity`: what its patches do not see."""
         ...
 
     def save_global_half(self, x: Tensor) -> None:
@@ -51,6 +51,10 @@ class TrunkRunner(Protocol):
 
     def saved_layers(self) -> list[Tensor]:
         """The saved layers (B, S, P, 2, C): frame half, global half."""
+        ...
+
+    def deviations(self) -> list[Tensor]:
+        """The relative deviation of each sparse global block so far that was checked, a number each."""
         ...
 
 
@@ -64,6 +68,9 @@ class EagerRunner:
         self.call = call
         self.saved: list[Tensor] = []
         self.frame_half: Tensor
+
+    def deviations(self) -> list[Tensor]:
+        return []  # with gradients nothing is checked
 
     def embed(self, encoder: nn.Module, normalise: Callable[[Tensor], Tensor], images: Tensor, special: Tensor) -> Tensor:
         frames = rearrange(images.to(special.device), "b s c h w -> (b s) c h w")
@@ -79,8 +86,8 @@ class EagerRunner:
     def save_frame_half(self, x: Tensor) -> None:
         self.frame_half = x
 
-    def global_block(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None) -> Tensor:
-        return self.call(block, rearrange(x, "b s p c -> b (s p) c"), rope, modulation).view_as(x)
+    def global_block(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None, sparsity: Sparsity | None) -> Tensor:
+        return self.call(block, rearrange(x, "b s p c -> b (s p) c"), rope, modulation, sparsity).view_as(x)
 
     def save_global_half(self, x: Tensor) -> None:
         self.saved.append(torch.stack([self.frame_half, x], -2))
@@ -99,6 +106,7 @@ class StreamedRunner:
     def __init__(self, plan: MemoryPlan, workload: Workload, device: torch.device, dtype: torch.dtype):
         self.plan, self.workload, self.device, self.dtype = plan, workload, device, dtype
         self.saved: list[Tensor] = []  # (2, B, S, P, C) each
+        self.measured: list[Tensor] = []
         self.offload_stream: torch.cuda.Stream | None = None  # copies to the host run beside the matmuls
 
     def embed(self, encoder: nn.Module, normalise: Callable[[Tensor], Tensor], images: Tensor, special: Tensor) -> Tensor:
@@ -130,12 +138,15 @@ class StreamedRunner:
         self._for_each_chunk(x.shape[1], step)
         return rearrange(bias, "b s p -> b (s p)")
 
-    def global_block(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None) -> Tensor:
+    def global_block(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None, sparsity: Sparsity | None) -> Tensor:
         attention, frames, per_frame = block.attn, x.shape[1], x.shape[2]
 
         def attend() -> Tensor:
             q, k, v = self._project(block, x, rope)
-            return attention.attend(q, k, v, modulation)
+            out = attention.attend(q, k, v, modulation, sparsity)
+            if sparsity is not None and len(sparsity.checked):
+                self.measured.append(sparsity.deviation(out, q, k, v, attention.backend))
+            return out
 
         out = self._retry_with_offload(attend)  # (B, H, S*P, D)
 
@@ -178,6 +189,9 @@ class StreamedRunner:
         if self.offload_stream is not None:
             self.offload_stream.synchronize()  # the host may read the layers next, for example to make a slice contiguous
         return [rearrange(layer, "half b s p c -> b s p half c") for layer in self.saved]
+
+    def deviations(self) -> list[Tensor]:
+        return self.measured
 
     def _store(self, half: Tensor, x: Tensor) -> None:
         if half.device == x.device or x.device.type != "cuda":

@@ -4,11 +4,11 @@ With linear layers in bf16 and norms, layer scales and tokens in fp32, matmuls r
 stay in fp32. This is the same on every device.
 """
 
-from .attention import Attention, Modulation, Rope
+from .attention import Attention, Modulation, Rope, Sparsity
 from .block import Block
 from .cache import cache_tensors
 from .linear import Conv2d, LayerNorm, Linear
 from .mask_head import MaskHead
 from .mlp import Mlp
 
-__all__ = ["Attention", "Block", "Conv2d", "LayerNorm", "Linear", "MaskHead", "Mlp", "Modulation", "Rope", "cache_tensors"]
+__all__ = ["Attention", "Block", "Conv2d", "LayerNorm", "Linear", "MaskHead", "Mlp", "Modulation", "Rope", "Sparsity", "cache_tensors"]

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from page4d_kernels import TokenLayout, mask_attention, qk_norm_rope, rope_tables
+from page4d_kernels import KeySelection, TokenLayout, frame_attention, mask_attention, qk_norm_rope, rope_tables, thin_attention
 from page4d_kernels.reference import accumulation_dtype
 
 from .cache import cache_tensors
@@ -41,6 +41,22 @@ class Modulation:
     layout: TokenLayout
 
 
+@dataclass(frozen=True, eq=False)
+class Sparsity:
+    """What the patches see in a layer that is not dense, see `page4d_kernels.thin_attention`."""
+
+    layout: TokenLayout
+    keys: KeySelection | None  # None: the tokens of the own frame
+    checked: Tensor  # (R,) int64: patch rows that are computed densely as well, to measure what is lost
+
+    def deviation(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> Tensor:
+        """The relative deviation of `out` from dense attention over the checked rows, a number: |out - dense| / |dense|."""
+        dense = mask_attention(q.index_select(2, self.checked), k, v, backend=backend)
+        assert isinstance(dense, Tensor)
+        dense, sparse = dense.float(), out.index_select(2, self.checked).float()
+        return (sparse - dense).norm() / dense.norm()
+
+
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(D) + r c^T) v between a packed projection and an output projection."""
 
@@ -53,9 +69,11 @@ class Attention(nn.Module):
         self.k_norm = LayerNorm(dim // num_heads) if qk_norm else None
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None, sparsity: Sparsity | None = None
+    ) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        return self.merge(self.attend(*self.project(x, rope), modulation))
+        return self.merge(self.attend(*self.project(x, rope), modulation, sparsity))
 
     def project(self, x: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, H, N, D) of tokens (B, N, C). N may be all frames or some of them."""
@@ -76,13 +94,16 @@ class Attention(nn.Module):
         q, k, v = rearrange(qkv, "b n qkv h d -> qkv b h n d")
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, modulation: Modulation | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, modulation: Modulation | None = None, sparsity: Sparsity | None = None) -> Tensor:
         """The heads' outputs (B, H, N, D)."""
-        if modulation is None:
-            out = mask_attention(q, k, v, backend=self.backend)
-        else:
+        gate = bias = None
+        if modulation is not None:
             gate, bias = (vector.to(accumulation_dtype(q.dtype)) for vector in (modulation.query_gate, modulation.key_bias))
-            out = mask_attention(q, k, v, gate, bias, layout=modulation.layout, backend=self.backend)
+        if sparsity is not None and sparsity.keys is not None:
+            return thin_attention(q, k, v, sparsity.keys, gate, bias, backend=self.backend)
+        if sparsity is not None:
+            return frame_attention(q, k, v, sparsity.layout, gate, bias, backend=self.backend)
+        out = mask_attention(q, k, v, gate, bias, layout=None if modulation is None else modulation.layout, backend=self.backend)
         assert isinstance(out, Tensor)  # a pair only with return_lse
         return out
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from page4d_kernels import residual_norm
 
-from .attention import Attention, Modulation, Rope
+from .attention import Attention, Modulation, Rope, Sparsity
 from .linear import LayerNorm
 from .mlp import Mlp
 
@@ -41,8 +41,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, mlp_ratio * dim)
         self.ls2 = LayerScale(dim, scale_init)
 
-    def forward(self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None) -> Tensor:
-        return self.finish(x, self.attn(self.norm1(x), rope, modulation))
+    def forward(
+        self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None, sparsity: Sparsity | None = None
+    ) -> Tensor:
+        return self.finish(x, self.attn(self.norm1(x), rope, modulation, sparsity))
 
     def finish(self, x: Tensor, branch: Tensor) -> Tensor:
         """The rest of the block after attention. Tokens x and the attention output `branch` are (B, N, C)."""

@@ -13,6 +13,7 @@ from page4d_kernels.profiling import stage
 from page4d_kernels.reference import accumulation_dtype
 
 from ..config import Page4DConfig
+from ..execution.attention_plan import AttentionPlan, sparsity
 from ..execution.runners import EagerRunner, TrunkRunner
 from ..layers import Block, MaskHead, Modulation
 from ..layers.attention import rope
@@ -28,6 +29,7 @@ class Features:
     layers: list[Tensor]  # (B, S, P, 2, C) of each kept layer: output of its frame block, output of its global block
     key_bias: Tensor | None  # (B, S*P)
     special_tokens: int
+    deviation: Tensor | None = None  # (depth,): of each global layer from dense attention, 0 where it is dense; None if not measured
 
 
 class Aggregator(nn.Module):
@@ -78,7 +80,15 @@ class Aggregator(nn.Module):
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
     def forward(
-        self, images: Tensor, *, mask_strength: float, layers: tuple[int, ...], want_mask: bool, runner: TrunkRunner | None = None
+        self,
+        images: Tensor,
+        *,
+        mask_strength: float,
+        layers: tuple[int, ...],
+        want_mask: bool,
+        runner: TrunkRunner | None = None,
+        plan: AttentionPlan | None = None,
+        checked: int = 0,
     ) -> Features:
         """Run the trunk.
 
@@ -88,6 +98,8 @@ class Aggregator(nn.Module):
             layers: which layers to save. The trunk stops after the last of them.
             want_mask: whether to compute the mask even if it does not modulate.
             runner: how to run the blocks without gradients. `EagerRunner` by default.
+            plan: what the patches of each global layer see. None: everything.
+            checked: patch rows of each sparse layer that are computed densely too.
         """
         config = self.config
         batch, frames, _, height, width = images.shape
@@ -103,6 +115,7 @@ class Aggregator(nn.Module):
         use_mask = mask_strength > 0 and config.masked_blocks[0] < config.masked_blocks[1]
 
         key_bias, modulation = None, None
+        sparse: list[int] = []
         last = max(layers, default=config.mask_after)
         for index, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
             assert isinstance(frame_block, Block) and isinstance(global_block, Block)
@@ -119,12 +132,21 @@ class Aggregator(nn.Module):
                 runner.save_frame_half(x)
             with stage(f"global {index}"):
                 masked = config.masked_blocks[0] <= index < config.masked_blocks[1]
-                x = runner.global_block(global_block, x, table, modulation if masked else None)
+                seen = None if plan is None else sparsity(plan, index, layout, grid, checked, x.device)
+                sparse += [index] if seen is not None else []
+                x = runner.global_block(global_block, x, table, modulation if masked else None, seen)
             if index in layers:
                 runner.save_global_half(x)
             if index == last:
                 break
-        return Features(runner.saved_layers(), key_bias, special)
+        return Features(runner.saved_layers(), key_bias, special, self._deviation(runner.deviations(), sparse))
+
+    def _deviation(self, measured: list[Tensor], sparse: list[int]) -> Tensor | None:
+        if len(measured) != len(sparse) or not sparse:
+            return None
+        found = measured[0].new_zeros(self.config.depth)
+        found[sparse] = torch.stack(measured)
+        return found
 
     def _call(self, block: nn.Module, *inputs) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():

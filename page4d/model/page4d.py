@@ -16,6 +16,7 @@ from page4d_kernels.profiling import stage
 
 from ..config import Page4DConfig
 from ..errors import InputError
+from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan
 from ..execution.memory import HEAD_FRAMES, MemoryPlan, Workload, budget_of, can_offload, make_plan
 from ..execution.runners import StreamedRunner
 from ..layers import Conv2d, Linear
@@ -126,6 +127,8 @@ class Page4D(nn.Module):
         mask_strength: float | None = None,
         memory_budget: int | None = None,
         allocate: Allocate | None = None,
+        attention: AttentionPlan | None = None,
+        attention_check: int = CHECKED_ROWS,
     ) -> Prediction:
         """Run the trunk once and the heads that are asked for.
 
@@ -140,6 +143,9 @@ class Page4D(nn.Module):
                 copied a few frames at a time.
             allocate: `allocate(name, shape)` returns the tensor that depth or points are written to, for example in host memory. Without
                 gradients only.
+            attention: what the patches of each global layer see. Default: everything, in all layers.
+            attention_check: patch rows of each layer that is not dense which are computed densely as well. `attention_deviation` of the
+                result is then |sparse - dense| / |dense| over these rows, for each layer. 0, or gradients: nothing is measured.
 
         Raises:
             InputError (a ValueError): images or query points do not fit or are not finite, images are far out of [0, 1], or the model has
@@ -157,7 +163,11 @@ class Page4D(nn.Module):
         wanted = self._wanted(outputs, query_points)
         self._check(images, query_points)
         self._check_mask(images, strength, "mask" in wanted)
-        if memory_budget is None and allocate is None:
+        if attention is not None:
+            attention = None if attention.exact else self._checked_plan(attention)
+        if attention_check < 0:
+            raise InputError(f"attention_check must be a number of rows, at least 0, not {attention_check}")
+        if memory_budget is None and allocate is None and attention is None:
             given = {"images": images} if query_points is None else {"images": images, "query_points": query_points}
             graphed = take_graph(self, given, {"outputs": sorted(wanted & set(OUTPUTS)), "mask_strength": strength})
             if graphed is not None:
@@ -174,14 +184,27 @@ class Page4D(nn.Module):
             runner = StreamedRunner(self._plan(workload, memory_budget), workload, device, self.aggregator.compute_dtype)
             if allocate is not None:
                 allocate = self._allocated(workload, allocate)
-        features = self.aggregator(images, mask_strength=strength, layers=layers, want_mask="mask" in wanted, runner=runner)
+        features = self.aggregator(
+            images,
+            mask_strength=strength,
+            layers=layers,
+            want_mask="mask" in wanted,
+            runner=runner,
+            plan=attention,
+            checked=attention_check,
+        )
         frames_per_chunk = HEAD_FRAMES if runner is None else runner.plan.head_frames
         with torch.autocast(device.type, enabled=False):
             found = self._heads(wanted, features.layers, images, query_points, frames_per_chunk, allocate)
         if "mask" in wanted and features.key_bias is not None:
             bias = rearrange(features.key_bias, "b (s p) -> b s p", s=images.shape[1])[:, :, features.special_tokens :]
             found["mask"] = rearrange(bias, "b s (h w) -> b s h w", h=images.shape[-2] // self.config.patch_size)
-        return Prediction(images=images, **found)
+        return Prediction(images=images, attention_deviation=features.deviation, **found)
+
+    def _checked_plan(self, attention: AttentionPlan) -> AttentionPlan:
+        if len(attention.layers) != self.config.depth:
+            raise InputError(f"the attention plan has {len(attention.layers)} layers, and the model {self.config.depth}")
+        return attention
 
     def plan(
         self,

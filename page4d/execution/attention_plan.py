@@ -1,0 +1,99 @@
+"""Which keys each global layer's patches see: all, those of their own frame, or one patch of every cell."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from page4d_kernels import TokenLayout, select_keys
+
+from ..config import Page4DConfig
+from ..errors import InputError
+from ..layers import Sparsity
+
+DENSE, FRAME = "dense", "frame"
+PRESETS: dict[str, tuple[int, int] | None] = {"exact": None, "balanced": (2, 2), "fast": (3, 3)}  # cells of the thinned layers
+FRAME_LAYERS = 9 / 24  # share of the layers, from the first, that the presets turn into attention within frames
+CHECKED_ROWS = 64  # of a sparse layer that are computed densely as well, by default
+LARGEST_CELL = 100  # rows and columns
+
+Layer = str | tuple[int, int]  # "dense", "frame", or the rows and columns of a cell
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What the patches of each global layer see. Special tokens see everything in every layer, with the mask.
+
+    Attributes:
+        layers: for each global layer "dense" (all keys), "frame" (the tokens of the own frame), or (rows, columns) of a cell: one patch of
+            each cell, see `page4d_kernels.thin_attention`.
+        name: what reports call it.
+
+    Raises:
+        InputError: a layer is something else.
+    """
+
+    layers: tuple[Layer, ...]
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise InputError("an attention plan needs at least one layer")
+        for number, layer in enumerate(self.layers):
+            cell = isinstance(layer, tuple) and len(layer) == 2 and all(type(x) is int and 1 <= x <= LARGEST_CELL for x in layer)
+            if layer not in (DENSE, FRAME) and not cell:
+                raise InputError(
+                    f"layer {number} of an attention plan cannot be {layer!r:.40}: give 'dense', 'frame' or a cell such as (2, 2)"
+                )
+
+    @classmethod
+    def preset(cls, name: str, config: Page4DConfig) -> AttentionPlan:
+        """exact, balanced or fast, for a model of any depth.
+
+        balanced: the first 9 of 24 layers within frames, one patch of 2 x 2 in the others. fast: one of 3 x 3. With another depth the
+        layers are in proportion.
+        """
+        if name not in PRESETS:
+            raise InputError(f"unknown attention plan {name!r}: choose from {', '.join(PRESETS)}, or give a JSON file")
+        cell = PRESETS[name]
+        if cell is None:
+            return cls((DENSE,) * config.depth, name)
+        within = round(FRAME_LAYERS * config.depth)
+        return cls((FRAME,) * within + (cell,) * (config.depth - within), name)
+
+    @property
+    def exact(self) -> bool:
+        return all(layer in (DENSE, (1, 1)) for layer in self.layers)
+
+    def to_json(self) -> str:
+        return json.dumps({"name": self.name, "layers": [list(layer) if isinstance(layer, tuple) else layer for layer in self.layers]})
+
+    @classmethod
+    def from_json(cls, text: str) -> AttentionPlan:
+        """The plan that `to_json` wrote. InputError if it is something else."""
+        try:
+            whole: Any = json.loads(text)
+            layers = tuple(tuple(layer) if isinstance(layer, list) else layer for layer in whole["layers"])
+            return cls(layers, str(whole.get("name", "custom")))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f'not an attention plan: it should be {{"layers": ["dense", "frame", [2, 2], ...]}} ({error})') from error
+
+
+def sparsity(
+    plan: AttentionPlan, layer: int, layout: TokenLayout, grid: tuple[int, int], checked: int, device: torch.device
+) -> Sparsity | None:
+    """What the patches of a layer do not see. None if it is dense. `checked` patch rows, evenly spread, are to be computed densely too."""
+    kind = plan.layers[layer]
+    if kind in (DENSE, (1, 1)) or layout.frames == 1:
+        return None
+    patches = layout.tokens_per_frame - layout.special_tokens
+    count = min(checked, layout.frames * patches)
+    chosen = (torch.arange(count) * 2 + 1) * (layout.frames * patches) // (2 * max(1, count))
+    rows = chosen // patches * layout.tokens_per_frame + layout.special_tokens + chosen % patches
+    keys = select_keys(layout, grid, kind, layer, device) if isinstance(kind, tuple) else None
+    return Sparsity(layout, keys, rows.to(device))

@@ -1,0 +1,162 @@
+"""Attention across frames in which patches see fewer keys: some patches of each frame, or their own frame alone.
+
+Special tokens see all keys in both cases, with the mask if there is one: for them nothing is approximate. Which keys are kept depends on
+the layout alone, not on the data. So there is nothing to match or to wait for, and the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import TokenLayout
+from .ops.mask_attention import mask_attention
+from .reference import accumulation_dtype
+
+FIRST_FRAME = 0  # its patches are all kept: the world is that of its camera
+
+
+@dataclass(frozen=True, eq=False)
+class KeySelection:
+    """The keys that patch rows see, K of N, and for how many tokens each of them stands. See `select_keys`."""
+
+    layout: TokenLayout
+    kept: Tensor  # (K,) int64, ascending
+    log_counts: Tensor  # (K,) fp64: log of the number of tokens; 0 for special tokens and the first frame
+
+    def to(self, device: torch.device) -> KeySelection:
+        return KeySelection(self.layout, self.kept.to(device), self.log_counts.to(device))
+
+
+@functools.lru_cache(64)
+def select_keys(
+    layout: TokenLayout, grid: tuple[int, int], cell: tuple[int, int], shift: int = 0, device: torch.device | None = None
+) -> KeySelection:
+    """Keep all special tokens, all patches of the first frame, and one patch of every cell of the other frames.
+
+    Args:
+        layout: of the tokens.
+        grid: rows and columns of the patches of a frame.
+        cell: rows and columns of a cell. Cells at the lower and right edge may be smaller.
+        shift: where in its cell the kept patch of the first thinned frame is. From frame to frame it moves on by one, row by row.
+        device: of the indices.
+
+    Raises:
+        ValueError: the grid does not fit the layout, or a cell has no patch.
+    """
+    rows, columns = grid
+    if rows * columns + layout.special_tokens != layout.tokens_per_frame:
+        raise ValueError(f"a grid of {rows} x {columns} patches does not fit {layout}")
+    if min(cell) < 1:
+        raise ValueError(f"a cell needs at least one row and one column, not {cell[0]} x {cell[1]}")
+    height, width = min(cell[0], rows), min(cell[1], columns)
+    kept, counts = [], []
+    for frame in range(layout.frames):
+        start = frame * layout.tokens_per_frame
+        kept.append(torch.arange(start, start + layout.special_tokens))
+        counts.append(torch.ones(layout.special_tokens))
+        patches = start + layout.special_tokens
+        if frame == FIRST_FRAME:
+            kept.append(torch.arange(patches, patches + rows * columns))
+            counts.append(torch.ones(rows * columns))
+            continue
+        top, left = torch.meshgrid(torch.arange(0, rows, height), torch.arange(0, columns, width), indexing="ij")
+        tall, wide = (rows - top).clamp(max=height), (columns - left).clamp(max=width)
+        place = (frame - 1 + shift) % (tall * wide)
+        chosen = (top + place // wide) * columns + left + place % wide
+        chosen, order = chosen.flatten().sort()
+        kept.append(patches + chosen)
+        counts.append((tall * wide).flatten()[order].float())
+    return KeySelection(layout, torch.cat(kept), torch.cat(counts).double().log()).to(device or torch.device("cpu"))
+
+
+def thin_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: KeySelection,
+    query_gate: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention in which patch rows see the kept keys, each with the weight of the n tokens that it stands for:
+
+        patch row i:   softmax_j over kept keys (q_i k_j * scale + log n_j) v_j
+        special row i: softmax_j over all keys  (q_i k_j * scale + r_i c_j) v_j
+
+    With cells of one patch all keys are kept, and the result is that of `mask_attention` up to rounding. The patch rows cost
+    `len(selection.kept)` / N of dense ones. Differentiable in q, k, v, r and c if the backend is.
+
+    Args:
+        q, k, v: (B, H, N, D) with the N tokens of the selection's layout, see `mask_attention`.
+        query_gate, key_bias: r and c (B, N), see `mask_attention`; r is zero outside the special tokens.
+
+    Returns:
+        (B, H, N, D) in q's dtype.
+
+    Raises:
+        TypeError, ValueError, BackendError: see `mask_attention`.
+    """
+    _check(q, selection.layout)
+    dtype = accumulation_dtype(q.dtype)
+    keys, values = (x.index_select(2, selection.kept) for x in (k, v))
+    ones = torch.ones(q.shape[0], q.shape[2], dtype=dtype, device=q.device)
+    weights = selection.log_counts.to(dtype).expand(q.shape[0], -1)
+    out = mask_attention(q, keys, values, ones, weights, scale=scale, backend=backend)
+    assert isinstance(out, Tensor)
+    return _with_special_rows(out, q, k, v, selection.layout, query_gate, key_bias, scale, backend)
+
+
+def frame_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    query_gate: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention in which patch rows see the tokens of their own frame, and special rows see all, as in `thin_attention`."""
+    _check(q, layout)
+    frames = [x.unflatten(2, (layout.frames, layout.tokens_per_frame)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    out = mask_attention(*frames, scale=scale, backend=backend)
+    assert isinstance(out, Tensor)
+    out = out.unflatten(0, (q.shape[0], layout.frames)).transpose(1, 2).flatten(2, 3)
+    return _with_special_rows(out, q, k, v, layout, query_gate, key_bias, scale, backend)
+
+
+def _check(q: Tensor, layout: TokenLayout) -> None:
+    if q.dim() != 4 or q.shape[2] != layout.tokens:
+        raise ValueError(f"q must be (B, H, {layout.tokens}, D) to fit {layout}, not {tuple(q.shape)}")
+
+
+def _with_special_rows(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    query_gate: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor:
+    """`out` with its special rows replaced by dense ones."""
+    if layout.special_tokens == 0:
+        return out
+    gate = None if query_gate is None else layout.special(query_gate, 1)
+    rows = mask_attention(layout.special(q, 2), k, v, gate, key_bias, scale=scale, backend=backend)
+    assert isinstance(rows, Tensor)
+    rows = rows.unflatten(2, (layout.frames, layout.special_tokens))
+    shape = (layout.frames, layout.tokens_per_frame)
+    if out.requires_grad:  # autograd has saved `out`, so it must not change
+        return torch.slice_scatter(out.unflatten(2, shape), rows, 3, 0, layout.special_tokens).flatten(2, 3)
+    out.unflatten(2, shape).narrow(3, 0, layout.special_tokens).copy_(rows)
+    return out
