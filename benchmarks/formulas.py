@@ -6,7 +6,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from page4d.config import Page4DConfig
+from page4d.execution.attention_plan import AttentionPlan, Layer
 from page4d.model import Page4D
+from page4d_kernels import TokenLayout
 
 
 def attention_flops(batch: int, heads: int, queries: int, keys: int, head_dim: int, direction: str) -> float:
@@ -15,10 +17,11 @@ def attention_flops(batch: int, heads: int, queries: int, keys: int, head_dim: i
     return matmuls * 2.0 * batch * heads * queries * keys * head_dim
 
 
-def trunk_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dict[str, float]:
+def trunk_flops(config: Page4DConfig, frames: int, size: tuple[int, int], plan: AttentionPlan | None = None) -> dict[str, float]:
     """Encoder, frame and global blocks over one sequence: matmuls with weights, attention within frames, attention across frames.
 
-    A block's weights cost 2 (4 + 2 mlp_ratio) C^2 flops per token. A query-key pair costs 4 C.
+    A block's weights cost 2 (4 + 2 mlp_ratio) C^2 flops per token. A query-key pair costs 4 C. `plan`: what the patches of the global
+    layers see; the special rows of a layer that is not dense come on top.
     """
     patches = (size[0] // config.patch_size) * (size[1] // config.patch_size)
     in_encoder = 1 + config.register_tokens + patches  # the encoder has its own class and register tokens
@@ -29,8 +32,22 @@ def trunk_flops(config: Page4DConfig, frames: int, size: tuple[int, int]) -> dic
     return {
         "weights": frames * (embedding + weights * (config.encoder.depth * in_encoder + 2 * depth * tokens)),
         "within frames": frames * 4.0 * width * (config.encoder.depth * in_encoder**2 + depth * tokens**2),
-        "across frames": 4.0 * width * depth * (frames * tokens) ** 2,
+        "across frames": 4.0 * width * sum(_pairs(config, frames, size, kind) for kind in (plan.layers if plan else ("dense",) * depth)),
     }
+
+
+def _pairs(config: Page4DConfig, frames: int, size: tuple[int, int], kind: Layer) -> float:
+    """Query-key pairs of one global layer."""
+    grid = (size[0] // config.patch_size, size[1] // config.patch_size)
+    layout = TokenLayout(frames, config.special_tokens + grid[0] * grid[1], config.special_tokens)
+    if kind == "dense" or frames == 1:
+        return float(layout.tokens) ** 2
+    special_rows = float(frames * config.special_tokens * layout.tokens)
+    if isinstance(kind, tuple):
+        cells = max(1, grid[0] // kind[0]) * max(1, grid[1] // kind[1])
+        kept = frames * config.special_tokens + grid[0] * grid[1] + (frames - 1) * cells
+        return special_rows + float(layout.tokens) * kept
+    return special_rows + float(frames) * layout.tokens_per_frame**2
 
 
 def block_flops(config: Page4DConfig, tokens: int, direction: str) -> float:

@@ -6,7 +6,6 @@ the layout alone, not on the data. So there is nothing to match or to wait for, 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,6 @@ class KeySelection:
         return KeySelection(self.layout, self.kept.to(device), self.log_counts.to(device))
 
 
-@functools.lru_cache(64)
 def select_keys(
     layout: TokenLayout, grid: tuple[int, int], cell: tuple[int, int], shift: int = 0, device: torch.device | None = None
 ) -> KeySelection:
@@ -40,7 +38,7 @@ def select_keys(
     Args:
         layout: of the tokens.
         grid: rows and columns of the patches of a frame.
-        cell: rows and columns of a cell. Cells at the lower and right edge may be smaller.
+        cell: rows and columns of a cell. Where they do not divide the grid, some cells are larger, so that no more keys are kept.
         shift: where in its cell the kept patch of the first thinned frame is. From frame to frame it moves on by one, row by row.
         device: of the indices.
 
@@ -52,7 +50,7 @@ def select_keys(
         raise ValueError(f"a grid of {rows} x {columns} patches does not fit {layout}")
     if min(cell) < 1:
         raise ValueError(f"a cell needs at least one row and one column, not {cell[0]} x {cell[1]}")
-    height, width = min(cell[0], rows), min(cell[1], columns)
+    tops, lefts = (_edges(side, least) for side, least in zip(grid, cell, strict=True))
     kept, counts = [], []
     for frame in range(layout.frames):
         start = frame * layout.tokens_per_frame
@@ -63,14 +61,20 @@ def select_keys(
             kept.append(torch.arange(patches, patches + rows * columns))
             counts.append(torch.ones(rows * columns))
             continue
-        top, left = torch.meshgrid(torch.arange(0, rows, height), torch.arange(0, columns, width), indexing="ij")
-        tall, wide = (rows - top).clamp(max=height), (columns - left).clamp(max=width)
+        top, left = torch.meshgrid(tops[:-1], lefts[:-1], indexing="ij")
+        tall, wide = torch.meshgrid(tops.diff(), lefts.diff(), indexing="ij")
         place = (frame - 1 + shift) % (tall * wide)
         chosen = (top + place // wide) * columns + left + place % wide
         chosen, order = chosen.flatten().sort()
         kept.append(patches + chosen)
         counts.append((tall * wide).flatten()[order].float())
     return KeySelection(layout, torch.cat(kept), torch.cat(counts).double().log()).to(device or torch.device("cpu"))
+
+
+def _edges(side: int, least: int) -> Tensor:
+    """Where cells of at least `least` begin along a side, and its end: as many as fit, as equal as possible."""
+    count = max(1, side // least)
+    return torch.arange(count + 1) * side // count
 
 
 def thin_attention(

@@ -12,7 +12,7 @@ from page4d_kernels import TokenLayout, select_keys
 
 from ..config import Page4DConfig
 from ..errors import InputError
-from ..layers import Sparsity
+from ..layers import Sparsity, cache_tensors
 
 DENSE, FRAME = "dense", "frame"
 PRESETS: dict[str, tuple[int, int] | None] = {"exact": None, "balanced": (2, 2), "fast": (3, 3)}  # cells of the thinned layers
@@ -84,6 +84,7 @@ class AttentionPlan:
             raise InputError(f'not an attention plan: it should be {{"layers": ["dense", "frame", [2, 2], ...]}} ({error})') from error
 
 
+@cache_tensors
 def sparsity(
     plan: AttentionPlan, layer: int, layout: TokenLayout, grid: tuple[int, int], checked: int, device: torch.device
 ) -> Sparsity | None:

@@ -1,0 +1,132 @@
+"""Attention plans: what they are, and what they do to a model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from page4d import Page4D, preset
+from page4d.data.synthetic import SyntheticScenes
+from page4d.errors import InputError
+from page4d.execution import attention_plan
+from page4d.execution.attention_plan import AttentionPlan
+from page4d.layers import Attention
+from page4d.prediction import Prediction
+
+
+@pytest.fixture(scope="module")
+def nano() -> Page4D:
+    return Page4D.from_pretrained("nano").eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return SyntheticScenes("dynamic", frames=6, size=(56, 84), seed=0)[3].images
+
+
+def predict(model: Page4D, images: torch.Tensor, **options) -> Prediction:
+    with torch.inference_mode():
+        return model(images, **options)
+
+
+def test_presets():
+    official, nano = preset("page4d"), preset("nano")
+    assert AttentionPlan.preset("exact", official).exact
+    for name, cell in (("balanced", (2, 2)), ("fast", (3, 3))):
+        assert AttentionPlan.preset(name, official).layers == ("frame",) * 9 + (cell,) * 15
+        assert AttentionPlan.preset(name, nano).layers == ("frame",) * 2 + (cell,) * 4
+    with pytest.raises(InputError, match="unknown attention plan 'turbo': choose from exact, balanced, fast"):
+        AttentionPlan.preset("turbo", nano)
+
+
+def test_json():
+    plan = AttentionPlan(("dense", "frame", (2, 3)), "mine")
+    assert AttentionPlan.from_json(plan.to_json()) == plan and json.loads(plan.to_json())["layers"] == ["dense", "frame", [2, 3]]
+    for text in ("", "[]", "{}", '{"layers": 3}', '{"layers": []}', '{"layers": ["sparse"]}', '{"layers": [[2]]}', '{"layers": [[0, 2]]}',
+                 '{"layers": [[2.0, 2]]}', '{"layers": [[true, 2]]}', '{"layers": [null]}', "[" * 100_000):  # fmt: skip
+        with pytest.raises(InputError) as error:
+            AttentionPlan.from_json(text)
+        assert "\n" not in str(error.value)
+
+
+def test_an_exact_plan_changes_no_bit(nano, images):
+    exact = predict(nano, images)
+    for plan in (AttentionPlan.preset("exact", nano.config), AttentionPlan(((1, 1),) * 6)):
+        assert predict(nano, images, attention=plan) == exact
+    assert exact.attention_deviation is None
+
+
+@pytest.mark.parametrize("name", ["balanced", "fast"])
+def test_plans_are_near_and_repeat(nano, images, name):
+    exact, plan = predict(nano, images), AttentionPlan.preset(name, nano.config)
+    found = predict(nano, images, attention=plan)
+    assert found == predict(nano, images, attention=plan) and found != exact
+    assert 0 < ((found.depth - exact.depth) / exact.depth).abs().mean() < 0.2
+    assert (found.attention_deviation > 0).all() and found.attention_deviation.shape == (6,)
+
+
+def test_a_single_frame_is_exact(nano, images):
+    plan = AttentionPlan(("frame", (2, 2), (3, 3)) * 2)
+    exact, found = predict(nano, images[:1]), predict(nano, images[:1], attention=plan)
+    assert torch.equal(found.depth, exact.depth) and found.attention_deviation is None
+
+
+def test_the_runners_agree(nano, images):
+    """With gradients the eager runner runs, without them the streamed one, in chunks of one frame too."""
+    plan = AttentionPlan(("dense", "frame", (2, 2), (1, 2), (3, 3), (2, 2)))
+    streamed = predict(nano, images, attention=plan)
+    small = predict(nano, images, attention=plan, memory_budget=0)
+    eager = nano(images, attention=plan)
+    for name in ("pose_enc", "depth", "mask"):
+        assert torch.allclose(getattr(streamed, name), getattr(eager, name), atol=1e-4)
+        assert torch.allclose(getattr(streamed, name), getattr(small, name), atol=1e-4)
+    assert eager.attention_deviation is None
+    eager.depth.mean().backward()
+    assert all(block.attn.qkv.weight.grad.abs().sum() > 0 for block in nano.aggregator.global_blocks)
+    nano.zero_grad()
+
+
+def test_the_deviation_is_that_of_the_rows(nano, images, monkeypatch):
+    """Checked on all patch rows of one layer, against dense attention with the same inputs."""
+    plan = AttentionPlan(("dense",) * 4 + ((2, 2), "frame"))
+    seen: list[tuple] = []
+    attend = Attention.attend
+
+    def recorded(self, q, k, v, modulation=None, sparsity=None):
+        out = attend(self, q, k, v, modulation, sparsity)
+        if sparsity is not None:
+            dense = attend(self, q, k, v)
+            patches = (torch.arange(q.shape[2]) % sparsity.layout.tokens_per_frame) >= sparsity.layout.special_tokens
+            difference = (out - dense)[:, :, patches].norm() / dense[:, :, patches].norm()
+            seen.append((difference, len(sparsity.checked), sparsity.checked))
+        return out
+
+    monkeypatch.setattr(Attention, "attend", recorded)
+    found = predict(nano, images, attention=plan, attention_check=10**6)
+    assert found.attention_deviation[:4].tolist() == [0] * 4
+    for layer, (difference, count, rows) in zip((4, 5), seen, strict=True):
+        assert found.attention_deviation[layer] == pytest.approx(float(difference), rel=1e-5)
+        assert count == 6 * 96 == len(rows.unique())
+    seen.clear()
+    some = predict(nano, images, attention=plan)
+    assert seen[0][1] == attention_plan.CHECKED_ROWS == 64
+    assert torch.allclose(some.attention_deviation, found.attention_deviation, rtol=0.3)
+    assert predict(nano, images, attention=plan, attention_check=0).attention_deviation is None
+
+
+def test_a_prediction_keeps_its_deviation(nano, images, tmp_path):
+    found = predict(nano, images, attention=AttentionPlan.preset("fast", nano.config))
+    loaded = Prediction.load(found.save(tmp_path / "p.npz"))
+    assert torch.equal(loaded.attention_deviation, found.attention_deviation)
+    assert found.frame(2).depth.shape[1] == 1 and found.frame(2).attention_deviation.shape == (6,)
+
+
+def test_mistakes(nano, images):
+    with pytest.raises(InputError, match="the attention plan has 3 layers, and the model 6"):
+        predict(nano, images, attention=AttentionPlan(("frame",) * 3))
+    with pytest.raises(InputError, match="attention_check must be"):
+        predict(nano, images, attention_check=-1)
+    with pytest.raises(InputError, match="layer 1 of an attention plan cannot be"):
+        AttentionPlan(("dense", (2, 0)))
