@@ -24,6 +24,7 @@ from .data.images import is_image
 from .data.preprocess import DEFAULT_SIZE, Size
 from .data.sources import Source, resolve
 from .errors import InputError
+from .execution.attention_plan import CHECKED_ROWS, AttentionPlan
 from .execution.memory import budget_of
 from .export import FOLDERS, FORMATS, ExportOptions, check_formats, export
 from .files import AtomicFiles, check_writable, on_disk
@@ -50,6 +51,7 @@ class Reconstruction:
     recording: Recording  # seconds and peak memory per stage
     attention: Counter[str]  # calls of `mask_attention` by backend
     mask_strength: float
+    plan: AttentionPlan  # what the patches of each global layer saw
 
     @property
     def cameras(self) -> Cameras:
@@ -79,6 +81,8 @@ def reconstruct(
     memory_budget: int | None = None,
     attn: str | None = None,
     mask_strength: float | None = None,
+    attention: str | AttentionPlan = "exact",
+    attention_check: int = CHECKED_ROWS,
     query_points: Sequence[tuple[float, float]] | None = None,
     track_grid: int | None = None,
     profile: bool = False,
@@ -108,6 +112,8 @@ def reconstruct(
         memory_budget: bytes beyond the weights. Default: 0.9 of the free memory.
         attn: attention backend. Default: PAGE4D_ATTN, else auto.
         mask_strength: of the dynamics mask, 0 = off. Default: stored with the weights.
+        attention: exact, balanced or fast, a .json file, or a plan: what the patches of each global layer see (docs/attention_plans.md).
+        attention_check: rows of each layer that is not dense by which its deviation is measured. 0: none.
         query_points: x, y in pixels of the first picture, to track. track_grid: N x N points spread over it instead.
         profile: also write trace.json into `out`.
         say: called with each line of progress, such as `print`.
@@ -132,6 +138,7 @@ def reconstruct(
     elif profile:
         raise InputError("profile writes trace.json: give a folder for it with out")
     config = check_weights(weights)
+    plan = AttentionPlan.named(attention, config) if isinstance(attention, str) else attention.fitting(config)
     paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     with record(opened) as recording, use_backend(attn) if attn else contextlib.nullcontext():
         if frames is None and stride is None and fps is None:
@@ -157,7 +164,7 @@ def reconstruct(
             start = time.perf_counter()
             prediction = model(
                 read.images[None], queries, outputs=outputs, mask_strength=strength, memory_budget=budget,
-                allocate=_in_memory if folder is None else on_disk(folder),
+                allocate=_in_memory if folder is None else on_disk(folder), attention=plan, attention_check=attention_check,
             ).to("cpu")  # fmt: skip
             seconds = time.perf_counter() - start
         files: list[Path] = []
@@ -168,7 +175,7 @@ def reconstruct(
         files.append(folder / "trace.json")
     if opened.type == "cuda":
         say(f"memory: {(peak_bytes(opened) - weights_bytes) / 2**30:.2f} GiB beyond the weights were used")
-    return Reconstruction(prediction, read, files, opened, seconds, recording, Counter(calls), strength)
+    return Reconstruction(prediction, read, files, opened, seconds, recording, Counter(calls), strength, plan)
 
 
 def _read(

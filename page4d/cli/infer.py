@@ -10,6 +10,7 @@ from page4d_kernels.profiling import peak_bytes
 
 from ..data.deep import RULES
 from ..errors import one_line
+from ..execution.attention_plan import CHECKED_ROWS
 from ..export import FORMATS
 from ..export.options import CHOICES
 from ..model.opening import DEFAULT_WEIGHTS, DTYPES
@@ -53,6 +54,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: stored with the weights)")
     usual = ", ".join(name for name, entry in FORMATS.items() if entry.default)
     more = ", ".join(name for name, entry in FORMATS.items() if not entry.default)
+    parser.add_argument(
+        "--attention", default="exact", metavar="PLAN", help="exact, balanced, fast or a .json file: what patches see (default: exact)"
+    )
+    parser.add_argument(
+        "--attention-check", type=int, default=CHECKED_ROWS, metavar="N", help="rows per layer that measure what a plan loses (default: 64)"
+    )
     parser.add_argument("--export", type=_formats, help=f"comma-separated list of {usual} (default: all of these that apply), {more}")
     parser.add_argument("--moving", type=float, default=0.5, help="motion, 0 to 1, above which a pixel counts as moving (default: 0.5)")
     parser.add_argument("--glb", choices=CHOICES["glb"], default="animated", help="what a glb shows of what moves (default: animated)")
@@ -108,6 +115,8 @@ def run(args: argparse.Namespace, pages: list[Page]) -> str:
         memory_budget=args.memory_budget,
         attn=args.attn,
         mask_strength=args.mask_strength,
+        attention=args.attention,
+        attention_check=args.attention_check,
         query_points=args.query_points,
         track_grid=args.track_grid,
         profile=args.profile,
@@ -127,6 +136,14 @@ def _point(text: str) -> tuple[float, float]:
     return x, y
 
 
+def deviation(scene: Reconstruction) -> str:
+    """The largest deviation that was measured, in words."""
+    measured = scene.prediction.attention_deviation
+    if measured is None:
+        return ", its deviation from exact attention was not measured"
+    return f": deviates from exact attention by up to {float(measured.max()):.0%}, in layer {int(measured.argmax())}"
+
+
 def summary(scene: Reconstruction) -> str:
     """The report: seconds and peak memory per stage, the run in one line, the files."""
     frames, device, seconds, files = scene.frames, scene.device, scene.seconds, scene.files
@@ -143,6 +160,8 @@ def summary(scene: Reconstruction) -> str:
     peak = peak_bytes(device) / 2**30
     lines.append(f"{count(frames)} in {seconds:.2f} s ({len(frames) / seconds:.2f} frames/s) on {device}, peak {peak:.2f} GiB {kind}")
     lines.append(f"attention by {served}, mask strength {scene.mask_strength:g}" + " (off)" * (scene.mask_strength == 0))
+    if not scene.plan.exact:
+        lines.append(f"attention plan {scene.plan.name}{deviation(scene)}")
     lines.append(one_line(f"{len(files)} files in {files[0].parent}:") if files else "no files written")
     folders: dict[Path, list[str]] = {}
     for file in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,23 @@ class AttentionPlan:
             return cls((DENSE,) * config.depth, name)
         within = round(FRAME_LAYERS * config.depth)
         return cls((FRAME,) * within + (cell,) * (config.depth - within), name)
+
+    @classmethod
+    def named(cls, name: str, config: Page4DConfig) -> AttentionPlan:
+        """A preset, or the plan in a .json file. InputError if it is neither, or does not fit the model's depth."""
+        if not name.lower().endswith(".json"):
+            return cls.preset(name, config)
+        try:
+            plan = cls.from_json(Path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the attention plan {name!r} ({getattr(error, 'strerror', error)}): check the path") from error
+        return plan.fitting(config)
+
+    def fitting(self, config: Page4DConfig) -> AttentionPlan:
+        """The plan itself. InputError unless it has a layer for each of the model's."""
+        if len(self.layers) != config.depth:
+            raise InputError(f"the attention plan has {len(self.layers)} layers, and the model {config.depth}")
+        return self
 
     @property
     def exact(self) -> bool:

@@ -164,7 +164,7 @@ class Page4D(nn.Module):
         self._check(images, query_points)
         self._check_mask(images, strength, "mask" in wanted)
         if attention is not None:
-            attention = None if attention.exact else self._checked_plan(attention)
+            attention = None if attention.fitting(self.config).exact else attention
         if attention_check < 0:
             raise InputError(f"attention_check must be a number of rows, at least 0, not {attention_check}")
         if memory_budget is None and allocate is None and attention is None:
@@ -200,11 +200,6 @@ class Page4D(nn.Module):
             bias = rearrange(features.key_bias, "b (s p) -> b s p", s=images.shape[1])[:, :, features.special_tokens :]
             found["mask"] = rearrange(bias, "b s (h w) -> b s h w", h=images.shape[-2] // self.config.patch_size)
         return Prediction(images=images, attention_deviation=features.deviation, **found)
-
-    def _checked_plan(self, attention: AttentionPlan) -> AttentionPlan:
-        if len(attention.layers) != self.config.depth:
-            raise InputError(f"the attention plan has {len(attention.layers)} layers, and the model {self.config.depth}")
-        return attention
 
     def plan(
         self,
