@@ -10,7 +10,7 @@ from page4d_kernels.profiling import peak_bytes
 
 from ..data.deep import RULES
 from ..errors import one_line
-from ..export import FORMATS
+from ..export import DEFAULT, FORMATS
 from ..export.options import CHOICES
 from ..model.opening import DEFAULT_WEIGHTS, DTYPES
 from ..pipeline import DEFAULT_FRAMES, Reconstruction, count, reconstruct
@@ -50,10 +50,15 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="memory beyond the weights, such as 6G (default: 0.9 of the free memory)",
     )
     parser.add_argument("--attn", help="attention backend, see `page4d info` (default: PAGE4D_ATTN, else auto)")
-    parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: stored with the weights)")
+    parser.add_argument(
+        "--mask-strength",
+        type=float,
+        help="strength of the dynamics mask in attention, 0 = off (default: by the weights)",
+    )
     usual = ", ".join(name for name, entry in FORMATS.items() if entry.default)
     more = ", ".join(name for name, entry in FORMATS.items() if not entry.default)
-    parser.add_argument("--export", type=_formats, help=f"comma-separated list of {usual} (default: all of these that apply), {more}")
+    listing = f"comma-separated list of {usual}, {more}; default = all of the first {len(usual.split(','))} that apply, as in default,glb"
+    parser.add_argument("--export", type=_formats, metavar="LIST", help=listing)
     parser.add_argument("--moving", type=float, default=0.5, help="motion, 0 to 1, above which a pixel counts as moving (default: 0.5)")
     parser.add_argument("--glb", choices=CHOICES["glb"], default="animated", help="what a glb shows of what moves (default: animated)")
     parser.add_argument("--depth-size", choices=CHOICES["depth_size"], default="network", help="size of the depth maps (default: network)")
@@ -70,9 +75,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _formats(text: str) -> list[str]:
     formats = parse_names(text)
-    unknown = [name for name in formats if name not in FORMATS]
+    unknown = [name for name in formats if name not in (DEFAULT, *FORMATS)]
     if unknown or not formats:
-        raise argparse.ArgumentTypeError(f"unknown format {', '.join(unknown) or text!r}: choose from {', '.join(FORMATS)}")
+        raise argparse.ArgumentTypeError(f"unknown format {', '.join(unknown) or text!r}: choose from {DEFAULT}, {', '.join(FORMATS)}")
     return formats
 
 
