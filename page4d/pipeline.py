@@ -26,7 +26,7 @@ from .data.sources import Source, resolve
 from .errors import InputError
 from .execution.attention_plan import CHECKED_ROWS, AttentionPlan
 from .execution.memory import budget_of
-from .export import FOLDERS, FORMATS, ExportOptions, check_formats, export
+from .export import DEFAULT, FOLDERS, FORMATS, ExportOptions, check_formats, expanded, export
 from .files import AtomicFiles, check_writable, on_disk
 from .model import OUTPUTS, Page4D, default_dtype
 from .model.opening import DEFAULT_WEIGHTS, check_weights, open_device, open_model
@@ -99,8 +99,8 @@ def reconstruct(
             Of a COLMAP model or a transforms.json, its images; `Reconstruction.frames.known` keeps its cameras.
         out: folder for the results. None: nothing is written, and the results must fit into the memory.
         weights: nano (bundled), page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET].
-        formats: some of `page4d.export.FORMATS`, see docs/formats.md. None: all that apply and need no further package. Without `out` they
-            only choose what is computed.
+        formats: some of `page4d.export.FORMATS`, see docs/formats.md. None, or "default" among them: all that apply and need no further
+            package. Without `out` they only choose what is computed.
         moving, glb, depth_size, depth_type: see `page4d.export.ExportOptions`.
         frames: at most so many, evenly spaced; default 32, or all with `stride` or `fps`.
         stride, fps: take every stride-th frame, or about so many per second of video.
@@ -129,8 +129,7 @@ def reconstruct(
         registry.requested()
     env.flag("PAGE4D_NVTX"), env.flag("PAGE4D_DEBUG"), qualification_mode()
     written_as = ExportOptions(moving=moving, glb=glb, depth_size=depth_size, depth_type=depth_type)
-    usual = [name for name, entry in FORMATS.items() if entry.default]
-    checked = check_formats(usual if formats is None else formats, written_as)
+    checked = check_formats([DEFAULT] if formats is None else formats, written_as)
     formats = None if formats is None else checked
     folder = None if out is None else Path(out)
     if folder is not None:
@@ -193,6 +192,8 @@ def _read(
         sampling = sampling | {"size": config.image_size or default}
     with stage("preprocess"):
         frames = load_frames(source, **sampling, progress=progress)
+    if frames.known is not None:
+        say(f"{len(frames)} cameras were read with the pictures; the network does not see them, and Frames.known keeps them")
     height, width = frames.images.shape[-2:]
     say(f"{count(frames)} at {height} x {width}{_cut(frames)}")
     return frames
@@ -260,6 +261,7 @@ def _outputs(model: Page4D, formats: Sequence[str] | None, tracks: bool) -> list
     if formats is None:
         return outputs
     have = set().union(*(FIELDS[name] for name in outputs), {"track"} if tracks else set())
+    formats = expanded(formats, have)
     for name in formats:
         needed = FORMATS[name].needed
         if not set(needed) <= have:

@@ -106,3 +106,17 @@ def test_a_package_for_the_usual_formats_is_missed_before_the_work_starts(tmp_pa
     monkeypatch.setitem(sys.modules, "OpenEXR", None)
     with pytest.raises(InputError, match="OpenEXR"):
         reconstruct("no_such_file.mp4", tmp_path, depth_type="exr")
+
+
+def test_default_stands_for_the_usual_formats(tmp_path):
+    found = reconstruct(out=tmp_path, formats=["default", "colmap"], **SMALL)
+    names = {path.relative_to(tmp_path).parts[0] for path in found.files}
+    usual = {"predictions.npz", "points.ply", "depth", "mask", "trajectory.tum", "cameras.json", "overview.png"}
+    assert names == usual | {"colmap"}
+
+
+def test_cameras_of_the_input_are_said(tmp_path):
+    reconstruct(out=tmp_path / "a", formats=["colmap"], **SMALL)
+    words: list[str] = []
+    reconstruct(tmp_path / "a" / "colmap", say=words.append, **SMALL)
+    assert any("2 cameras were read with the pictures" in line for line in words)

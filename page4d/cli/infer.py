@@ -11,12 +11,12 @@ from page4d_kernels.profiling import peak_bytes
 from ..data.deep import RULES
 from ..errors import one_line
 from ..execution.attention_plan import CHECKED_ROWS
-from ..export import FORMATS
+from ..export import DEFAULT, FORMATS
 from ..export.options import CHOICES
 from ..model.opening import DEFAULT_WEIGHTS, DTYPES
 from ..pipeline import DEFAULT_FRAMES, Reconstruction, count, reconstruct
 from ..viewer import Page, ViewOptions
-from .common import WEIGHTS_HELP, parse_bytes, parse_folder, parse_names, parse_size, run_command, say
+from .common import PLAN_HELP, WEIGHTS_HELP, parse_bytes, parse_folder, parse_names, parse_size, run_command, say
 from .parser import Parser
 from .view import check_view, open_page, run_pages
 
@@ -51,16 +51,19 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="memory beyond the weights, such as 6G (default: 0.9 of the free memory)",
     )
     parser.add_argument("--attn", help="attention backend, see `page4d info` (default: PAGE4D_ATTN, else auto)")
-    parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: stored with the weights)")
+    parser.add_argument(
+        "--mask-strength",
+        type=float,
+        help="strength of the dynamics mask in attention, 0 = off (default: by the weights)",
+    )
     usual = ", ".join(name for name, entry in FORMATS.items() if entry.default)
     more = ", ".join(name for name, entry in FORMATS.items() if not entry.default)
-    parser.add_argument(
-        "--attention", default="exact", metavar="PLAN", help="exact, balanced, fast or a .json file: what patches see (default: exact)"
-    )
+    parser.add_argument("--attention", default="exact", metavar="PLAN", help=PLAN_HELP)
     parser.add_argument(
         "--attention-check", type=int, default=CHECKED_ROWS, metavar="N", help="rows per layer that measure what a plan loses (default: 64)"
     )
-    parser.add_argument("--export", type=_formats, help=f"comma-separated list of {usual} (default: all of these that apply), {more}")
+    listing = f"comma-separated list of {usual}, {more}; default = all of the first {len(usual.split(','))} that apply, as in default,glb"
+    parser.add_argument("--export", type=_formats, metavar="LIST", help=listing)
     parser.add_argument("--moving", type=float, default=0.5, help="motion, 0 to 1, above which a pixel counts as moving (default: 0.5)")
     parser.add_argument("--glb", choices=CHOICES["glb"], default="animated", help="what a glb shows of what moves (default: animated)")
     parser.add_argument("--depth-size", choices=CHOICES["depth_size"], default="network", help="size of the depth maps (default: network)")
@@ -77,9 +80,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _formats(text: str) -> list[str]:
     formats = parse_names(text)
-    unknown = [name for name in formats if name not in FORMATS]
+    unknown = [name for name in formats if name not in (DEFAULT, *FORMATS)]
     if unknown or not formats:
-        raise argparse.ArgumentTypeError(f"unknown format {', '.join(unknown) or text!r}: choose from {', '.join(FORMATS)}")
+        raise argparse.ArgumentTypeError(f"unknown format {', '.join(unknown) or text!r}: choose from {DEFAULT}, {', '.join(FORMATS)}")
     return formats
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..data.frames import Frames
 from ..errors import InputError
-from ..export import FORMATS
+from ..export import DEFAULT, FORMATS
 from ..export.extras import need
 from ..export.folder import load_folder
 from ..export.views import GEOMETRY
@@ -70,7 +70,8 @@ def open_page(prediction: Prediction, frames: Frames, options: ViewOptions, page
     """Start a page and add it to `pages`. Returns the line that says where it is."""
     torch.set_num_threads(THREADS)
     pages.append(Page(prediction, frames, options))
-    return f"the scene is at {pages[0].address} (Ctrl-C ends it)"
+    taken = "" if pages[0].address.endswith(f":{options.port}") else f"; port {options.port} is taken"
+    return f"the scene is at {pages[0].address} (Ctrl-C ends it{taken})"
 
 
 def run_pages(pages: list[Page], open_browser: bool = True) -> None:
@@ -83,8 +84,8 @@ def run_pages(pages: list[Page], open_browser: bool = True) -> None:
 def check_view(formats: Sequence[str] | None) -> None:
     """InputError if `page4d infer --view` could show nothing: viser is missing, or these formats need no depth and no cameras."""
     need("viser", "the viewer and its files")
-    if formats is None or {"npz", "overview"} & set(formats):
+    if formats is None or {DEFAULT, "npz", "overview"} & set(formats):
         return
-    used = {field for name in formats for field in FORMATS[name].needed}
+    used = {field for name in formats if name != DEFAULT for field in FORMATS[name].needed}
     if not set(GEOMETRY) <= used:
         raise InputError(f"--view needs depth and cameras, which --export {','.join(formats)} does not compute: add npz to it")

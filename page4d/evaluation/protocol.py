@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from ..data.preprocess import DEFAULT_SIZE, PATCH, Size, check_size
 from ..data.sample import Sample
 from ..errors import InputError
+from ..execution.attention_plan import AttentionPlan
 from ..model import Page4D
 from ..prediction import Prediction
 from .depth import ALIGNMENTS
@@ -43,6 +44,7 @@ class Protocol:
     official: repeat the official scripts, see above.
     alignments: alignments of video depth, any of "scale", "scale&shift", "median", "metric". Each is computed once per sequence.
     mask_strength: strength of the dynamics mask. None = as stored in the weights.
+    attention: what the patches of each global layer see: exact, balanced, fast or a .json file, see docs/attention_plans.md.
     max_points, seed: how many points are compared, and the seed of their choice.
 
     Raises:
@@ -53,6 +55,7 @@ class Protocol:
     official: bool = False
     alignments: tuple[str, ...] = ("scale",)
     mask_strength: float | None = None
+    attention: str = "exact"
     max_points: int = 10_000
     seed: int = 0
 
@@ -113,7 +116,8 @@ def _forward(model: Page4D, images: Tensor, outputs: Collection[str], protocol: 
     device = next((parameter.device for parameter in model.parameters()), images.device)
     points = None if queries is None else queries[None].to(device)
     with torch.inference_mode():
-        return model(images[None].to(device), points, outputs=outputs, mask_strength=protocol.mask_strength).to("cpu")
+        plan = AttentionPlan.named(protocol.attention, model.config)
+        return model(images[None].to(device), points, outputs=outputs, mask_strength=protocol.mask_strength, attention=plan).to("cpu")
 
 
 def video_depth(prediction: Prediction, protocol: Protocol) -> Tensor:

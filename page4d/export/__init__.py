@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from .tracks import write_tracks
 from .trajectory import write_trajectory
 from .views import GEOMETRY, check
 
-__all__ = ["FOLDERS", "FORMATS", "ExportOptions", "Format", "available", "check_formats", "export"]
+__all__ = ["DEFAULT", "FOLDERS", "FORMATS", "ExportOptions", "Format", "available", "check_formats", "expanded", "export"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ FORMATS: dict[str, Format] = {
     "rerun": Format(write_rerun, GEOMETRY, default=False, package="rerun", helped=("mask", "track")),
 }
 
+DEFAULT = "default"  # stands for all formats that are written when none are named
+
 FOLDERS = (  # of an output folder, that files are written to
     *("", "depth", "depth/preview", "mask", "mask/raw", "tracks"),
     *("colmap/sparse/0", "colmap/images", "colmap/masks", "nerfstudio", "nerfstudio/images", "nerfstudio/masks", "nerfstudio/depth"),
@@ -65,17 +67,22 @@ FOLDERS = (  # of an output folder, that files are written to
 
 def available(prediction: Prediction) -> list[str]:
     """The formats that are written when none are named: those whose outputs are in this prediction and that need no further package."""
-    return [
-        name for name, entry in FORMATS.items() if entry.default and all(getattr(prediction, field) is not None for field in entry.needed)
-    ]
+    return expanded([DEFAULT], prediction.tensors())
+
+
+def expanded(formats: Sequence[str], fields: Collection[str]) -> list[str]:
+    """The names of the formats, with "default" replaced by those that are written without being named and whose `fields` are there."""
+    usual = [name for name, entry in FORMATS.items() if entry.default and set(entry.needed) <= set(fields)]
+    return list(dict.fromkeys(each for name in formats for each in (usual if name == DEFAULT else [name])))
 
 
 def check_formats(formats: Sequence[str], options: ExportOptions) -> list[str]:
     """The formats without repetitions. InputError if one is unknown, or if a package that it needs is not installed."""
     names = list(dict.fromkeys(formats))
-    for name in names:
+    every_field = {field for entry in FORMATS.values() for field in entry.needed}
+    for name in expanded(names, every_field):
         if name not in FORMATS:
-            raise InputError(f"unknown format {name!r}: choose from {', '.join(FORMATS)}")
+            raise InputError(f"unknown format {name!r}: choose from {DEFAULT}, {', '.join(FORMATS)}")
         package = "OpenEXR" if name == "depth" and options.depth_type == "exr" else FORMATS[name].package
         if package:
             need(package, f"{options.depth_type if name == 'depth' else name} files")
@@ -97,7 +104,7 @@ def export(
     Args:
         prediction: one sequence (B = 1).
         frames: the frames that it was predicted from.
-        formats: some of `FORMATS`, docs/formats.md has them all. None = those of `available`.
+        formats: some of `FORMATS`, docs/formats.md has them all. "default" stands for those of `available`, and so does None.
         options: how they are written.
         progress: show a progress bar.
 
@@ -106,7 +113,7 @@ def export(
             written. Then nothing is written. Also if writing fails later: the files of earlier formats stay, and the failed format leaves
             none.
     """
-    names = check_formats(available(prediction) if formats is None else formats, options)
+    names = expanded(check_formats([DEFAULT] if formats is None else formats, options), prediction.tensors())
     for name in names:
         try:
             check(prediction, frames, *FORMATS[name].needed)

@@ -65,7 +65,7 @@ class Manifest:
         """Say which formats of earlier exports are still in the folder."""
         old = [name for name in self._files if name not in names and any((self._folder / path).is_file() for path in self._files[name])]
         if old:
-            log.warning("%s: still holds %s of an earlier run", self._folder, ", ".join(old))
+            log.warning("%s: still holds %s of an earlier run, perhaps of other pictures", self._folder, ", ".join(old))
 
 
 def marks(out_dir: Path, folders: Sequence[str]) -> Marks:

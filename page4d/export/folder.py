@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def load_folder(out: str | Path, fields: Sequence[str] = tuple(SHAPES)) -> tuple
     path = out / "predictions.npz" if out.is_dir() else out
     if not path.is_file():
         if out.is_dir():
-            raise InputError(f"there is no predictions.npz in {str(out)!r}: run page4d infer with --export npz")
+            above = next((folder for folder in out.absolute().parents if (folder / "predictions.npz").is_file()), None)
+            advice = f"give {str(above)!r}" if above else "give an output folder of page4d infer, whose --export holds default or npz"
+            raise InputError(f"there is no predictions.npz in {str(out)!r}: {advice}")
         raise InputError(f"{str(out)!r} does not exist: give the output folder of page4d infer")
     prediction = _prediction(path, {"images", *GEOMETRY, *fields})
     cameras = out / "cameras.json"
@@ -61,6 +64,8 @@ def load_folder(out: str | Path, fields: Sequence[str] = tuple(SHAPES)) -> tuple
 
 
 def _prediction(path: Path, names: set[str]) -> Prediction:
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{str(path)!r} is not a predictions.npz, or it is cut off: give one that page4d infer wrote")
     try:
         with np.load(path, allow_pickle=False) as file:
             tensors = {name: torch.from_numpy(file[name]) for name in SHAPES if name in names and name in file.files}

@@ -16,7 +16,7 @@ from .thumbnails import Thumbnails
 PICTURE_STEP = 2  # every n-th pixel of a thumbnail is on the frustum
 GREY, HIGHLIGHT = (110, 110, 110), (255, 90, 0)
 THIN, THICK = 1.5, 4.0  # lines, in pixels of the screen
-BEHIND = 6.0  # how far the first look steps back, in lengths of a frustum
+BEHIND, ABOVE = 16.0, 6.0  # how far the first look steps back and up, in lengths of a frustum
 
 
 class CameraNodes:
@@ -87,12 +87,12 @@ class CameraNodes:
         )
 
     def _first_look(self, server: Any, index: int) -> None:
-        """The look of the first camera, from a few frusta behind it: at its very place its own picture would hide the scene."""
+        """From behind and above the first camera: at its very place the pictures of the frusta would hide the scene."""
         pose = self._cameras.world_from_camera[index]
         server.scene.set_up_direction("-y")
         first = server.initial_camera
         first.up = -pose[:3, 1]
-        first.position = pose[:3, 3] - BEHIND * self._length * pose[:3, 2]
+        first.position = pose[:3, 3] - self._length * (BEHIND * pose[:3, 2] + ABOVE * pose[:3, 1])
         first.look_at = pose[:3, 3] + self._depth * pose[:3, 2]
         first.fov = self.fov(index)[0]
 

@@ -38,9 +38,15 @@ class Thumbnails:
         Depth: near = warm, in the same colours for all frames; grey where it is not known. Motion: red.
         """
         picture = self.picture(index)
+        larger = max(1, WIDTH // picture.shape[1])  # the panel does not enlarge small pictures
         depth = depth_picture(depth_map(self.prediction, self.frames, index), self._limits)
         if self.prediction.mask is None:
-            return np.concatenate([picture, depth])
+            return _enlarged(np.concatenate([picture, depth]), larger)
         motion = motion_picture(picture, motion_map(self.prediction, self.frames, index))
+        picture, depth, motion = (_enlarged(pixels, larger) for pixels in (picture, depth, motion))
         below = np.concatenate([depth[::2, ::2], motion[::2, ::2]], 1)
         return np.concatenate([picture, below[:, : picture.shape[1]]])
+
+
+def _enlarged(pixels: Pixels, factor: int) -> Pixels:
+    return pixels.repeat(factor, 0).repeat(factor, 1)

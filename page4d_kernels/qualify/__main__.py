@@ -111,7 +111,10 @@ def announce(backends: int, seconds: float) -> None:
     print(f"kernels: {backends} backends are judged, which takes up to {seconds:g} s", file=sys.stderr)
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if busy > 0.75 * (os.cpu_count() or 1):
-        print(f"kernels: this machine is busy (load {busy:.1f}): the times may be wrong, --force measures again", file=sys.stderr)
+        print(
+            f"kernels: this machine is busy (load {busy:.1f}), times may be wrong: `page4d qualify --force` measures again",
+            file=sys.stderr,
+        )
 
 
 @contextlib.contextmanager
@@ -164,7 +167,7 @@ def first_run(device: torch.device, dtype: torch.dtype) -> str:
         saving(Entry(entry.environment, entry.made, tried=[part]))
     lines = [f"kernels: judged once on this machine, {saving.words}; `page4d info` shows it, PAGE4D_QUALIFY=off forbids it"]
     if missed:
-        lines.append(f"kernels: not all of {', '.join(missed)} could be compared in that time: `page4d qualify` goes on")
+        lines.append(f"kernels: not all of {', '.join(missed)} could be compared in that time: run `page4d qualify` to go on")
     return "\n".join(lines)
 
 

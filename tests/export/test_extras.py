@@ -60,5 +60,5 @@ def test_every_format_is_documented() -> None:
     text = (ROOT / "docs" / "formats.md").read_text()
     for name, entry in FORMATS.items():
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |") and "out/" not in line and "MiB" not in line][:1]
-        assert ("always" in row or name == "tracks") == entry.default, row
+        assert ("| default |" in row or name == "tracks") == entry.default, row
         assert not entry.package or f"page4d[{EXTRAS[entry.package]}]" in row, row

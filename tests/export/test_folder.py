@@ -60,7 +60,7 @@ def refused(path: Path) -> str:
 
 def test_what_is_missing_is_said(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
     assert "does not exist: give the output folder of page4d infer" in refused(tmp_path / "nothing")
-    assert "run page4d infer with --export npz" in refused(tmp_path)
+    assert "give an output folder of page4d infer" in refused(tmp_path)
     for field, words in {"depth": "no depth", "depth_conf": "no depth confidence", "pose_enc": "no cameras", "images": "no images"}.items():
         present = {name: value.numpy() for name, value in prediction.tensors().items() if name != field}
         np.savez(tmp_path / "a.npz", **present)
@@ -73,9 +73,9 @@ def test_damage_is_said(prediction: Prediction, out: Path) -> None:
     middle = len(whole) // 2
     for data in (b"", b"PK", whole[:middle], whole[:middle] + bytes(400) + whole[middle + 400 :], b"\x93NUMPY", b"\x80\x04."):
         path.write_bytes(data)
-        assert "cannot be read" in refused(out)
+        assert "cannot be read" in refused(out) or "or it is cut off" in refused(out)
     np.save(path.open("wb"), np.zeros(3))
-    assert "cannot be read" in refused(out)
+    assert "is not a predictions.npz" in refused(out)
     for wrong in ({"images": prediction.images[0]}, {"depth": prediction.depth[:, :2]}, {"pose_enc": prediction.pose_enc[..., :7]}):
         np.savez(path, **{name: value.numpy() for name, value in (prediction.tensors() | wrong).items()})
         assert "is not a prediction of one sequence" in refused(out) and next(iter(wrong)) in refused(out)
@@ -98,3 +98,11 @@ def test_cameras_of_another_run_are_refused(out: Path) -> None:
     assert "is damaged" in refused(out)
     path.write_text('{"frames": []}')
     assert "it has 0 frames" in refused(out)
+
+
+def test_what_users_give_instead(prediction: Prediction, frames: Frames, tmp_path: Path) -> None:
+    """A folder inside the output folder, and files of another kind: the line says what to give, and nothing about pickles."""
+    export(prediction, frames, tmp_path, ["npz", "colmap", "ply"])
+    assert f"give {str(tmp_path)!r}" in refused(tmp_path / "colmap" / "images")
+    for file in ("points.ply", "colmap/sparse/0/points3D.bin"):
+        assert "is not a predictions.npz, or it is cut off" in refused(tmp_path / file)

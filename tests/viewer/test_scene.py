@@ -148,7 +148,7 @@ def test_looks(square, open_page):
     """The first look and the view through a camera."""
     page = open_page(*square)
     first = page.server.initial_camera
-    assert first.position == pytest.approx([0, 0, -6 * 0.06 * 2]) and first.look_at == pytest.approx([0, 0, 2])
+    assert first.position == pytest.approx([0, -6 * 0.06 * 2, -16 * 0.06 * 2]) and first.look_at == pytest.approx([0, 0, 2])
     assert first.up == pytest.approx([0, -1, 0]) and first.fov == pytest.approx(0.8)
     client = FakeClient(aspect=3.0)
     page.look_through(client, 2)
