@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from page4d.config import Page4DConfig
-from page4d.execution.attention_plan import AttentionPlan, Layer
+from page4d.execution.attention_plan import AttentionPlan, Layer, kept_patches
 from page4d.model import Page4D
 from page4d_kernels import TokenLayout
 
@@ -44,8 +44,7 @@ def _pairs(config: Page4DConfig, frames: int, size: tuple[int, int], kind: Layer
         return float(layout.tokens) ** 2
     special_rows = float(frames * config.special_tokens * layout.tokens)
     if isinstance(kind, tuple):
-        cells = max(1, grid[0] // kind[0]) * max(1, grid[1] // kind[1])
-        kept = frames * config.special_tokens + grid[0] * grid[1] + (frames - 1) * cells
+        kept = frames * config.special_tokens + grid[0] * grid[1] + (frames - 1) * kept_patches(grid, kind)
         return special_rows + float(layout.tokens) * kept
     return special_rows + float(frames) * layout.tokens_per_frame**2
 

@@ -156,7 +156,7 @@ def reconstruct(
         mask_attention(*torch.zeros(3, 1, 1, 1, 8), backend="chunked")  # the first call of an operator imports what it needs
         calls.clear()
         budget = budget_of(opened) if memory_budget is None else memory_budget
-        _plan(model, read, queries, outputs, budget, opened, say)
+        _plan(model, read, queries, outputs, plan, budget, opened, say)
         weights_bytes = peak_bytes(opened)
         stages = 2 + 2 * model.config.depth + len(outputs)
         with _stage_bar(recording, stages, progress), _profile(folder if profile else None, opened), torch.inference_mode():
@@ -278,13 +278,16 @@ def _plan(
     frames: Frames,
     queries: Tensor | None,
     outputs: list[str],
+    attention: AttentionPlan,
     budget: int | None,
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
     """Say what the pass will need."""
     where = {"images_on_device": device.type == "cpu", "results_on_device": False}
-    plan = model.plan((1, *frames.images.shape), outputs, budget, **where, points=0 if queries is None else len(queries))
+    plan = model.plan(
+        (1, *frames.images.shape), outputs, budget, **where, points=0 if queries is None else len(queries), attention=attention
+    )
     say(f"memory: {plan}")
     if budget is not None and plan.bytes > budget:
         say(f"memory: this is over the budget of {budget / 2**30:.2f} GiB, but no smaller plan exists")

@@ -102,6 +102,20 @@ class AttentionPlan:
             raise InputError(f'not an attention plan: it should be {{"layers": ["dense", "frame", [2, 2], ...]}} ({error})') from error
 
 
+def kept_share(plan: AttentionPlan | None, config: Page4DConfig, frames: int, size: tuple[int, int]) -> float:
+    """The largest share of the keys that a layer with cells keeps, and copies. 0 if no layer has cells."""
+    grid = (size[0] // config.patch_size, size[1] // config.patch_size)
+    patches = grid[0] * grid[1]
+    cells = [layer for layer in plan.layers if isinstance(layer, tuple)] if plan is not None and frames > 1 else []
+    kept = [frames * config.special_tokens + patches + (frames - 1) * kept_patches(grid, cell) for cell in cells]
+    return max(kept, default=0) / (frames * (config.special_tokens + patches))
+
+
+def kept_patches(grid: tuple[int, int], cell: tuple[int, int]) -> int:
+    """How many patches of a frame are kept: one for each cell that fits."""
+    return max(1, grid[0] // cell[0]) * max(1, grid[1] // cell[1])
+
+
 @cache_tensors
 def sparsity(
     plan: AttentionPlan, layer: int, layout: TokenLayout, grid: tuple[int, int], checked: int, device: torch.device

@@ -34,6 +34,7 @@ class Workload:
     images_on_device: bool = True  # False: the images stay elsewhere, and only a chunk of them is copied to the device
     results_on_device: bool = True  # False: depth and point maps are written elsewhere
     points: int = 0  # tracked per sequence
+    kept_keys: float = 0.0  # largest share of the keys that a global layer copies, see `attention_plan.kept_share`
 
     @property
     def per_frame(self) -> int:
@@ -159,7 +160,7 @@ def _trunk_bytes(workload: Workload, plan: MemoryPlan) -> int:
     item, cast = workload.itemsize, _cast_bytes(workload)
     row, chunk = _token_values(workload, workload.frames), _token_values(workload, plan.trunk_frames)
     residual = FP32 * row
-    attending = 4 * item * row  # q, k, v, out of all frames
+    attending = round((4 + 2 * workload.kept_keys) * item * row)  # q, k, v, out of all frames, and the kept keys and values
     qkv, qkv_norm_rope = 3 * item, 2 * item  # of a chunk: the packed projection, q and k after QK-norm + RoPE
     projecting = 3 * item * row + chunk * (FP32 + cast + qkv + qkv_norm_rope)
     finishing = item * row + _block_bytes(workload, plan)

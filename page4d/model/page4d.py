@@ -16,7 +16,7 @@ from page4d_kernels.profiling import stage
 
 from ..config import Page4DConfig
 from ..errors import InputError
-from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan
+from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan, kept_share
 from ..execution.memory import HEAD_FRAMES, MemoryPlan, Workload, budget_of, can_offload, make_plan
 from ..execution.runners import StreamedRunner
 from ..layers import Conv2d, Linear
@@ -180,7 +180,7 @@ class Page4D(nn.Module):
         runner: StreamedRunner | None = None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             points = 0 if query_points is None else query_points.shape[1]
-            workload = self._workload(images.shape, wanted, images.device == device, allocate is None, points)
+            workload = self._workload(images.shape, wanted, images.device == device, allocate is None, points, attention)
             runner = StreamedRunner(self._plan(workload, memory_budget), workload, device, self.aggregator.compute_dtype)
             if allocate is not None:
                 allocate = self._allocated(workload, allocate)
@@ -210,15 +210,17 @@ class Page4D(nn.Module):
         images_on_device: bool = True,
         results_on_device: bool = True,
         points: int = 0,
+        attention: AttentionPlan | None = None,
     ) -> MemoryPlan:
         """The memory plan of a pass without gradients over images of shape (B, S, 3, H, W), see `forward`.
 
         Args:
             images_on_device, results_on_device: whether images, and depth and points, lie on the model's device.
             points: how many points are tracked per sequence.
+            attention: what the patches of each global layer see.
         """
         wanted = self._wanted(outputs, None) | ({"track"} if points else set())
-        workload = self._workload(shape, wanted, images_on_device, results_on_device, points)
+        workload = self._workload(shape, wanted, images_on_device, results_on_device, points, attention)
         return self._plan(workload, memory_budget)
 
     def _allocated(self, workload: Workload, allocate: Allocate) -> Allocate:
@@ -235,12 +237,20 @@ class Page4D(nn.Module):
         return make_plan(workload, budget_of(device) if memory_budget is None else memory_budget, can_offload(workload, device))
 
     def _workload(
-        self, shape: Sequence[int], outputs: Collection[str], images_on_device: bool, results_on_device: bool, points: int
+        self,
+        shape: Sequence[int],
+        outputs: Collection[str],
+        images_on_device: bool,
+        results_on_device: bool,
+        points: int,
+        attention: AttentionPlan | None,
     ) -> Workload:
         batch, frames, _, height, width = shape
         item = self.aggregator.compute_dtype.itemsize
         size = (height, width)
-        return Workload(self.config, batch, frames, size, item, frozenset(outputs), images_on_device, results_on_device, points)
+        kept = kept_share(attention, self.config, frames, size)
+        where = {"images_on_device": images_on_device, "results_on_device": results_on_device}
+        return Workload(self.config, batch, frames, size, item, frozenset(outputs), **where, points=points, kept_keys=kept)
 
     @property
     def available(self) -> set[str]:

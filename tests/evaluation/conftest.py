@@ -61,7 +61,7 @@ class Oracle(nn.Module):
         self.dropout = nn.Dropout()
         self.config = preset("page4d")
 
-    def forward(self, images, query_points=None, *, outputs, mask_strength=None):
+    def forward(self, images, query_points=None, *, outputs, mask_strength=None, attention=None):
         frames, size = images.shape[1], (images.shape[-2], images.shape[-1])
         self.calls.append({"frames": frames, "size": size, "outputs": set(outputs), "strength": mask_strength, "training": self.training})
         alone = frames == 1

@@ -11,7 +11,7 @@ from page4d import Page4D, preset
 from page4d.data.synthetic import SyntheticScenes
 from page4d.errors import InputError
 from page4d.execution import attention_plan
-from page4d.execution.attention_plan import AttentionPlan
+from page4d.execution.attention_plan import AttentionPlan, kept_share
 from page4d.layers import Attention
 from page4d.prediction import Prediction
 
@@ -130,3 +130,13 @@ def test_mistakes(nano, images):
         predict(nano, images, attention_check=-1)
     with pytest.raises(InputError, match="layer 1 of an attention plan cannot be"):
         AttentionPlan(("dense", (2, 0)))
+
+
+def test_the_memory_plan_counts_the_kept_keys(nano):
+    shape = (1, 40, 3, 56, 84)
+    dense, sparse = (nano.plan(shape, ["camera"], attention=plan).bytes for plan in (None, AttentionPlan(((2, 2),) * 6)))
+    row = 40 * 101 * 128 * 4
+    kept = (40 * 5 + 96 + 39 * 24) / (40 * 101)
+    assert sparse - dense in (0, round(2 * kept * row)), "nothing, where another moment of the pass needs more"
+    assert kept_share(AttentionPlan(((2, 2),) * 6), nano.config, 40, (56, 84)) == pytest.approx(kept)
+    assert kept_share(AttentionPlan(("frame",) * 6), nano.config, 40, (56, 84)) == 0
