@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
+from page4d import preset
 from page4d.data import Frames
 from page4d.errors import InputError
+from page4d.execution.attention_plan import AttentionPlan
 from page4d.export import FORMATS, ExportOptions
 from page4d.pipeline import reconstruct
 from page4d.prediction import Prediction
@@ -120,3 +122,25 @@ def test_cameras_of_the_input_are_said(tmp_path):
     words: list[str] = []
     reconstruct(tmp_path / "a" / "colmap", say=words.append, **SMALL)
     assert any("2 cameras were read with the pictures" in line for line in words)
+
+
+@pytest.mark.parametrize("check", [64, 0])
+def test_a_plan_is_named_in_the_report_with_its_deviation(check):
+    from page4d.cli.infer import summary
+
+    found = reconstruct(attention="balanced", attention_check=check, **SMALL)
+    assert found.plan.name == "balanced" and not found.plan.exact
+    line = next(line for line in summary(found).splitlines() if line.startswith("attention plan balanced"))
+    assert ("deviates from exact attention by up to" in line) == (check > 0)
+    assert not any("plan" in line for line in summary(reconstruct(**SMALL)).splitlines())
+
+
+def test_a_plan_from_a_file(tmp_path):
+    depth = preset("tiny").depth
+    (tmp_path / "mine.json").write_text(AttentionPlan((("frame",) + ((2, 2),) * (depth - 1)), "mine").to_json())
+    assert reconstruct(attention=str(tmp_path / "mine.json"), **SMALL).plan.name == "mine"
+    (tmp_path / "short.json").write_text(AttentionPlan(("frame",)).to_json())
+    with pytest.raises(InputError, match="the attention plan has 1 layers"):
+        reconstruct("no_such_file.mp4", attention=str(tmp_path / "short.json"), weights="random:tiny")
+    with pytest.raises(InputError, match=r"cannot read the attention plan '.*none\.json'"):
+        reconstruct("no_such_file.mp4", attention=str(tmp_path / "none.json"))
