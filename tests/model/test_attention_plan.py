@@ -14,6 +14,7 @@ from page4d.execution import attention_plan
 from page4d.execution.attention_plan import AttentionPlan, kept_share
 from page4d.layers import Attention
 from page4d.prediction import Prediction
+from page4d_kernels import TokenLayout
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +141,9 @@ def test_the_memory_plan_counts_the_kept_keys(nano):
     assert sparse - dense in (0, round(2 * kept * row)), "nothing, where another moment of the pass needs more"
     assert kept_share(AttentionPlan(((2, 2),) * 6), nano.config, 40, (56, 84)) == pytest.approx(kept)
     assert kept_share(AttentionPlan(("frame",) * 6), nano.config, 40, (56, 84)) == 0
+
+
+def test_every_layer_keeps_other_patches():
+    plan, layout = AttentionPlan(((2, 2),) * 5), TokenLayout(3, 5 + 8 * 12, 5)
+    kept = [attention_plan.sparsity(plan, layer, layout, (8, 12), 0, torch.device("cpu")).keys.kept for layer in range(5)]
+    assert all(not torch.equal(kept[0], other) for other in kept[1:4]) and torch.equal(kept[0], kept[4])
