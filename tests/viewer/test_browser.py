@@ -63,18 +63,24 @@ def wait_for(condition) -> None:
     pytest.fail("it does not happen")
 
 
-def projected(page: Page, tab, i: int, grow: int) -> tuple[slice, slice]:
-    """The rows and columns of the view where the square of a frame is, by the page's camera. `grow`: by pixels and a point's radius."""
+def on_screen(page: Page, tab, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns and rows of the view where points (N, 3) of the world are, by the page's camera, and the pixels that a unit has there."""
     (client,) = page.server.get_clients().values()
     box = tab.locator("canvas").first.bounding_box()
-    camera, points = client.camera, page.points.moving.pages[i].points
-    ahead = camera.look_at - camera.position  # along z, for these scenes
-    assert abs(ahead[:2]).max() < 1e-3 * ahead[2]
-    local = points - camera.position
-    focal = box["height"] / 2 / np.tan(camera.fov / 2)
-    grow += int(np.sign(grow) * focal * page.points.static.point_size / local[0, 2])  # viser's size is the radius
-    x = local[:, 0] / local[:, 2] * focal + box["x"] + box["width"] / 2
-    y = local[:, 1] / local[:, 2] * focal + box["y"] + box["height"] / 2
+    camera = client.camera
+    ahead = camera.look_at - camera.position
+    ahead = ahead / np.linalg.norm(ahead)
+    right = np.cross(ahead, camera.up_direction)
+    right = right / np.linalg.norm(right)
+    local = (points - camera.position) @ np.stack([right, np.cross(ahead, right), ahead], 1)
+    scale = box["height"] / 2 / np.tan(camera.fov / 2) / local[:, 2]
+    return local[:, 0] * scale + box["x"] + box["width"] / 2, local[:, 1] * scale + box["y"] + box["height"] / 2, scale
+
+
+def projected(page: Page, tab, i: int, grow: int) -> tuple[slice, slice]:
+    """The rows and columns of the view where the square of a frame is. `grow`: by pixels and a point's radius."""
+    x, y, scale = on_screen(page, tab, page.points.moving.pages[i].points)
+    grow += int(np.sign(grow) * scale[0] * page.points.static.point_size)  # viser's size is the radius
     return slice(int(y.min()) - grow, int(y.max()) + 1 + grow), slice(int(x.min()) - grow, int(x.max()) + 1 + grow)
 
 
@@ -114,7 +120,8 @@ def test_a_click_on_a_frustum_looks_through_it(square, open_page, browser):
     threading.Thread(target=page.follow, daemon=True).start()
     tab, errors = opened(browser, page.address)
     settled(tab)
-    tab.mouse.click(500, 300)  # the frusta are before the middle of the first look
+    x, y, _ = on_screen(page, tab, np.array([[0.0, 0, 0.1]]))  # in front of the cameras, within their frusta
+    tab.mouse.click(float(x[0]), float(y[0]))
     wait_for(lambda: not page.controls.cameras.value)
     wait_for(lambda: abs(next(iter(page.server.get_clients().values())).camera.position[2]) < 1e-6)
     settled(tab, lambda shot: red(shot).any())
