@@ -41,6 +41,7 @@ class AttentionPlan:
     name: str = "custom"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))  # a list would not serve as a key of the cache of selections
         if not self.layers:
             raise InputError("an attention plan needs at least one layer")
         for number, layer in enumerate(self.layers):

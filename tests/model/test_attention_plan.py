@@ -68,6 +68,11 @@ def test_plans_are_near_and_repeat(nano, images, name):
     assert (found.attention_deviation > 0).all() and found.attention_deviation.shape == (6,)
 
 
+def test_a_list_of_layers_serves_too(nano, images):
+    layers = ["frame", "dense", (2, 2), (2, 2), (2, 2), "dense"]
+    assert predict(nano, images, attention=AttentionPlan(layers)) == predict(nano, images, attention=AttentionPlan(tuple(layers)))
+
+
 def test_a_single_frame_is_exact(nano, images):
     plan = AttentionPlan(("frame", (2, 2), (3, 3)) * 2)
     exact, found = predict(nano, images[:1]), predict(nano, images[:1], attention=plan)
