@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from page4d_kernels import TokenLayout, select_keys
 
@@ -16,12 +17,17 @@ from ..errors import InputError
 from ..layers import Sparsity, cache_tensors
 
 DENSE, FRAME = "dense", "frame"
-PRESETS: dict[str, tuple[int, int] | None] = {"exact": None, "balanced": (2, 2), "fast": (3, 3)}  # cells of the thinned layers
-FRAME_LAYERS = 9 / 24  # share of the layers, from the first, that the presets turn into attention within frames
 CHECKED_ROWS = 64  # of a sparse layer that are computed densely as well, by default
 LARGEST_CELL = 100  # rows and columns
 
 Layer = str | tuple[int, int]  # "dense", "frame", or the rows and columns of a cell
+
+PARTS = (9 / 24, 7 / 24, 8 / 24)  # of the layers, from the first: early, middle and late ones
+PRESETS: dict[str, tuple[Layer, Layer, Layer]] = {  # early, middle, late
+    "exact": (DENSE, DENSE, DENSE),
+    "balanced": (FRAME, (2, 2), (2, 3)),
+    "fast": (FRAME, (3, 3), (4, 4)),
+}
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,14 @@ class AttentionPlan:
     def preset(cls, name: str, config: Page4DConfig) -> AttentionPlan:
         """exact, balanced or fast, for a model of any depth.
 
-        balanced: the first 9 of 24 layers within frames, one patch of 2 x 2 in the others. fast: one of 3 x 3. With another depth the
-        layers are in proportion.
+        balanced: of 24 layers the first 9 within frames, then 7 that keep one patch of 2 x 2, then 8 that keep one of 2 x 3. fast: the
+        same layers, with cells of 3 x 3 and 4 x 4. With another depth the layers are in proportion.
         """
         if name not in PRESETS:
             raise InputError(f"unknown attention plan {name!r}: choose from {', '.join(PRESETS)}, or give a JSON file")
-        cell = PRESETS[name]
-        if cell is None:
-            return cls((DENSE,) * config.depth, name)
-        within = round(FRAME_LAYERS * config.depth)
-        return cls((FRAME,) * within + (cell,) * (config.depth - within), name)
+        early, middle = (round(share * config.depth) for share in PARTS[:2])
+        counts = (early, middle, config.depth - early - middle)
+        return cls(tuple(kind for kind, count in zip(PRESETS[name], counts, strict=True) for _ in range(count)), name)
 
     @classmethod
     def named(cls, name: str, config: Page4DConfig) -> AttentionPlan:
@@ -86,6 +90,10 @@ class AttentionPlan:
     @property
     def exact(self) -> bool:
         return all(layer in (DENSE, (1, 1)) for layer in self.layers)
+
+    def sparsity(self, layer: int, layout: TokenLayout, grid: tuple[int, int], checked: int, device: torch.device) -> Sparsity | None:
+        """What the patches of a layer do not see. None if it is dense. `checked` patch rows are to be computed densely too."""
+        return _sparsity(self.layers[layer], layer, layout, grid, checked, device)
 
     def to_json(self) -> str:
         return json.dumps({"name": self.name, "layers": [list(layer) if isinstance(layer, tuple) else layer for layer in self.layers]})
@@ -118,16 +126,17 @@ def kept_patches(grid: tuple[int, int], cell: tuple[int, int]) -> int:
 
 
 @cache_tensors
-def sparsity(
-    plan: AttentionPlan, layer: int, layout: TokenLayout, grid: tuple[int, int], checked: int, device: torch.device
-) -> Sparsity | None:
-    """What the patches of a layer do not see. None if it is dense. `checked` patch rows, evenly spread, are to be computed densely too."""
-    kind = plan.layers[layer]
+def _sparsity(kind: Layer, shift: int, layout: TokenLayout, grid: tuple[int, int], checked: int, device: torch.device) -> Sparsity | None:
     if kind in (DENSE, (1, 1)) or layout.frames == 1:
         return None
+    keys = select_keys(layout, grid, kind, shift, device) if isinstance(kind, tuple) else None
+    return Sparsity(layout, keys, checked_rows(layout, checked, device))
+
+
+def checked_rows(layout: TokenLayout, count: int, device: torch.device) -> Tensor:
+    """(R,) int64: up to `count` patch rows, evenly spread over the sequence."""
     patches = layout.tokens_per_frame - layout.special_tokens
-    count = min(checked, layout.frames * patches)
+    count = min(count, layout.frames * patches)
     chosen = (torch.arange(count) * 2 + 1) * (layout.frames * patches) // (2 * max(1, count))
     rows = chosen // patches * layout.tokens_per_frame + layout.special_tokens + chosen % patches
-    keys = select_keys(layout, grid, kind, layer, device) if isinstance(kind, tuple) else None
-    return Sparsity(layout, keys, rows.to(device))
+    return rows.to(device)

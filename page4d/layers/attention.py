@@ -49,6 +49,12 @@ class Sparsity:
     keys: KeySelection | None  # None: the tokens of the own frame
     checked: Tensor  # (R,) int64: patch rows that are computed densely as well, to measure what is lost
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, bias: Tensor | None, backend: str | None) -> Tensor:
+        """The heads' outputs (B, H, N, D), as `Attention.attend` returns them."""
+        if self.keys is None:
+            return frame_attention(q, k, v, self.layout, gate, bias, backend=backend)
+        return thin_attention(q, k, v, self.keys, gate, bias, backend=backend)
+
     def deviation(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> Tensor:
         """The relative deviation of `out` from dense attention over the checked rows, a number: |out - dense| / |dense|."""
         dense = mask_attention(q.index_select(2, self.checked), k, v, backend=backend)
@@ -99,10 +105,8 @@ class Attention(nn.Module):
         gate = bias = None
         if modulation is not None:
             gate, bias = (vector.to(accumulation_dtype(q.dtype)) for vector in (modulation.query_gate, modulation.key_bias))
-        if sparsity is not None and sparsity.keys is not None:
-            return thin_attention(q, k, v, sparsity.keys, gate, bias, backend=self.backend)
         if sparsity is not None:
-            return frame_attention(q, k, v, sparsity.layout, gate, bias, backend=self.backend)
+            return sparsity.attend(q, k, v, gate, bias, self.backend)
         out = mask_attention(q, k, v, gate, bias, layout=None if modulation is None else modulation.layout, backend=self.backend)
         assert isinstance(out, Tensor)  # a pair only with return_lse
         return out

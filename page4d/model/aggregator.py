@@ -13,7 +13,7 @@ from page4d_kernels.profiling import stage
 from page4d_kernels.reference import accumulation_dtype
 
 from ..config import Page4DConfig
-from ..execution.attention_plan import AttentionPlan, sparsity
+from ..execution.attention_plan import AttentionPlan
 from ..execution.runners import EagerRunner, TrunkRunner
 from ..layers import Block, MaskHead, Modulation
 from ..layers.attention import rope
@@ -132,7 +132,7 @@ class Aggregator(nn.Module):
                 runner.save_frame_half(x)
             with stage(f"global {index}"):
                 masked = config.masked_blocks[0] <= index < config.masked_blocks[1]
-                seen = None if plan is None else sparsity(plan, index, layout, grid, checked, x.device)
+                seen = None if plan is None else plan.sparsity(index, layout, grid, checked, x.device)
                 sparse += [index] if seen is not None else []
                 x = runner.global_block(global_block, x, table, modulation if masked else None, seen)
             if index in layers:

@@ -35,9 +35,9 @@ def predict(model: Page4D, images: torch.Tensor, **options) -> Prediction:
 def test_presets():
     official, nano = preset("page4d"), preset("nano")
     assert AttentionPlan.preset("exact", official).exact
-    for name, cell in (("balanced", (2, 2)), ("fast", (3, 3))):
-        assert AttentionPlan.preset(name, official).layers == ("frame",) * 9 + (cell,) * 15
-        assert AttentionPlan.preset(name, nano).layers == ("frame",) * 2 + (cell,) * 4
+    for name, middle, late in (("balanced", (2, 2), (2, 3)), ("fast", (3, 3), (4, 4))):
+        assert AttentionPlan.preset(name, official).layers == ("frame",) * 9 + (middle,) * 7 + (late,) * 8
+        assert AttentionPlan.preset(name, nano).layers == ("frame",) * 2 + (middle,) * 2 + (late,) * 2
     with pytest.raises(InputError, match="unknown attention plan 'turbo': choose from exact, balanced, fast"):
         AttentionPlan.preset("turbo", nano)
 
@@ -150,5 +150,5 @@ def test_the_memory_plan_counts_the_kept_keys(nano):
 
 def test_every_layer_keeps_other_patches():
     plan, layout = AttentionPlan(((2, 2),) * 5), TokenLayout(3, 5 + 8 * 12, 5)
-    kept = [attention_plan.sparsity(plan, layer, layout, (8, 12), 0, torch.device("cpu")).keys.kept for layer in range(5)]
+    kept = [plan.sparsity(layer, layout, (8, 12), 0, torch.device("cpu")).keys.kept for layer in range(5)]
     assert all(not torch.equal(kept[0], other) for other in kept[1:4]) and torch.equal(kept[0], kept[4])
