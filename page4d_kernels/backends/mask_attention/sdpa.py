@@ -1,4 +1,8 @@
-"""torch's scaled_dot_product_attention on all rows, then the gated rows again with the bias. The default where no kernel of ours serves."""
+"""torch's scaled_dot_product_attention on all rows, then the gated rows again with the bias. The default where no kernel of ours serves.
+
+Without a layout every row has the bias. It is then folded into more channels (`bias_channels.py`), unless a gradient of r or c is wanted:
+that would be rounded to q's dtype.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import Backend
-from . import gated_rows
-from .problem import AttentionProblem, all_of, no_lse
+from . import bias_channels, gated_rows
+from .problem import AttentionArgs, AttentionProblem, all_of, no_lse
 
 
 def _stays_linear(problem: AttentionProblem) -> list[str]:
@@ -24,9 +28,25 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+def _forward(args: AttentionArgs) -> Tensor:
+    q, k, v, query_gate, key_bias, layout, scale = args
+    if query_gate is None or key_bias is None or layout is not None or not _folds(q, query_gate, key_bias):
+        return _composed(args)
+    q, k = bias_channels.fold(q, k, query_gate, key_bias, scale)
+    channels = v.shape[-1]
+    padded = F.pad(v, (0, bias_channels.EXTRA))  # torch's flash kernels want one head dim
+    return _plain(q, k, padded, scale)[..., :channels]
+
+
+def _folds(q: Tensor, query_gate: Tensor, key_bias: Tensor) -> bool:
+    return q.dtype in bias_channels.DTYPES and not (query_gate.requires_grad or key_bias.requires_grad)
+
+
+_composed = gated_rows.around(_plain)
+
 BACKEND = Backend(
     "sdpa",
     "torch SDPA, then the gated rows again with the bias",
-    gated_rows.around(_plain),
+    _forward,
     unsupported=all_of(no_lse, _stays_linear),
 )

@@ -1,12 +1,7 @@
-"""Rows that all see the bias, by torch's own fused kernel: the bias is folded into eight more channels, exactly.
+"""Rows that all see the bias, by torch's own fused kernel, with the bias in more channels (`bias_channels.py`).
 
-With r and c split into parts that bf16 holds, r = r1 + r2 + r3 and c / scale = c1 + c2 + c3, six products make up r c to about 2^-24:
-
-    q' = [q, r1, r1, r2, r2, r1, r3, 0, 0],   k' = [k, c1, c2, c1, c2, c3, c1, 0, 0],   q' k'^T * scale = q k^T * scale + r c^T
-
-In fp32 one part is enough. The keys are split, so that few rows fill a GPU, and the partial results are merged by their log-sum-exp. Only
-k is copied, v is not. Made for the gated rows of a sequence (`gated_rows.py`): the extra channels are spent on every row it is given.
-Backward: chunked.
+The keys are split, so that few rows fill a GPU, and the partial results are merged by their log-sum-exp. Only k is copied, v is not. Made
+for the gated rows of a sequence (`gated_rows.py`): the extra channels are spent on every row it is given. Backward: chunked.
 """
 
 from __future__ import annotations
@@ -17,31 +12,11 @@ from torch import Tensor
 
 from ...layout import empty_token_major
 from ..registry import Backend
-from . import chunked
+from . import bias_channels, chunked
 from .problem import AttentionArgs, AttentionProblem
 
-EXTRA = 8  # channels: kernels want head dims that are multiples of eight
-PRODUCTS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # parts of r and of c; the rest is below fp32's rounding
 MIN_SPLIT_KEYS = 512
 ROWS_PER_PROGRAM = 64  # of torch's kernel
-
-
-def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """x (fp32) as a sum of three tensors of `dtype`, the largest first."""
-    parts = []
-    for _ in range(3):
-        parts.append(x.to(dtype))
-        x = x - parts[-1].float()
-    return parts
-
-
-def _columns(r: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The extra channels of q (B, 1, Nq, 8) and k (B, 1, Nk, 8)."""
-    pairs = PRODUCTS[:1] if dtype == torch.float32 else PRODUCTS
-    parts_r, parts_c = _parts(r, dtype), _parts(c, dtype)
-    of_q = torch.stack([parts_r[i] for i, _ in pairs], -1)
-    of_k = torch.stack([parts_c[j] for _, j in pairs], -1)
-    return tuple(F.pad(x, (0, EXTRA - len(pairs))).unsqueeze(1) for x in (of_q, of_k))  # type: ignore[return-value]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -78,8 +53,7 @@ def _forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     q, k, v, query_gate, key_bias, _, scale = args
     q_, k_ = q, k
     if query_gate is not None and key_bias is not None:
-        of_q, of_k = _columns(query_gate, key_bias / scale, q.dtype)
-        q_, k_ = (torch.cat([x, columns.expand(-1, x.shape[1], -1, -1)], -1) for x, columns in ((q, of_q), (k, of_k)))
+        q_, k_ = bias_channels.fold(q, k, query_gate, key_bias, scale)
     splits = _splits(q, k.shape[2])
     each = k.shape[2] // splits
     out, lse = empty_token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -98,7 +72,7 @@ def _unsupported(problem: AttentionProblem) -> list[str]:
     reasons = []
     if problem.device not in ("cpu", "cuda"):
         reasons.append(f"it runs on cpu and cuda, not on {problem.device}")
-    if problem.dtype not in (torch.float32, torch.bfloat16):
+    if problem.dtype not in bias_channels.DTYPES:
         reasons.append(f"it takes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
     if problem.head_dim % 8:
         reasons.append(f"its head dim must be a multiple of 8, not {problem.head_dim}")

@@ -149,6 +149,11 @@ def timed(setting: Setting) -> Iterator[Timed]:
         assert x.layout is not None and x.query_gate is not None
         return dataclasses.replace(x, q=x.layout.special(x.q, 2), query_gate=x.layout.special(x.query_gate, 1), layout=None)
 
+    def every_row(x: AttentionInputs) -> AttentionInputs:
+        """A bias in all rows, as in the layers with cells of an attention plan."""
+        assert x.query_gate is not None
+        return dataclasses.replace(x, query_gate=torch.ones_like(x.query_gate), layout=None)
+
     yield _timed(inputs(4), training)
     yield _timed(_without_mask(inputs(1, batch=4)), training)
     yield _timed(inputs(2), training)
@@ -156,7 +161,9 @@ def timed(setting: Setting) -> Iterator[Timed]:
     yield _timed(inputs(over), training)
     yield _timed(rows(inputs(4)), training)
     yield _timed(_without_mask(inputs(4)), training)
+    yield _timed(every_row(inputs(4)), training)
     yield _timed(rows(inputs(over)), training)
+    yield _timed(every_row(inputs(over)), training)
     yield _timed(_without_mask(inputs(over)), training)
 
 
