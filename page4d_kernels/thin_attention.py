@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import TokenLayout
@@ -87,7 +88,8 @@ def thin_attention(
     *,
     scale: float | None = None,
     backend: str | None = None,
-) -> Tensor:
+    dense_rows: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which patch rows see the kept keys, each with the weight of the n tokens that it stands for:
 
         patch row i:   softmax_j over kept keys (q_i k_j * scale + log n_j) v_j
@@ -99,9 +101,11 @@ def thin_attention(
     Args:
         q, k, v: (B, H, N, D) with the N tokens of the selection's layout, see `mask_attention`.
         query_gate, key_bias: r and c (B, N), see `mask_attention`; r is zero outside the special tokens.
+        dense_rows: (R,) int64: patch rows that are also computed over all keys, to measure what is lost. They join the special rows, so
+            that k and v are read only once for both.
 
     Returns:
-        (B, H, N, D) in q's dtype.
+        (B, H, N, D) in q's dtype. With `dense_rows` a pair: that, and the dense rows (B, H, R, D).
 
     Raises:
         TypeError, ValueError, BackendError: see `mask_attention`.
@@ -113,7 +117,7 @@ def thin_attention(
     weights = selection.log_counts.to(dtype).expand(q.shape[0], -1)
     out = mask_attention(q, keys, values, ones, weights, scale=scale, backend=backend)
     assert isinstance(out, Tensor)
-    return _with_special_rows(out, q, k, v, selection.layout, query_gate, key_bias, scale, backend)
+    return _with_special_rows(out, q, k, v, selection.layout, query_gate, key_bias, scale, backend, dense_rows)
 
 
 def frame_attention(
@@ -126,14 +130,15 @@ def frame_attention(
     *,
     scale: float | None = None,
     backend: str | None = None,
-) -> Tensor:
+    dense_rows: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which patch rows see the tokens of their own frame, and special rows see all, as in `thin_attention`."""
     _check(q, layout)
     frames = [x.unflatten(2, (layout.frames, layout.tokens_per_frame)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     out = mask_attention(*frames, scale=scale, backend=backend)
     assert isinstance(out, Tensor)
     out = out.unflatten(0, (q.shape[0], layout.frames)).transpose(1, 2).flatten(2, 3)
-    return _with_special_rows(out, q, k, v, layout, query_gate, key_bias, scale, backend)
+    return _with_special_rows(out, q, k, v, layout, query_gate, key_bias, scale, backend, dense_rows)
 
 
 def _check(q: Tensor, layout: TokenLayout) -> None:
@@ -151,16 +156,28 @@ def _with_special_rows(
     key_bias: Tensor | None,
     scale: float | None,
     backend: str | None,
-) -> Tensor:
-    """`out` with its special rows replaced by dense ones."""
-    if layout.special_tokens == 0:
+    dense_rows: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`out` with its special rows replaced by dense ones, and `dense_rows` computed densely if there are any."""
+    count = layout.frames * layout.special_tokens
+    if count == 0 and dense_rows is None:
         return out
-    gate = None if query_gate is None else layout.special(query_gate, 1)
-    rows = mask_attention(layout.special(q, 2), k, v, gate, key_bias, scale=scale, backend=backend)
-    assert isinstance(rows, Tensor)
-    rows = rows.unflatten(2, (layout.frames, layout.special_tokens))
+    rows, gate = layout.special(q, 2), None if query_gate is None else layout.special(query_gate, 1)
+    if dense_rows is not None:
+        rows = torch.cat([rows, q.index_select(2, dense_rows)], 2)
+        gate = None if gate is None else F.pad(gate, (0, len(dense_rows)))  # patches are not gated
+    dense = mask_attention(rows, k, v, gate, key_bias, scale=scale, backend=backend)
+    assert isinstance(dense, Tensor)
+    if count:
+        out = _replaced(out, dense[:, :, :count], layout)
+    return out if dense_rows is None else (out, dense[:, :, count:])
+
+
+def _replaced(out: Tensor, special: Tensor, layout: TokenLayout) -> Tensor:
+    """`out` with the special rows (B, H, frames * special tokens, D)."""
+    special = special.unflatten(2, (layout.frames, layout.special_tokens))
     shape = (layout.frames, layout.tokens_per_frame)
     if out.requires_grad:  # autograd has saved `out`, so it must not change
-        return torch.slice_scatter(out.unflatten(2, shape), rows, 3, 0, layout.special_tokens).flatten(2, 3)
-    out.unflatten(2, shape).narrow(3, 0, layout.special_tokens).copy_(rows)
+        return torch.slice_scatter(out.unflatten(2, shape), special, 3, 0, layout.special_tokens).flatten(2, 3)
+    out.unflatten(2, shape).narrow(3, 0, layout.special_tokens).copy_(special)
     return out

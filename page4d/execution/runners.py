@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from einops import pack, rearrange
@@ -20,6 +20,7 @@ from ..layers import Block, Modulation, Rope, Sparsity
 from .memory import MemoryPlan, Workload, for_each_chunk, is_out_of_memory, with_bytes, with_half_chunks, with_offload
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class TrunkRunner(Protocol):
@@ -141,14 +142,12 @@ class StreamedRunner:
     def global_block(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None, sparsity: Sparsity | None) -> Tensor:
         attention, frames, per_frame = block.attn, x.shape[1], x.shape[2]
 
-        def attend() -> Tensor:
+        def attend() -> tuple[Tensor, Tensor | None]:
             q, k, v = self._project(block, x, rope)
-            out = attention.attend(q, k, v, modulation, sparsity)
-            if sparsity is not None and len(sparsity.checked):
-                self.measured.append(sparsity.deviation(out, q, k, v, attention.backend))
-            return out
+            return attention.attend(q, k, v, modulation, sparsity)
 
-        out = self._retry_with_offload(attend)  # (B, H, S*P, D)
+        out, measured = self._retry_with_offload(attend)  # (B, H, S*P, D)
+        self.measured += [] if measured is None else [measured]
 
         def step(chunk: slice) -> None:
             rows = slice(chunk.start * per_frame, chunk.stop * per_frame)
@@ -214,7 +213,7 @@ class StreamedRunner:
 
         for_each_chunk(frames, self.plan.trunk_frames, step, on_oom)
 
-    def _retry_with_offload(self, allocate: Callable[[], Tensor]) -> Tensor:
+    def _retry_with_offload(self, allocate: Callable[[], T]) -> T:
         """Call `allocate`. If it runs out of memory, move the saved layers to the host and call it again."""
         try:
             return allocate()

@@ -49,18 +49,24 @@ class Sparsity:
     keys: KeySelection | None  # None: the tokens of the own frame
     checked: Tensor  # (R,) int64: patch rows that are computed densely as well, to measure what is lost
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, bias: Tensor | None, backend: str | None) -> Tensor:
-        """The heads' outputs (B, H, N, D), as `Attention.attend` returns them."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, bias: Tensor | None, backend: str | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads' outputs (B, H, N, D), and their relative deviation from dense attention over the checked rows, if there are any."""
+        rows = self.checked if len(self.checked) else None
         if self.keys is None:
-            return frame_attention(q, k, v, self.layout, gate, bias, backend=backend)
-        return thin_attention(q, k, v, self.keys, gate, bias, backend=backend)
+            found = frame_attention(q, k, v, self.layout, gate, bias, backend=backend, dense_rows=rows)
+        else:
+            found = thin_attention(q, k, v, self.keys, gate, bias, backend=backend, dense_rows=rows)
+        if isinstance(found, Tensor):
+            return found, None
+        out, dense = found
+        return out, deviation(out.index_select(2, self.checked), dense)
 
-    def deviation(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> Tensor:
-        """The relative deviation of `out` from dense attention over the checked rows, a number: |out - dense| / |dense|."""
-        dense = mask_attention(q.index_select(2, self.checked), k, v, backend=backend)
-        assert isinstance(dense, Tensor)
-        dense, sparse = dense.float(), out.index_select(2, self.checked).float()
-        return (sparse - dense).norm() / dense.norm()
+
+def deviation(sparse: Tensor, dense: Tensor) -> Tensor:
+    """|sparse - dense| / |dense|, a number."""
+    return (sparse.float() - dense.float()).norm() / dense.float().norm()
 
 
 class Attention(nn.Module):
@@ -79,7 +85,8 @@ class Attention(nn.Module):
         self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None, sparsity: Sparsity | None = None
     ) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        return self.merge(self.attend(*self.project(x, rope), modulation, sparsity))
+        out, _ = self.attend(*self.project(x, rope), modulation, sparsity)
+        return self.merge(out)
 
     def project(self, x: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, H, N, D) of tokens (B, N, C). N may be all frames or some of them."""
@@ -100,8 +107,10 @@ class Attention(nn.Module):
         q, k, v = rearrange(qkv, "b n qkv h d -> qkv b h n d")
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, modulation: Modulation | None = None, sparsity: Sparsity | None = None) -> Tensor:
-        """The heads' outputs (B, H, N, D)."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, modulation: Modulation | None = None, sparsity: Sparsity | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads' outputs (B, H, N, D), and their deviation from dense attention if the sparsity has rows to check."""
         gate = bias = None
         if modulation is not None:
             gate, bias = (vector.to(accumulation_dtype(q.dtype)) for vector in (modulation.query_gate, modulation.key_bias))
@@ -109,7 +118,7 @@ class Attention(nn.Module):
             return sparsity.attend(q, k, v, gate, bias, self.backend)
         out = mask_attention(q, k, v, gate, bias, layout=None if modulation is None else modulation.layout, backend=self.backend)
         assert isinstance(out, Tensor)  # a pair only with return_lse
-        return out
+        return out, None
 
     def merge(self, out: Tensor) -> Tensor:
         """The output projection of the heads' outputs: (B, H, N, D) -> (B, N, C)."""

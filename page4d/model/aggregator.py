@@ -105,6 +105,7 @@ class Aggregator(nn.Module):
         batch, frames, _, height, width = images.shape
         grid = (height // config.patch_size, width // config.patch_size)
         special = config.special_tokens
+        checked = 0 if runner is None else checked  # with gradients nothing is measured
         runner = runner or EagerRunner(self._call)
         with stage("encoder"):
             tokens = [self._per_frame(token, batch, frames) for token in (self.camera_token, self.register_token)]

@@ -7,6 +7,7 @@ import torch
 
 from page4d_kernels import TokenLayout, frame_attention, mask_attention, select_keys, thin_attention
 from page4d_kernels.reference import thin_attention as reference
+from page4d_kernels.reference.mask_attention import mask_attention as reference_attention
 
 CASES = [  # frames, grid, special tokens, cell, batch, shift
     (3, (4, 6), 5, (2, 2), 1, 0),
@@ -119,6 +120,23 @@ def test_special_rows_are_dense_to_the_bit_and_repeat(backend, masked):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
+def test_rows_that_are_also_dense(case, masked, backend):
+    """The patch rows that are asked for, without the mask; the rest keeps its bits."""
+    layout, q, k, v, gate, bias = made(case)
+    vectors = (gate, bias) if masked and layout.special_tokens else (None, None)
+    selection = select_keys(layout, case[1], case[3])
+    patches = (torch.arange(layout.tokens) % layout.tokens_per_frame >= layout.special_tokens).nonzero()[:, 0]
+    some = patches[[3, 0, 7]]
+    expected, _ = reference_attention(q[:, :, some].double(), k.double(), v.double(), None, None, 0.25)
+    for attend, of in ((thin_attention, selection), (frame_attention, layout)):
+        out, dense = attend(q, k, v, of, *vectors, backend=backend, dense_rows=some)
+        assert (dense - expected).abs().max() < 3e-6
+        assert torch.equal(out, attend(q, k, v, of, *vectors, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_frame_attention(backend):
     case = CASES[1]
     layout, q, k, v, gate, bias = made(case)
@@ -127,25 +145,28 @@ def test_frame_attention(backend):
     assert (frame_attention(q, k, v, layout, gate, bias, backend=backend) - expected).abs().max() < 3e-6
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"), [("chunked", torch.float64, 1e-10), ("cpu", torch.float32, 2e-5), ("sdpa", torch.float32, 2e-5)]
+)
 @pytest.mark.parametrize("attend", ["thin", "frame"])
-def test_gradients(attend):
+def test_gradients(attend, backend, dtype, tolerance):
     case = CASES[1]
-    layout, *inputs = made(case, torch.float64)
+    layout, *inputs = made(case, dtype)
     inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
     n = counts(case, layout) if attend == "thin" else torch.block_diag(*[torch.ones(layout.tokens_per_frame, layout.tokens_per_frame)] * 4)
     selection = select_keys(layout, case[1], case[3], case[5])
     q, k, v, gate, bias = inputs
     out = (
-        thin_attention(q, k, v, selection, gate, bias, backend="chunked")
+        thin_attention(q, k, v, selection, gate, bias, backend=backend)
         if attend == "thin"
-        else frame_attention(q, k, v, layout, gate, bias, backend="chunked")
+        else frame_attention(q, k, v, layout, gate, bias, backend=backend)
     )
-    expected = reference.thin_attention(q, k, v, n, layout, gate, bias, 16**-0.5)
+    expected = reference.thin_attention(*exact[:3], n, layout, *exact[3:], 16**-0.5)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for ours, theirs in zip(
-        torch.autograd.grad((out * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs), strict=True
-    ):
-        assert (ours - theirs).abs().max() < 1e-10
+    ours = torch.autograd.grad((out * weights.to(dtype)).sum(), inputs)
+    for mine, theirs in zip(ours, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+        assert (mine - theirs).abs().max() < tolerance * max(1, float(theirs.abs().max()))
 
 
 def test_the_kept_place_moves_from_frame_to_frame():
