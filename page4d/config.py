@@ -16,6 +16,33 @@ def _expect(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+DENSE, FRAME = "dense", "frame"
+LARGEST_CELL = 100  # rows and columns
+Layer = str | tuple[int, int]  # how patches attend in a global layer: "dense", "frame", or the rows and columns of a cell
+
+
+def check_layers(layers: tuple[Layer, ...]) -> None:
+    """ConfigError unless each is "dense", "frame" or (rows, columns) of a cell."""
+    for number, layer in enumerate(layers):
+        cell = isinstance(layer, tuple) and len(layer) == 2 and all(type(x) is int and 1 <= x <= LARGEST_CELL for x in layer)
+        wrong = f"layer {number} of an attention plan cannot be {_short(layer)}: give 'dense', 'frame' or a cell such as (2, 2)"
+        _expect(layer in (DENSE, FRAME) or cell, wrong)
+
+
+@dataclass(frozen=True)
+class PlansConfig:
+    """The model's own attention plans: a `Layer` for each global layer. None: the general one, see docs/attention_plans.md."""
+
+    balanced: tuple[Layer, ...] | None = None
+    fast: tuple[Layer, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            layers = getattr(self, entry.name)
+            _expect(layers is None or isinstance(layers, tuple), f"plans.{entry.name} must be a list of layers, not {_short(layers)}")
+            check_layers(layers or ())
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """The DINOv2-style vision transformer that computes the patch tokens."""
@@ -84,6 +111,7 @@ class Page4DConfig:
     depth_head: DenseHeadConfig | None = field(default_factory=DenseHeadConfig)
     point_head: DenseHeadConfig | None = field(default_factory=DenseHeadConfig)
     track: TrackHeadConfig | None = field(default_factory=TrackHeadConfig)
+    plans: PlansConfig = field(default_factory=PlansConfig)
 
     @property
     def special_tokens(self) -> int:
@@ -94,7 +122,7 @@ class Page4DConfig:
         for name, kind in _NESTED.items():
             value = getattr(self, name)
             _expect(
-                isinstance(value, kind) or (value is None and name != "encoder"),
+                isinstance(value, kind) or (value is None and name not in ("encoder", "plans")),
                 f"{name} must be of type {kind.__name__}, not {_short(value)}",
             )
         _check_numbers(self, "")
@@ -115,6 +143,9 @@ class Page4DConfig:
         _expect(self.mask_strength == 0 or self.mask_hidden is not None, needless)
         unread = f"the mask head reads after frame block {self.mask_after}, but no layer past {self.kept_layers[-1]} is run"
         _expect(self.mask_hidden is None or self.mask_after <= self.kept_layers[-1], unread)
+        for name, layers in vars(self.plans).items():
+            wrong = f"plans.{name} has {len(layers or ())} layers instead of {self.depth}"
+            _expect(layers is None or len(layers) == self.depth, wrong)
         if self.camera is not None:
             _expect(
                 2 * self.embed_dim % self.camera.num_heads == 0, f"camera.num_heads {self.camera.num_heads} does not divide 2 embed_dim"
@@ -157,6 +188,8 @@ def _check_numbers(config: Any, prefix: str) -> None:
     """Raise ConfigError unless every field, also nested ones, is a number of its type and in range, or None where that is allowed."""
     for entry in dataclasses.fields(config):
         name, value = prefix + entry.name, getattr(config, entry.name)
+        if isinstance(value, PlansConfig):
+            continue  # it has checked itself
         if dataclasses.is_dataclass(value):
             _check_numbers(value, f"{name}.")
             continue
@@ -196,13 +229,14 @@ _NESTED = {
     "depth_head": DenseHeadConfig,
     "point_head": DenseHeadConfig,
     "track": TrackHeadConfig,
+    "plans": PlansConfig,
 }
 
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:
     def convert(name: str, value: Any) -> Any:
         if isinstance(value, list):
-            return tuple(value)
+            return tuple(tuple(x) if isinstance(x, list) else x for x in value)
         return _from_dict(_NESTED[name], value) if isinstance(value, dict) else value
 
     return cls(**{name: convert(name, value) for name, value in values.items()})
@@ -229,6 +263,10 @@ def _nano() -> Page4DConfig:
         depth_head=DenseHeadConfig(features=32, out_channels=(32, 64, 96, 96)),
         point_head=None,
         track=None,
+        plans=PlansConfig(  # docs/attention_plans.md has why
+            balanced=((2, 2), (2, 2), (3, 3), (2, 2), (3, 3), FRAME),
+            fast=((2, 3), (3, 3), (4, 4), (2, 3), (4, 4), FRAME),
+        ),
     )
 
 

@@ -12,16 +12,11 @@ from torch import Tensor
 
 from page4d_kernels import TokenLayout, select_keys
 
-from ..config import Page4DConfig
-from ..errors import InputError
+from ..config import DENSE, FRAME, Layer, Page4DConfig, check_layers
+from ..errors import ConfigError, InputError
 from ..layers import Sparsity, cache_tensors
 
-DENSE, FRAME = "dense", "frame"
 CHECKED_ROWS = 64  # of a sparse layer that are computed densely as well, by default
-LARGEST_CELL = 100  # rows and columns
-
-Layer = str | tuple[int, int]  # "dense", "frame", or the rows and columns of a cell
-
 PARTS = (9 / 24, 7 / 24, 8 / 24)  # of the layers, from the first: early, middle and late ones
 PRESETS: dict[str, tuple[Layer, Layer, Layer]] = {  # early, middle, late
     "exact": (DENSE, DENSE, DENSE),
@@ -50,24 +45,28 @@ class AttentionPlan:
         object.__setattr__(self, "layers", tuple(self.layers))  # a list would not serve as a key of the cache of selections
         if not self.layers:
             raise InputError("an attention plan needs at least one layer")
-        for number, layer in enumerate(self.layers):
-            cell = isinstance(layer, tuple) and len(layer) == 2 and all(type(x) is int and 1 <= x <= LARGEST_CELL for x in layer)
-            if layer not in (DENSE, FRAME) and not cell:
-                raise InputError(
-                    f"layer {number} of an attention plan cannot be {layer!r:.40}: give 'dense', 'frame' or a cell such as (2, 2)"
-                )
+        try:
+            check_layers(self.layers)
+        except ConfigError as error:
+            raise InputError(error) from None
 
     @classmethod
     def preset(cls, name: str, config: Page4DConfig) -> AttentionPlan:
-        """exact, balanced or fast, for a model of any depth.
+        """exact, balanced or fast: the model's own of that name, if its configuration has one, or else the general one, see `general`."""
+        own = vars(config.plans).get(name)
+        return cls.general(name, config.depth) if own is None else cls(own, name)
+
+    @classmethod
+    def general(cls, name: str, depth: int) -> AttentionPlan:
+        """exact, balanced or fast, for any model of that depth.
 
         balanced: of 24 layers the first 9 within frames, then 7 that keep one patch of 2 x 2, then 8 that keep one of 2 x 3. fast: the
         same layers, with cells of 3 x 3 and 4 x 4. With another depth the layers are in proportion.
         """
         if name not in PRESETS:
             raise InputError(f"unknown attention plan {name!r}: choose from {', '.join(PRESETS)}, or give a JSON file")
-        early, middle = (round(share * config.depth) for share in PARTS[:2])
-        counts = (early, middle, config.depth - early - middle)
+        early, middle = (round(share * depth) for share in PARTS[:2])
+        counts = (early, middle, depth - early - middle)
         return cls(tuple(kind for kind, count in zip(PRESETS[name], counts, strict=True) for _ in range(count)), name)
 
     @classmethod

@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
-from page4d import Page4D, preset
+from page4d import Page4D, Page4DConfig, preset
+from page4d.config import PlansConfig
 from page4d.data.synthetic import SyntheticScenes
-from page4d.errors import InputError
+from page4d.errors import ConfigError, InputError
 from page4d.execution import attention_plan
 from page4d.execution.attention_plan import AttentionPlan, kept_share
 from page4d.layers import Attention
+from page4d.model.checkpoint import save_pretrained, stored_config
 from page4d.prediction import Prediction
 from page4d_kernels import TokenLayout
 
@@ -37,9 +39,37 @@ def test_presets():
     assert AttentionPlan.preset("exact", official).exact
     for name, middle, late in (("balanced", (2, 2), (2, 3)), ("fast", (3, 3), (4, 4))):
         assert AttentionPlan.preset(name, official).layers == ("frame",) * 9 + (middle,) * 7 + (late,) * 8
-        assert AttentionPlan.preset(name, nano).layers == ("frame",) * 2 + (middle,) * 2 + (late,) * 2
-    with pytest.raises(InputError, match="unknown attention plan 'turbo': choose from exact, balanced, fast"):
-        AttentionPlan.preset("turbo", nano)
+        assert AttentionPlan.general(name, nano.depth).layers == ("frame",) * 2 + (middle,) * 2 + (late,) * 2
+        assert AttentionPlan.preset(name, nano) == AttentionPlan(getattr(nano.plans, name), name)
+    for name in ("turbo", "", "__class__", "replace"):
+        with pytest.raises(InputError, match=f"unknown attention plan {name!r}: choose from exact, balanced, fast"):
+            AttentionPlan.preset(name, nano)
+
+
+def test_a_model_s_own_plans_lie_in_its_weights(nano, tmp_path):
+    own = PlansConfig(balanced=("dense", "frame", (2, 3), "dense", (1, 2), (2, 2)))
+    nano = Page4D(nano.config.replace(plans=own))
+    read = Page4D.from_pretrained(save_pretrained(nano, tmp_path / "w.safetensors")).config
+    assert read == nano.config and AttentionPlan.preset("balanced", read).layers == own.balanced
+    assert AttentionPlan.preset("fast", read) == AttentionPlan.general("fast", 6), "it has none of its own"
+    assert stored_config("nano").plans == preset("nano").plans != PlansConfig()
+    for plans, words in (
+        (PlansConfig(fast=("dense",)), "plans.fast has 1 layers instead of 6"),
+        ({"fast": None}, "plans must be of type PlansConfig"),
+        (None, "plans must be of type PlansConfig"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read.replace(plans=plans)
+    for layers, words in (
+        (("dense", (0, 2)), r"layer 1 of an attention plan cannot be \(0, 2\)"),
+        (["dense"], "plans.balanced must be a list"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            PlansConfig(balanced=layers)
+    for damaged in ("3", "[]", '{"fast": 3}', '{"fast": "frame"}', '{"fast": [["x", 2]]}', '{"slow": null}', '{"fast": [[[2]]]}'):
+        text = json.dumps({**json.loads(read.to_json()), "plans": json.loads(damaged)})
+        with pytest.raises(ConfigError):
+            Page4DConfig.from_json(text)
 
 
 def test_json():
@@ -101,13 +131,13 @@ def test_the_deviation_is_that_of_the_rows(nano, images, monkeypatch):
     attend = Attention.attend
 
     def recorded(self, q, k, v, modulation=None, sparsity=None):
-        out = attend(self, q, k, v, modulation, sparsity)
+        out, measured = attend(self, q, k, v, modulation, sparsity)
         if sparsity is not None:
-            dense = attend(self, q, k, v)
+            dense, _ = attend(self, q, k, v)
             patches = (torch.arange(q.shape[2]) % sparsity.layout.tokens_per_frame) >= sparsity.layout.special_tokens
             difference = (out - dense)[:, :, patches].norm() / dense[:, :, patches].norm()
             seen.append((difference, len(sparsity.checked), sparsity.checked))
-        return out
+        return out, measured
 
     monkeypatch.setattr(Attention, "attend", recorded)
     found = predict(nano, images, attention=plan, attention_check=10**6)
@@ -122,10 +152,14 @@ def test_the_deviation_is_that_of_the_rows(nano, images, monkeypatch):
     assert predict(nano, images, attention=plan, attention_check=0).attention_deviation is None
 
 
-def test_a_prediction_keeps_its_deviation(nano, images, tmp_path):
-    found = predict(nano, images, attention=AttentionPlan.preset("fast", nano.config))
+def test_a_prediction_keeps_its_plan_and_deviation(nano, images, tmp_path):
+    plan = AttentionPlan.preset("fast", nano.config)
+    found = predict(nano, images, attention=plan)
     loaded = Prediction.load(found.save(tmp_path / "p.npz"))
-    assert torch.equal(loaded.attention_deviation, found.attention_deviation)
+    assert loaded == found and torch.equal(loaded.attention_deviation, found.attention_deviation)
+    assert AttentionPlan.from_json(loaded.attention) == plan == AttentionPlan.from_json(found.to("cpu").attention)
+    exact = predict(nano, images)
+    assert exact.attention is None and "attention" not in exact.tensors() and exact == Prediction.load(exact.save(tmp_path / "e.npz"))
     assert found.frame(2).depth.shape[1] == 1 and found.frame(2).attention_deviation.shape == (6,)
 
 
