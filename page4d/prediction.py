@@ -69,6 +69,7 @@ class Prediction(EqualByValue):
     track_list: Tensor | None = None  # (4, B, S, N, 2): the refinement iterations
     vis: Tensor | None = None  # (B, S, N) in (0, 1): probability of being visible
     conf: Tensor | None = None  # (B, S, N) in (0, 1): confidence of the track
+    attention: str | None = None  # the attention plan, as `AttentionPlan.to_json` writes it; None = exact
     attention_deviation: Tensor | None = None  # (depth,): see `Page4D.forward`; 0 where a layer is dense
     valid: Tensor | None = None  # (B, S, H, W) bool: pixels that show the original; `export` writes it if there is padding
 
@@ -104,7 +105,7 @@ class Prediction(EqualByValue):
     def frame(self, index: int) -> Prediction:
         """One frame, as S = 1. Its tensors share the memory."""
         part = slice(index, index + 1)
-        changed = {
+        changed: dict[str, Any] = {
             name: value[:, :, part] if name in ("pose_enc_list", "track_list") else value[:, part]
             for name, value in self.tensors().items()
             if name not in ("query_points", "attention_deviation")  # which have no frames
@@ -113,15 +114,15 @@ class Prediction(EqualByValue):
 
     def to(self, *args, **kwargs) -> Prediction:
         """Every tensor through `Tensor.to`; `valid` changes its device alone."""
-        moved = {name: value.to(*args, **kwargs) for name, value in self.tensors().items()}
+        moved: dict[str, Any] = {name: value.to(*args, **kwargs) for name, value in self.tensors().items()}
         if self.valid is not None:
             moved["valid"] = self.valid.to(moved["images"].device)
         return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are present, by name."""
+        """The tensors that are present, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def __repr__(self) -> str:
         """Names and shapes, not values."""
@@ -131,6 +132,8 @@ class Prediction(EqualByValue):
         """Write every present field to a compressed .npz; the file appears whole or not at all."""
         path = Path(path)
         arrays = {name: _numpy(value) for name, value in self.tensors().items()}
+        if self.attention is not None:
+            arrays["attention"] = np.array(self.attention)
         with AtomicFiles() as files, open(files.add(path), "wb") as file:  # by name, numpy would append a suffix
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # the stubs mistake arrays for options
         return path
@@ -139,7 +142,10 @@ class Prediction(EqualByValue):
     def load(cls, path: str | Path) -> Prediction:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
-            return cls(**{name: torch.from_numpy(file[name]) for name in file.files})
+            values: dict[str, Any] = {name: torch.from_numpy(file[name]) for name in file.files if name != "attention"}
+            if "attention" in file.files:
+                values["attention"] = str(file["attention"])
+        return cls(**values)
 
 
 def _numpy(value: Tensor) -> np.ndarray:

@@ -134,7 +134,11 @@ def test_a_plan_is_named_in_the_report_with_its_deviation(check):
     found = reconstruct(attention="balanced", attention_check=check, **SMALL)
     assert found.plan.name == "balanced" and not found.plan.exact
     line = next(line for line in summary(found).splitlines() if line.startswith("attention plan balanced"))
-    assert ("deviates from exact attention by up to" in line) == (check > 0)
+    if check:
+        layers = " ".join(f"{100 * float(layer):.0f}" for layer in found.prediction.attention_deviation)
+        assert line == f"attention plan balanced: deviates from exact attention by {layers} %, layer by layer"
+    else:
+        assert line == "attention plan balanced, its deviation from exact attention was not measured"
     assert not any("plan" in line for line in summary(reconstruct(**SMALL)).splitlines())
 
 

@@ -140,11 +140,11 @@ def _point(text: str) -> tuple[float, float]:
 
 
 def deviation(scene: Reconstruction) -> str:
-    """The largest deviation that was measured, in words."""
+    """The deviation of each layer that was measured, in words."""
     measured = scene.prediction.attention_deviation
     if measured is None:
         return ", its deviation from exact attention was not measured"
-    return f": deviates from exact attention by up to {float(measured.max()):.0%}, in layer {int(measured.argmax())}"
+    return f": deviates from exact attention by {' '.join(f'{100 * float(layer):.0f}' for layer in measured)} %, layer by layer"
 
 
 def summary(scene: Reconstruction) -> str:

@@ -199,7 +199,8 @@ class Page4D(nn.Module):
         if "mask" in wanted and features.key_bias is not None:
             bias = rearrange(features.key_bias, "b (s p) -> b s p", s=images.shape[1])[:, :, features.special_tokens :]
             found["mask"] = rearrange(bias, "b s (h w) -> b s h w", h=images.shape[-2] // self.config.patch_size)
-        return Prediction(images=images, attention_deviation=features.deviation, **found)
+        plan = None if attention is None else attention.to_json()
+        return Prediction(images=images, attention=plan, attention_deviation=features.deviation, **found)
 
     def plan(
         self,
