@@ -61,8 +61,9 @@ def evaluate(
     Returns:
         {"sequences": [{"name", "frames", "metrics": {group: {metric: value}}, "not_finite": [output]}],
         "mean": {group: {metric: value}}, "failed": n}. A group is a task, followed by a colon and its alignment ("depth:scale") or source
-        ("points:head") if it has one. Means are over sequences; those of depth are weighted by the number of valid pixels ("pixels"). A
-        sequence fails if an output is not finite or depth cannot be aligned. It then has no metrics for the tasks that need that output.
+        ("points:head") if it has one. With an attention plan the group "attention" has its deviation, the largest and by layer. Means are
+        over sequences; those of depth are weighted by the number of valid pixels ("pixels"). A sequence fails if an
+        output is not finite or depth cannot be aligned. It then has no metrics for the tasks that need that output.
 
     Raises:
         InputError: a task is unknown, or the model or the data lacks what a named task needs.
@@ -189,6 +190,8 @@ def _joint_metrics(model: Page4D, sample: Sample, tasks: list[str], protocol: Pr
         found["tracks"] = _tracks(prediction, sample)
     if "mask" in possible:
         found["mask"] = _mask(prediction, sample)
+    if prediction.attention_deviation is not None:
+        found["attention"] = _deviation(prediction.attention_deviation)
     return found, broken
 
 
@@ -267,6 +270,11 @@ def _mask(prediction: Prediction, sample: Sample) -> dict[str, float]:
     assert sample.dynamic is not None
     motion = prediction.motion[0]
     return mask_metrics(motion, moving_patches(sample.dynamic, (motion.shape[1], motion.shape[2])))
+
+
+def _deviation(layers: Tensor) -> dict[str, float]:
+    """The deviation of the attention plan from exact attention: the largest of all layers, and each layer's."""
+    return {"deviation": float(layers.max()), **{f"layer {number}": float(value) for number, value in enumerate(layers)}}
 
 
 def mean_metrics(sequences: list[Metrics]) -> Metrics:

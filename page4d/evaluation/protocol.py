@@ -44,7 +44,7 @@ class Protocol:
     official: repeat the official scripts, see above.
     alignments: alignments of video depth, any of "scale", "scale&shift", "median", "metric". Each is computed once per sequence.
     mask_strength: strength of the dynamics mask. None = as stored in the weights.
-    attention: what the patches of each global layer see: exact, balanced, fast or a .json file, see docs/attention_plans.md.
+    attention: what the patches of each global layer see: exact, balanced, fast, a .json file or a plan, see docs/attention_plans.md.
     max_points, seed: how many points are compared, and the seed of their choice.
 
     Raises:
@@ -55,7 +55,7 @@ class Protocol:
     official: bool = False
     alignments: tuple[str, ...] = ("scale",)
     mask_strength: float | None = None
-    attention: str = "exact"
+    attention: str | AttentionPlan = "exact"
     max_points: int = 10_000
     seed: int = 0
 
@@ -116,7 +116,8 @@ def _forward(model: Page4D, images: Tensor, outputs: Collection[str], protocol: 
     device = next((parameter.device for parameter in model.parameters()), images.device)
     points = None if queries is None else queries[None].to(device)
     with torch.inference_mode():
-        plan = AttentionPlan.named(protocol.attention, model.config)
+        plan = protocol.attention
+        plan = AttentionPlan.named(plan, model.config) if isinstance(plan, str) else plan
         return model(images[None].to(device), points, outputs=outputs, mask_strength=protocol.mask_strength, attention=plan).to("cpu")
 
 

@@ -15,6 +15,7 @@ HEADLINES = {  # the metrics of each task in the table; the JSON has all
     "mono": {"abs_rel": "AbsRel", "delta1": "δ<1.25"},
     "points": {"accuracy": "acc", "completeness": "comp"},
     "tracks": {"delta_avg": "δ avg", "occlusion_accuracy": "OA", "average_jaccard": "AJ"},
+    "attention": {"deviation": "deviation"},
     "mask": {"auc": "AUC", "iou": "IoU", "best_iou": "IoU best"},
 }
 

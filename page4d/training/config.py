@@ -11,9 +11,11 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from ..config import preset
 from ..data.preprocess import PATCH
 from ..data.synthetic import KINDS
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
+from ..execution.attention_plan import AttentionPlan
 
 HEADS = ("camera", "depth", "points", "track", "mask")  # the heads that have a loss
 
@@ -85,6 +87,7 @@ class RunConfig:
     accumulation: int = 1  # micro-batches per step
     seed: int = 0  # of the random initial weights
     precision: str = "fp32"  # or bf16, by autocast
+    attention: str = "exact"  # or balanced, fast or a .json file: what the patches of each global layer see
     average: float = 0.0  # save a running mean of the weights with this decay per step; 0 = save the last weights
     checkpoint_activations: bool = False
     log_every: int = 10
@@ -102,6 +105,7 @@ class RunConfig:
 
         expect(self.trainable in ("all", "middle", "dense"), f"trainable: {self.trainable!r} must be all, middle or dense")
         expect(self.precision in ("fp32", "bf16"), f"precision: {self.precision!r} must be fp32 or bf16")
+        self._check_attention()
         kind = self.optimizer.kind
         expect(kind in ("adamw", "muon"), f"optimizer.kind: {kind!r} must be adamw or muon")
         expect(0 <= self.average < 1, f"average: {self.average} must be at least 0 and less than 1")
@@ -129,6 +133,12 @@ class RunConfig:
         expect(self.trainable != "dense" or bool(dense), "trainable: dense needs loss.depth or loss.points, and both are 0")
         expect(self.mask.hold_start <= self.mask.hold_end, "mask.hold_start must be at most mask.hold_end")
         expect(any(values[f"loss.{name}"] for name in HEADS), f"loss: the weights of {', '.join(HEADS)} are all 0: set one of them")
+
+    def _check_attention(self) -> None:
+        try:
+            AttentionPlan.named(self.attention, preset(self.model))
+        except InputError as error:
+            raise ConfigError(f"attention: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """All keys and values, with groups as nested dictionaries."""

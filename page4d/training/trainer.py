@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..config import Page4DConfig, preset
 from ..data.sample import Sample
 from ..errors import ConfigError, InputError, UserError
+from ..execution.attention_plan import AttentionPlan
 from ..files import AtomicFiles, check_writable
 from ..model import Page4D
 from ..model.checkpoint import save_pretrained, stored_config
@@ -59,8 +60,8 @@ def check_fits(weights: str, name: str) -> None:
     stored = stored_config(weights)
     if stored is None:
         return
-    # not compared: a run sets the first two, weights replace the third, and the file may lack the two heads
-    free = ("mask_strength", "image_size", "layer_scale", "mask_hidden", "track")
+    # not compared: a run sets the first two, weights replace the third, the file may lack the two heads, and plans shape no weights
+    free = ("mask_strength", "image_size", "layer_scale", "mask_hidden", "track", "plans")
     before, now = ({**vars(config), **dict.fromkeys(free)} for config in (stored, preset(name)))
     changed = [key for key in now if before[key] != now[key]]
     if changed:
@@ -81,9 +82,9 @@ def averaged(model: Page4D, decay: float) -> AveragedModel:
 class Objective(nn.Module):
     """Maps images and ground truth to losses. This is the module that `DistributedDataParallel` wraps."""
 
-    def __init__(self, model: Page4D, weights: LossConfig):
+    def __init__(self, model: Page4D, weights: LossConfig, attention: AttentionPlan | None = None):
         super().__init__()
-        self.model, self.weights = model, weights
+        self.model, self.weights, self.attention = model, weights, attention
         heads = {"camera": model.camera_head, "depth": model.depth_head, "points": model.point_head, "track": model.track_head,
                  "mask": model.aggregator.spatial_mask_head}  # fmt: skip
         for name, head in heads.items():
@@ -95,7 +96,7 @@ class Objective(nn.Module):
         """The losses of a normalised batch (B, S, ...), as fp32 scalars by name; "loss" is the weighted sum."""
         outputs = [name for name in ("camera", "depth", "points", "mask") if getattr(self.weights, name)]
         queries = batch.tracks[:, 0] if self.weights.track and batch.tracks is not None else None
-        prediction = self.model(batch.images, queries, outputs=outputs, mask_strength=mask_strength)
+        prediction = self.model(batch.images, queries, outputs=outputs, mask_strength=mask_strength, attention=self.attention)
         with torch.autocast(batch.images.device.type, enabled=False):
             losses = total_loss(prediction, batch, self.weights)
             if self.matching is not None:
@@ -141,7 +142,7 @@ class Trainer:
         else:
             self.model = Page4D(preset(config.model))
             start_from_scratch(self.model)
-        objective = Objective(self.model, config.loss).to(self.device)
+        objective = Objective(self.model, config.loss, AttentionPlan.named(config.attention, self.model.config)).to(self.device)
         self.trained = choose_trainable(self.model, config.trainable)
         self.model.aggregator.checkpoint_activations = config.checkpoint_activations
         extra = objective.matching.named_parameters() if objective.matching is not None else ()

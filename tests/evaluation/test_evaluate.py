@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from page4d import Page4D, preset
+from page4d.data.synthetic import SyntheticScenes
 from page4d.errors import InputError
 from page4d.evaluation import TASKS, Protocol, Rules, evaluate
 from page4d.evaluation.protocol import network_images, network_size, resize_depth
 from page4d.evaluation.report import table
+from page4d.execution.attention_plan import AttentionPlan
 
 
 @pytest.mark.parametrize("size", [56, 112, (42, 84)])
@@ -254,3 +256,16 @@ def test_a_random_model_has_finite_metrics(scene):
     found = evaluate(model, [sample], TASKS, protocol=Protocol(size=140, max_points=1000))["mean"]
     assert {group.partition(":")[0] for group in found} == set(TASKS)
     assert all(math.isfinite(value) for metrics in found.values() for value in metrics.values())
+
+
+def test_the_deviation_of_a_plan_is_reported():
+    model = Page4D.from_pretrained("nano", device="cpu")
+    scenes = SyntheticScenes("dynamic", frames=3, size=(56, 84), seed=0, length=2)
+    plan = AttentionPlan(("dense",) * 4 + ((3, 3), "dense"))
+    found = evaluate(model, scenes, ["pose"], protocol=Protocol((56, 84), attention=plan))
+    values = found["mean"]["attention"]
+    assert list(values) == ["deviation", *(f"layer {number}" for number in range(6))]
+    assert values["layer 0"] == 0 < values["layer 4"] == values["deviation"]
+    assert "attention deviation" in table({"scenes": found})
+    exact = evaluate(model, scenes, ["pose"], protocol=Protocol((56, 84)))
+    assert "attention" not in exact["mean"] and exact["mean"]["pose"] != found["mean"]["pose"]

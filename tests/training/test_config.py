@@ -50,3 +50,16 @@ def test_every_shipped_configuration_loads():
     for name in names:
         config = load_config(os.path.join(folder, name))
         assert config.model in PRESETS
+
+
+def test_the_attention_plan_is_checked_before_the_run(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text('{"layers": ["dense", "frame", [2, 2], [2, 2], [2, 2], [2, 2]]}')
+    assert load_config(None, [f"attention={path}"]).attention == str(path)
+    for overrides, words in (
+        (["attention=turbo"], "attention: unknown attention plan 'turbo'"),
+        ([f"attention={path}", "model=tiny"], "attention: the attention plan has 6 layers, and the model 24"),
+        (["attention=missing.json"], "attention: cannot read the attention plan"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_config(None, overrides)

@@ -413,3 +413,12 @@ def test_weights_of_another_model_are_an_error(tmp_path):
 def test_a_loss_without_its_head_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"loss.points is 1.0, but the model has no points head"):
         run(tmp_path, "loss.points=1")
+
+
+def test_a_run_with_an_attention_plan(tmp_path):
+    """The plan changes the losses, and the gradients are those of the plan."""
+    exact, thin = (run(tmp_path, f"attention={plan}", "steps=2", name=plan) for plan in ("exact", "fast"))
+    losses = [trainer.train()["loss"] for trainer in (exact, thin)]
+    assert losses[0] != losses[1] and all(map(math.isfinite, losses))
+    with pytest.raises(InputError, match="attention differ"):
+        run(tmp_path, "attention=balanced", "steps=2", name="fast", resume=True)
