@@ -4,9 +4,10 @@
 2. Qualify every backend: `page4d qualify`, for bf16, forward and training.
 3. Run `pytest -m gpu`, without fp32, whose kernels take half a minute each to compile.
 4. Measure the benchmark cases with the best tile sizes (PAGE4D_AUTOTUNE=fast).
+5. Time the attention plans.
 
-The folder OUT receives cache/page4d/*.json (the record), qualification.txt, tests.xml, tiles.json and results.json. A step that exceeds its
-time limit is stopped, and the next one starts.
+The folder OUT receives cache/page4d/*.json (the record), qualification.txt, tests.xml, tiles.json, results.json and plans.json. A step
+that exceeds its time limit is stopped, and the next one starts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from .bandwidth_ops import BANDWIDTH_OPS
 
-STEPS = {"build": 90, "qualify": 160, "tests": 150, "benchmarks": 130}  # time limits in seconds
+STEPS = {"build": 90, "qualify": 150, "tests": 150, "benchmarks": 100, "plans": 50}  # time limits in seconds
 CASES = [
     "mask_attention-*-?0x893-bfloat16",
     "mask_attention-*-100x893-bfloat16",
@@ -43,6 +44,7 @@ def commands(out: Path) -> dict[str, list[str]]:
         "qualify": ["-m", "page4d_kernels.qualify", "--force", "--dtypes", "bfloat16", "--seconds", str(STEPS["qualify"] - 20)],
         "tests": tests,
         "benchmarks": ["-m", "benchmarks", "run", "--cases", *CASES, "--seconds", "1", "--out", str(out / "results.json")],
+        "plans": ["-m", "benchmarks.plan_time", "--device", "cuda", "--frames", "40,100", "--json", str(out / "plans.json")],
     }
 
 
@@ -72,7 +74,7 @@ def main() -> int:
     failed = 0
     for name, arguments in commands(out).items():
         start = time.monotonic()
-        tuned = {"PAGE4D_AUTOTUNE": "fast"} if name == "benchmarks" else {}
+        tuned = {"PAGE4D_AUTOTUNE": "fast"} if name in ("benchmarks", "plans") else {}
         code = run(arguments, STEPS[name], environment | tuned, out / "qualification.txt" if name == "qualify" else None)
         print(f"{name}: {'time limit exceeded' if code == -1 else f'exit code {code}'} after {time.monotonic() - start:.0f} s", flush=True)
         failed |= code != 0

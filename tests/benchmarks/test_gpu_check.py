@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import gpu_check
+from benchmarks import gpu_check, plan_time
 from benchmarks.cases import cases
 from page4d_kernels.qualify.__main__ import add_options
 
@@ -29,6 +29,7 @@ def test_the_commands_parse(tmp_path):
     args = parser.parse_args(commands["qualify"][2:])
     assert args.force and args.seconds < gpu_check.STEPS["qualify"]
     assert command.build_parser("").parse_args(commands["benchmarks"][2:]).cases == gpu_check.CASES
+    assert plan_time.build_parser().parse_args(commands["plans"][2:]).device == "cuda"
     for pattern in gpu_check.CASES:
         assert any(fnmatch.fnmatch(case.name, pattern) for case in cases()), pattern
 

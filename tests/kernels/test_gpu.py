@@ -14,7 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from page4d_kernels import TokenLayout, mask_attention, mask_head, qk_norm_rope, registries, residual_norm, rope_tables
+from page4d_kernels import (
+    TokenLayout,
+    frame_attention,
+    mask_attention,
+    mask_head,
+    qk_norm_rope,
+    registries,
+    residual_norm,
+    rope_tables,
+    select_keys,
+    thin_attention,
+)
 from page4d_kernels.testing import (
     assert_within_budget,
     attention_gradients,
@@ -91,6 +102,25 @@ def test_long_gradients(backend, count, dtype):
             special = inputs.layout.only_special(torch.ones_like(gradient)).bool()
             oracle[name], plain[name] = oracle[name].where(special, 0.0), plain[name].where(special, 0.0)
         assert_within_budget(name, gradient, oracle[name], plain[name], 2.0, slack[name])
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "sdpa"])
+def test_layers_of_attention_plans(name):
+    """14 288 tokens with cells of 2 x 2 and within frames, against `chunked` in fp32."""
+    if registries()["mask_attention"].get(name).unavailable():
+        pytest.skip("the backend is missing")
+    layout = frames(16)
+    inputs = attention_inputs(layout, heads=2, dtype=torch.bfloat16, packed=True, device="cuda")
+    exact = inputs.to(torch.float32)
+    kept = select_keys(layout, GRID, (2, 2), device=inputs.q.device)
+    rows = torch.arange(5, 893, 13, device="cuda")
+    for attend, of in ((thin_attention, kept), (frame_attention, layout)):
+        found = attend(*inputs.tensors()[:3], of, *inputs.tensors()[3:], backend=name, dense_rows=rows)
+        expected = attend(*exact.tensors()[:3], of, *exact.tensors()[3:], backend="chunked", dense_rows=rows)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours.float() - theirs).norm() / theirs.norm() < 1e-2
+        again = attend(*inputs.tensors()[:3], of, *inputs.tensors()[3:], backend=name, dense_rows=rows)
+        assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
 
 
 def test_gradients_at_40k_tokens(backend):

@@ -1,0 +1,141 @@
+"""What attention plans cost nano in quality, on rendered scenes: `python -m benchmarks.plan_quality --frames 8 --seeds 100,101,102`.
+
+Every plan sees the same sequences. The table has the mean of exact attention, and for each plan the difference to it in percent, with the
+standard error of the paired differences. The deviation is the mean over sequences, by layer.
+
+Plans: `balanced` and `fast` (general), `own balanced` and `own fast` (nano's), RxC (that cell in all layers), KIND@L (one layer alone, such
+as frame@0 or 3x3@4, the others exact), budget:RxC:rxc (cells of R x C, with whole ones where things move until as many keys are seen as
+with r x c; control:... where the least moves), blocks:SHARE:FLOOR (block-sparse), or a .json file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from page4d import Page4D
+from page4d.config import DENSE, FRAME, Layer, Page4DConfig
+from page4d.data.synthetic import SyntheticScenes
+from page4d.evaluation.evaluate import sequence_metrics
+from page4d.evaluation.protocol import Protocol
+from page4d.evaluation.readers import Rules
+from page4d.execution.attention_plan import AttentionPlan
+
+from .measure import provenance
+from .plan_variants import BlockPlan, BudgetPlan
+
+COMMAND = "python -m benchmarks.plan_quality"
+SIZE = (56, 84)
+COLUMNS = {"ATE": ("pose", "ate"), "RPE t": ("pose", "rpe_trans"), "RPE r, °": ("pose", "rpe_rot"),
+           "AbsRel": ("depth:median", "abs_rel"), "mask AUC": ("mask", "auc")}  # fmt: skip
+USUAL = "exact,1x2,2x2,2x3,3x3,own balanced,own fast,balanced,fast"
+
+
+def parse_plan(name: str, config: Page4DConfig) -> AttentionPlan:
+    """The plan that a name stands for, see above."""
+    if name.endswith(".json"):
+        return AttentionPlan.named(name, config)
+    kind, _, rest = name.partition(":")
+    if kind in ("budget", "control"):
+        coarse, fine = (_cell(part) for part in rest.split(":"))
+        return BudgetPlan((coarse,) * config.depth, name, like=fine, inverted=kind == "control")
+    if kind == "blocks":
+        share, floor = map(float, rest.split(":"))
+        return BlockPlan((DENSE,) * config.depth, name, share=share, floor=floor)
+    if "@" in name:
+        layer, _, number = name.partition("@")
+        layers: list[Layer] = [DENSE] * config.depth
+        layers[int(number)] = FRAME if layer == FRAME else _cell(layer)
+        return AttentionPlan(tuple(layers), name)
+    if name.startswith("own "):
+        return AttentionPlan.preset(name.removeprefix("own "), config)
+    return AttentionPlan((_cell(name),) * config.depth, name) if name[0].isdigit() else AttentionPlan.general(name, config.depth)
+
+
+def _cell(text: str) -> tuple[int, int]:
+    rows, columns = map(int, text.split("x"))
+    return rows, columns
+
+
+def measure(model: Page4D, plans: dict[str, AttentionPlan], scenes: Sequence[SyntheticScenes]) -> dict[str, list[dict[str, float]]]:
+    """By plan a row for each sequence: the metrics of COLUMNS, and the deviation of each layer."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
+    samples = (dataset[index] for dataset in scenes for index in range(len(dataset)))
+    for sample in tqdm(samples, total=sum(map(len, scenes)), unit="sequence"):
+        for name, plan in plans.items():
+            protocol = Protocol(SIZE, alignments=("median",), attention=plan)
+            metrics, _ = sequence_metrics(model, sample, ["pose", "depth", "mask"], protocol, Rules())
+            row = {title: metrics.get(group, {}).get(metric, math.nan) for title, (group, metric) in COLUMNS.items()}
+            found[name].append(row | {key: value for key, value in metrics.get("attention", {}).items() if key != "deviation"})
+    return found
+
+
+def compared(values: list[float], exact: list[float]) -> tuple[float, float, float]:
+    """The mean, and the mean and standard error of the paired differences to `exact` in percent of its mean. NaNs are left out."""
+    pairs = [(x, y) for x, y in zip(values, exact, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    mean, base = (statistics.fmean(side) for side in zip(*pairs, strict=True))
+    differences = [100 * (x - y) / base for x, y in pairs]
+    error = statistics.stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+    return mean, statistics.fmean(differences), error
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rho of two lists without ties."""
+    ranks = torch.tensor([list(x), list(y)], dtype=torch.float64).argsort(1).argsort(1).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def table(found: dict[str, list[dict[str, float]]], plans: dict[str, AttentionPlan]) -> str:
+    """Markdown. "warns": the rank correlation, over sequences, of the largest deviation with the change of the ATE in either direction."""
+    lines = [f"| plan | {' | '.join(COLUMNS)} | deviation by layer | warns |", "|---|" + "---|" * (len(COLUMNS) + 2)]
+    exact = found["exact"]
+    for name, rows in found.items():
+        cells = []
+        for title in COLUMNS:
+            mean, difference, error = compared([row[title] for row in rows], [row[title] for row in exact])
+            cells.append(f"{mean:.4f}" if name == "exact" else f"{difference:+.1f} ± {error:.1f} %")
+        layers = [key for key in rows[0] if key.startswith("layer ")]
+        deviation = " ".join(f"{statistics.fmean(row[key] for row in rows):.2f}" for key in layers)
+        warns = ""
+        if layers:
+            changes = [abs(row["ATE"] - other["ATE"]) for row, other in zip(rows, exact, strict=True)]
+            warns = f"{rank_correlation([max(row[key] for key in layers) for row in rows], changes):+.2f}"
+        plan = plans[name]
+        computed = f", {statistics.fmean(plan.computed):.0%} of the pairs" if isinstance(plan, BlockPlan) else ""
+        lines.append(f"| `{name}`{computed} | {' | '.join(cells)} | {deviation} | {warns} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default="nano")
+    parser.add_argument("--kind", default="dynamic", choices=["static", "dynamic"])
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--seeds", default="100,101,102", help="of the scenes (default: 100,101,102)")
+    parser.add_argument("--sequences", type=int, default=100, help="of each seed (default: 100)")
+    parser.add_argument("--plans", default=USUAL, help=f"separated by commas (default: {USUAL})")
+    parser.add_argument("--json", type=Path, help="write each sequence's values here")
+    args = parser.parse_args(argv)
+    model = Page4D.from_pretrained(args.weights, device="cpu").eval()
+    plans = {name: parse_plan(name, model.config) for name in dict.fromkeys(["exact", *args.plans.split(",")])}
+    scenes = [
+        SyntheticScenes(args.kind, frames=args.frames, size=SIZE, seed=int(seed), length=args.sequences) for seed in args.seeds.split(",")
+    ]
+    found = measure(model, plans, scenes)
+    text = table(found, plans)
+    print(f"{args.frames} frames, {args.kind}, seeds {args.seeds}, {args.sequences} sequences each\n\n{text}")
+    if args.json is not None:
+        content: dict[str, Any] = {**provenance("cpu", COMMAND), "arguments": vars(args) | {"json": None}, "sequences": found}
+        args.json.write_text(json.dumps(content) + "\n")
+
+
+if __name__ == "__main__":
+    main()
