@@ -12,7 +12,7 @@ from page4d.cli.preview import main
 from page4d.data.synthetic import SyntheticScenes, random_scene, render, seeded, stream
 from page4d.data.synthetic.camera import PATHS, CameraPath, look_at, random_path
 from page4d.data.synthetic.render import _normals, _pixels, _rays, trace
-from page4d.data.synthetic.scene import BOX, CLEARANCE, CYLINDER, ROOM, SHEET, SPHERE, Scene, _ground_path, _Random, _solid
+from page4d.data.synthetic.scene import BOX, CLEARANCE, CYLINDER, ROOM, SHEET, SPHERE, Random, Scene, _ground_path, solid
 from page4d.data.synthetic.texture import make_textures
 from page4d.errors import InputError
 from page4d.geometry import unproject
@@ -295,7 +295,7 @@ def test_the_number_of_moving_objects_is_as_asked(moving):
 
 
 def test_objects_move_along_their_heading_at_constant_speed():
-    path, heading = _ground_path(_Random(torch.Generator().manual_seed(0)), torch.zeros(3), torch.linspace(0, 1, 101), 9.0)
+    path, heading = _ground_path(Random(torch.Generator().manual_seed(0)), torch.zeros(3), torch.linspace(0, 1, 101), 9.0)
     step, middle = path.diff(dim=0), (heading[1:] + heading[:-1]) / 2
     assert (heading[-1] - heading[0]).abs() > 0.1
     assert torch.allclose(step[:, :2] / step.norm(dim=-1, keepdim=True), torch.stack([middle.cos(), middle.sin()], -1), atol=1e-3)
@@ -306,7 +306,7 @@ def test_stretching_objects_stand_on_the_floor():
     """They always touch the floor unless they bounce, and never sink in."""
     stands = 0
     for seed in range(40):
-        (part,) = _solid(_Random(torch.Generator().manual_seed(seed)), torch.zeros(3), torch.linspace(0, 1, 6), True, 2.0)
+        (part,) = solid(Random(torch.Generator().manual_seed(seed)), torch.zeros(3), torch.linspace(0, 1, 6), True, 2.0)
         half = part.linear[:, 2, 2]
         bottom = part.offset[:, 2] - half
         assert bottom.min() > -1e-5
@@ -444,3 +444,18 @@ def test_a_camera_looks_at_its_target():
     assert torch.allclose(rotation, torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]), atol=1e-6)
     rolled = look_at(torch.tensor([[0.0, -5.0, 0.0]]), torch.zeros(1, 3), torch.tensor([math.pi / 2]))[0]
     assert torch.allclose(rolled[2], rotation[2]) and torch.allclose(rolled[0], rotation[1], atol=1e-6)
+
+
+def test_a_walk_closes_its_loop_and_people_walk_before_the_camera():
+    still, crowded = (SyntheticScenes("walk", frames=300, size=(14, 21), seed=3, moving=count)[0] for count in (0, 5))
+    assert torch.equal(still.extrinsics, crowded.extrinsics), "people change nothing else"
+    centres = -(still.extrinsics[:, :, :3].mT @ still.extrinsics[:, :, 3:])[..., 0]
+    steps = (centres[1:] - centres[:-1]).norm(dim=1)
+    assert steps.max() < 0.15 and steps.sum() > 15
+    assert (centres[260:] - centres[:40]).norm(dim=1).mean() < 0.6 < (centres[130] - centres[0]).norm() / 3
+    assert (still.depth > 0).all() and still.depth.min() > 0.3, "the camera runs into nothing"
+    share = crowded.dynamic.float().flatten(1).mean(1)
+    assert not still.dynamic.any() and share.max() > 0.3 and (share > 0).float().mean() > 0.8
+    assert crowded.name == "walk-3-0"
+    part = SyntheticScenes("walk", frames=30, size=(14, 21), seed=3)[0]
+    assert torch.allclose(part.extrinsics, still.extrinsics[:30], atol=1e-4), "a shorter walk is its beginning"

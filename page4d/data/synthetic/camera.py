@@ -52,7 +52,7 @@ def look_at(centers: Tensor, targets: Tensor, roll: Tensor) -> Tensor:
     return torch.stack([c * right + s * down, c * down - s * right, forward], 1)
 
 
-def _wander(generator: torch.Generator, time: Tensor, channels: int, speed: float) -> Tensor:
+def wander(generator: torch.Generator, time: Tensor, channels: int, speed: float) -> Tensor:
     """Smooth random functions of time (S, channels) of magnitude about 1. Each is a sum of three sines."""
     rate = speed * (0.3 + torch.rand(1, channels, 3, generator=generator))
     phase = 2 * math.pi * torch.rand(1, channels, 3, generator=generator)
@@ -78,11 +78,11 @@ def random_path(generator: torch.Generator, time: Tensor, *, radius: float, ceil
     target = torch.tensor([uniform(-0.6, 0.6), uniform(-0.6, 0.6), uniform(0.3, 1.0)]).expand(frames, 3)
     roll = torch.zeros(frames)
     if kind == "hand-held":
-        centers = centers + _wander(generator, time, 3, 1.0) * torch.tensor([0.45, 0.45, 0.2])
-        target = target + _wander(generator, time, 3, 1.0) * 0.35
-        roll = 0.05 * _wander(generator, time, 1, 1.0)[:, 0]
+        centers = centers + wander(generator, time, 3, 1.0) * torch.tensor([0.45, 0.45, 0.2])
+        target = target + wander(generator, time, 3, 1.0) * 0.35
+        roll = 0.05 * wander(generator, time, 1, 1.0)[:, 0]
     elif kind != "static":
-        target = target + _wander(generator, time, 3, 0.5) * 0.1
+        target = target + wander(generator, time, 3, 0.5) * 0.1
     limits = torch.tensor([radius * 1.2, radius * 1.2, 0.9 * ceiling])
     centers = torch.minimum(torch.maximum(centers, torch.tensor([-1.2 * radius, -1.2 * radius, 0.3])), limits)
     fov = torch.full((frames,), math.radians(uniform(45, 85)))

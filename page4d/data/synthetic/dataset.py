@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -13,9 +14,10 @@ from torch.utils.data import Dataset
 from ...errors import InputError
 from ..sample import Sample
 from .render import render
-from .scene import KINDS, random_scene
+from .scene import KINDS, WALK, random_scene
 from .seeds import seeded
 from .texture import photographs_in
+from .walk import walking_scene
 
 SMALLEST = 8  # side of an image, in pixels
 
@@ -26,13 +28,13 @@ class SyntheticScenes(Dataset[Sample]):
     Tracks, noise and motion blur do not change the scene. Photographs change only its textures.
 
     Args:
-        kind: "static", "dynamic" or "mixed".
+        kind: "static", "dynamic", "mixed", or "walk": through four rooms in a ring, which closes after about 300 frames.
         frames: number of frames S of a sequence.
         size: (H, W) of the images in pixels, at least 8 x 8.
         seed: selects the scenes.
         length: number of sequences.
         tracks: number of points tracked through each sequence.
-        moving: number of independently moving objects. None = as `kind` says.
+        moving: number of independently moving objects. None = as `kind` says (a walk has none; three cover up to half of its pictures).
         motion_blur: number of instants that are averaged into a frame. The shutter is open for half the time between frames. 1 = no blur.
         noise: standard deviation of the noise added to images in [0, 1].
         supersample: rays along each side of a pixel.
@@ -81,9 +83,12 @@ class SyntheticScenes(Dataset[Sample]):
         if not 0 <= i < self.length:
             raise IndexError(f"sequence {i} of {self.length}")
         which, instants = (self.kind, self.seed, i), self.motion_blur
-        scene = random_scene(
-            self.kind, self.frames, seeded("scene", *which), photographs=self.photographs, moving=self.moving, instants=instants
-        ).to(self.device)
+        options: dict[str, Any] = {"photographs": self.photographs, "instants": instants}
+        if self.kind == WALK:
+            scene = walking_scene(self.frames, seeded("scene", *which), self.moving or 0, **options)
+        else:
+            scene = random_scene(self.kind, self.frames, seeded("scene", *which), moving=self.moving, **options)
+        scene = scene.to(self.device)
         moments = [scene.frames(slice(moment, None, instants)) for moment in range(instants)]
         sample = render(moments[0], self.size, tracks=self.tracks, supersample=self.supersample, generator=seeded("tracks", *which))
         images = sample.images

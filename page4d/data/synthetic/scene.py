@@ -22,7 +22,8 @@ from .texture import Textures, make_textures
 # box: |x|, |y|, |z| <= 1. sphere: |u| <= 1. cylinder: x^2 + y^2 <= 1, |z| <= 1. sheet: z = 0, |x|, |y| <= 1. room: a box seen from inside.
 BOX, SPHERE, CYLINDER, SHEET, ROOM = range(5)
 CLEARANCE = 0.6  # metres around the camera without objects
-KINDS = ("static", "dynamic", "mixed")
+WALK = "walk"  # see walk.py
+KINDS = ("static", "dynamic", "mixed", WALK)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Scene:
         return replace(self, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
 
 
-class _Random:
+class Random:
     """Random draws from one generator."""
 
     def __init__(self, generator: torch.Generator):
@@ -80,7 +81,7 @@ class _Random:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One shape of an object, with its map at every frame."""
 
     shape: int
@@ -100,12 +101,12 @@ def _about_y(angle: Tensor) -> Tensor:
     return torch.stack([c, zero, s, zero, one, zero, -s, zero, c], -1).unflatten(-1, (3, 3))
 
 
-def _still(shape: int, half: Tensor, position: Tensor, angle: float, frames: int) -> _Part:
+def still(shape: int, half: Tensor, position: Tensor, angle: float, frames: int) -> Part:
     linear = _about_z(torch.tensor(angle)) * half
-    return _Part(shape, linear.expand(frames, 3, 3), position.expand(frames, 3), half, False)
+    return Part(shape, linear.expand(frames, 3, 3), position.expand(frames, 3), half, False)
 
 
-def _ground_path(random: _Random, start: Tensor, time: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+def _ground_path(random: Random, start: Tensor, time: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     """Positions (S, 3) and headings (S,) of an object that moves over the floor and stays within `radius` of the centre."""
     heading, turn, length = random.uniform(0, 2 * math.pi), random.uniform(-1.5, 1.5), random.uniform(0.8, 2.5)
     half = turn * time / 2  # the path is a circular arc, computed from its chord
@@ -116,7 +117,7 @@ def _ground_path(random: _Random, start: Tensor, time: Tensor, radius: float) ->
     return path, heading + turn * time
 
 
-def _solid(random: _Random, position: Tensor, time: Tensor, moving: bool, radius: float) -> list[_Part]:
+def solid(random: Random, position: Tensor, time: Tensor, moving: bool, radius: float) -> list[Part]:
     """A box, ball, cylinder or stretching blob. It stands on the floor, or it moves over the floor, spins and bounces."""
     shape = (BOX, SPHERE, CYLINDER)[random.integer(0, 2)]
     half = torch.tensor([random.uniform(0.15, 0.6) for _ in range(3)])
@@ -126,7 +127,7 @@ def _solid(random: _Random, position: Tensor, time: Tensor, moving: bool, radius
         half[2] = half[0]
     angle = random.uniform(0, 2 * math.pi)
     if not moving:
-        return [_still(shape, half, position + half * torch.tensor([0.0, 0.0, 1.0]), angle, len(time))]
+        return [still(shape, half, position + half * torch.tensor([0.0, 0.0, 1.0]), angle, len(time))]
     path, _ = _ground_path(random, position, time, radius)
     if random.chance(0.4):  # bounces or floats
         path[:, 2] += random.uniform(0.2, 1.0) * (math.pi * (random.uniform(0.5, 2) * time + random.uniform(0, 1))).sin().abs()
@@ -136,12 +137,14 @@ def _solid(random: _Random, position: Tensor, time: Tensor, moving: bool, radius
         stretch = 1 + random.uniform(0.15, 0.4) * (2 * math.pi * (random.uniform(0.5, 1.5) * time + random.uniform(0, 1))).sin()
     path[:, 2] += half[2] * stretch
     scale = torch.stack([stretch.rsqrt(), stretch.rsqrt(), stretch], -1) * half  # keeps the volume
-    return [_Part(shape, _about_z(angle + spin * time) * scale[:, None, :], path, half, True)]
+    return [Part(shape, _about_z(angle + spin * time) * scale[:, None, :], path, half, True)]
 
 
-def _walker(random: _Random, position: Tensor, time: Tensor, radius: float) -> list[_Part]:
-    """A walker with torso, head, arms and legs. The limbs swing about hip and shoulder."""
-    path, heading = _ground_path(random, position, time, radius)
+def walker(random: Random, path: Tensor, heading: Tensor, time: Tensor) -> list[Part]:
+    """A walker with torso, head, arms and legs, on a path (S, 3) over the floor. The limbs swing about hip and shoulder.
+
+    `time` (S,): a unit has one to two and a half steps.
+    """
     height = random.uniform(1.2, 1.9)
     swing = random.uniform(0.3, 0.7) * (2 * math.pi * (random.uniform(1, 2.5) * time + random.uniform(0, 1))).sin()
     body = _about_z(heading)
@@ -160,7 +163,7 @@ def _walker(random: _Random, position: Tensor, time: Tensor, radius: float) -> l
         middle = height * (
             torch.tensor(joint, dtype=torch.float32) + torch.einsum("sij,j->si", local, torch.tensor(arm, dtype=torch.float32))
         )
-        found.append(_Part(shape, body @ local * extent, path + torch.einsum("sij,sj->si", body, middle), extent, True))
+        found.append(Part(shape, body @ local * extent, path + torch.einsum("sij,sj->si", body, middle), extent, True))
     return found
 
 
@@ -177,7 +180,7 @@ def random_scene(
     `moving` sets the number of independently moving objects instead. The scene has `instants` moments per frame: the first is the time of
     the frame, the others are within half of the time to the next frame.
     """
-    random = _Random(generator)
+    random = Random(generator)
     textures = seeded("textures", random.integer(0, 2**31 - 1))  # a separate generator, so that photographs change nothing else
     time = (torch.arange(frames)[:, None] + torch.arange(instants) / (2 * instants)).flatten() / max(frames - 1, 1)
     if moving is None:
@@ -187,41 +190,41 @@ def random_scene(
     size = torch.tensor([random.uniform(3.5, 5.5), random.uniform(3.5, 5.5), random.uniform(1.4, 2.0)])
     camera = random_path(random.generator, time, radius=0.75 * float(size[:2].min()), ceiling=2 * float(size[2]))
     reach = 0.45 * float(size[:2].min())
-    objects: list[list[_Part]] = []
+    objects: list[list[Part]] = []
 
-    def place(draw: Callable[..., list[_Part]], *args: bool) -> None:
+    def place(draw: Callable[..., list[Part]], *args: bool) -> None:
         """Draw an object again if the camera would run into it, at most 20 times."""
         for _ in range(20):
             parts = draw(*args)
-            if _clearance(parts, camera, instants) > CLEARANCE:
+            if clearance(parts, camera, instants) > CLEARANCE:
                 objects.append(parts)
                 break
 
-    def house() -> list[_Part]:
+    def house() -> list[Part]:
         angle, distance = random.uniform(0, 2 * math.pi), random.uniform(7, 14)
         half = torch.tensor([random.uniform(0.5, 3), random.uniform(0.5, 3), random.uniform(0.8, 3)])
         where = torch.tensor([distance * math.cos(angle), distance * math.sin(angle), float(half[2])])
-        return [_still(BOX, half, where, random.uniform(0, 3), len(time))]
+        return [still(BOX, half, where, random.uniform(0, 3), len(time))]
 
-    def thing(moves: bool) -> list[_Part]:
+    def thing(moves: bool) -> list[Part]:
         walks = moves and random.chance(0.4)
         angle, distance = random.uniform(0, 2 * math.pi), reach * math.sqrt(random.uniform(0, 1))
         where = torch.tensor([distance * math.cos(angle), distance * math.sin(angle), 0.0])
-        return _walker(random, where, time, reach) if walks else _solid(random, where, time, moves, reach)
+        return walker(random, *_ground_path(random, where, time, reach), time) if walks else solid(random, where, time, moves, reach)
 
     if indoors:  # the floor is z = 0
-        objects.append([_still(ROOM, size, torch.tensor([0.0, 0.0, float(size[2])]), 0.0, len(time))])
+        objects.append([still(ROOM, size, torch.tensor([0.0, 0.0, float(size[2])]), 0.0, len(time))])
     else:
-        objects.append([_still(SHEET, torch.tensor([60.0, 60.0, 1.0]), torch.zeros(3), random.uniform(0, 2), len(time))])
+        objects.append([still(SHEET, torch.tensor([60.0, 60.0, 1.0]), torch.zeros(3), random.uniform(0, 2), len(time))])
         for _ in range(random.integer(1, 4)):  # houses and walls around the scene
             place(house)
     background = len(objects)
     for i in range(random.integer(3, 7) + moving):
         place(thing, i < moving)
-    return _assemble(random, objects, background, camera, indoors, size, make_textures(len(objects), textures, photographs))
+    return assemble(random, objects, background, camera, indoors, size, make_textures(len(objects), textures, photographs))
 
 
-def _clearance(parts: list[_Part], camera: CameraPath, instants: int) -> float:
+def clearance(parts: list[Part], camera: CameraPath, instants: int) -> float:
     """Smallest distance over all frames between the camera and the boxes around the parts."""
     nearest = math.inf
     for part in parts:
@@ -232,8 +235,8 @@ def _clearance(parts: list[_Part], camera: CameraPath, instants: int) -> float:
     return nearest
 
 
-def _assemble(
-    random: _Random, objects: list[list[_Part]], background: int, camera: CameraPath, indoors: bool, size: Tensor, textures: Textures
+def assemble(
+    random: Random, objects: list[list[Part]], background: int, camera: CameraPath, indoors: bool, size: Tensor, textures: Textures
 ) -> Scene:
     numbered = [(part, i) for i, parts in enumerate(objects) for part in parts]
     numbered.sort(key=lambda pair: pair[0].shape)
