@@ -1,10 +1,12 @@
-"""Pose encoding, rotations and unprojection.
+"""Pose encoding, rotations, unprojection and similarities.
 
 Conventions: OpenCV cameras (x right, y down, z forward); extrinsics are camera-from-world, x_cam = R x_world + t; quaternions are
 (x, y, z, w); the pose encoding is [t (3), quaternion (4), fov_h, fov_w] with vertical and horizontal fields of view in radians.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,3 +90,39 @@ def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:
     points_camera = torch.stack([(u - cx) * z / fx, (v - cy) * z / fy, z], -1)
     rotation, translation = extrinsics[..., :3], extrinsics[..., 3]
     return torch.einsum("...ji,...hwj->...hwi", rotation, points_camera - translation[..., None, None, :]).to(depth.dtype)
+
+
+class Similarity(NamedTuple):
+    """x -> scale * rotation x + translation, from one world to another."""
+
+    scale: Tensor  # ()
+    rotation: Tensor  # (3, 3)
+    translation: Tensor  # (3,)
+
+    def apply(self, points: Tensor) -> Tensor:
+        """The transformed points (..., 3)."""
+        return self.scale * points @ self.rotation.mT + self.translation
+
+
+def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None) -> Similarity:
+    """The similarity that maps points (N, 3) to points (N, 3) with the least sum of squares, weighted by (N,), in float64.
+
+    Source: S. Umeyama, Least-squares estimation of transformation parameters between two point patterns, PAMI 1991. If a
+    reflection would fit better, the axis of least variance is flipped, so that the result is a rotation. If all source points coincide,
+    only the translation is fitted. If all target points coincide, the scale is 0.
+    """
+    source, target = source.double(), target.double()
+    share = source.new_ones(len(source)) if weights is None else weights.double()
+    share = share / share.sum()
+    mean_source, mean_target = share @ source, share @ target
+    centred_source, centred_target = source - mean_source, target - mean_target
+    variance = share @ centred_source.square().sum(1)
+    if variance <= (1e-12 * source.abs().max()) ** 2:  # all points coincide, up to rounding
+        return Similarity(torch.ones_like(variance), torch.eye(3, dtype=source.dtype, device=source.device), mean_target - mean_source)
+    u, singular, vt = torch.linalg.svd(centred_target.mT @ (share[:, None] * centred_source))
+    signs = torch.ones_like(singular)
+    if torch.det(u) * torch.det(vt) < 0:
+        signs[2] = -1
+    rotation = u @ torch.diag(signs) @ vt
+    scale = (singular * signs).sum() / variance
+    return Similarity(scale, rotation, mean_target - scale * rotation @ mean_source)

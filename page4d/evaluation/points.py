@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pose import umeyama
+from ..geometry import umeyama
 
 METRICS = ("accuracy", "accuracy_median", "completeness", "completeness_median")
 

@@ -5,44 +5,10 @@ Poses are camera-from-world extrinsics (S, 3, 4), as everywhere in this package.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Similarity(NamedTuple):
-    """x -> scale * rotation x + translation."""
-
-    scale: Tensor  # ()
-    rotation: Tensor  # (3, 3)
-    translation: Tensor  # (3,)
-
-    def apply(self, points: Tensor) -> Tensor:
-        """The transformed points (..., 3)."""
-        return self.scale * points @ self.rotation.mT + self.translation
-
-
-def umeyama(source: Tensor, target: Tensor) -> Similarity:
-    """The similarity that maps points (N, 3) to points (N, 3) with the least sum of squares, in float64.
-
-    Source: S. Umeyama, Least-squares estimation of transformation parameters between two point patterns, PAMI 1991. If a
-    reflection would fit better, the axis of least variance is flipped, so that the result is a rotation. If all source points coincide,
-    only the translation is fitted. If all target points coincide, the scale is 0.
-    """
-    source, target = source.double(), target.double()
-    mean_source, mean_target = source.mean(0), target.mean(0)
-    centred_source, centred_target = source - mean_source, target - mean_target
-    variance = centred_source.square().sum(1).mean()
-    if variance <= (1e-12 * source.abs().max()) ** 2:  # all points coincide, up to rounding
-        return Similarity(torch.ones_like(variance), torch.eye(3, dtype=source.dtype), mean_target - mean_source)
-    u, singular, vt = torch.linalg.svd(centred_target.mT @ centred_source / len(source))
-    signs = torch.ones_like(singular)
-    if torch.det(u) * torch.det(vt) < 0:
-        signs[2] = -1
-    rotation = u @ torch.diag(signs) @ vt
-    scale = (singular * signs).sum() / variance
-    return Similarity(scale, rotation, mean_target - scale * rotation @ mean_source)
+from ..geometry import umeyama
 
 
 def trajectory(extrinsics: Tensor) -> tuple[Tensor, Tensor]:

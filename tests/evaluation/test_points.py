@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from page4d.evaluation.points import METRICS, nearest_distances, point_metrics
-from page4d.evaluation.pose import umeyama
+from page4d.geometry import umeyama
 
 
 def clouds(n: int = 700) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,8 @@ from evo.core.trajectory import PosePath3D
 from evo.core.units import Unit
 from scipy.spatial.transform import Rotation
 
-from page4d.evaluation.pose import pose_metrics, rotation_angle, trajectory, umeyama
+from page4d.evaluation.pose import pose_metrics, rotation_angle, trajectory
+from page4d.geometry import umeyama
 
 
 def path(extrinsics: torch.Tensor) -> PosePath3D:
