@@ -11,6 +11,7 @@ with r x c; control:... where the least moves), blocks:SHARE:FLOOR (block-sparse
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -114,6 +115,27 @@ def table(found: dict[str, list[dict[str, float]]], plans: dict[str, AttentionPl
     return "\n".join(lines)
 
 
+BINS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.45, math.inf)  # of the largest deviation of a sequence
+
+
+def warnings(found: dict[str, list[dict[str, float]]], plans: dict[str, AttentionPlan]) -> str:
+    """Markdown: how far the ATE moves, in either direction, by the largest deviation. Of the plans that have cells in all layers."""
+    cells = [name for name, plan in plans.items() if all(isinstance(layer, tuple) for layer in plan.layers)]
+    pairs = [
+        (max(value for key, value in row.items() if key.startswith("layer ")), abs(row["ATE"] / exact["ATE"] - 1))
+        for name in cells
+        for row, exact in zip(found[name], found["exact"], strict=True)
+        if exact["ATE"] > 0
+    ]
+    lines = ["| largest deviation | sequences | the ATE moves by (median) | by over 10 % in |", "|---|---|---|---|"]
+    for low, high in itertools.pairwise(BINS):
+        moved = [change for deviation, change in pairs if low <= deviation < high]
+        if moved:
+            share = statistics.fmean(change > 0.1 for change in moved)
+            lines.append(f"| {low:g} to {high:g} | {len(moved)} | {statistics.median(moved):.1%} | {share:.0%} |")
+    return "\n".join(lines) if pairs else ""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="nano")
@@ -131,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     found = measure(model, plans, scenes)
     text = table(found, plans)
-    print(f"{args.frames} frames, {args.kind}, seeds {args.seeds}, {args.sequences} sequences each\n\n{text}")
+    print(f"{args.frames} frames, {args.kind}, seeds {args.seeds}, {args.sequences} sequences each\n\n{text}\n\n{warnings(found, plans)}")
     if args.json is not None:
         content: dict[str, Any] = {**provenance("cpu", COMMAND), "arguments": vars(args) | {"json": None}, "sequences": found}
         args.json.write_text(json.dumps(content) + "\n")

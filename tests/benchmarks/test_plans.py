@@ -80,6 +80,15 @@ def test_paired_differences():
     assert plan_quality.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
 
 
+def test_the_table_of_warnings():
+    plans = {"exact": AttentionPlan(("dense",)), "2x2": AttentionPlan(((2, 2),)), "frame": AttentionPlan(("frame",))}
+    exact = [{"ATE": 1.0}, {"ATE": 2.0}, {"ATE": 0.0}]
+    cells = [{"ATE": 1.2, "layer 0": 0.01}, {"ATE": 2.0, "layer 0": 0.04}, {"ATE": 3.0, "layer 0": 0.04}]
+    found = {"exact": exact, "2x2": cells, "frame": [{"ATE": 9.0, "layer 0": 9.0}] * 3}
+    assert plan_quality.warnings(found, plans).splitlines()[2:] == ["| 0 to 0.05 | 2 | 10.0% | 50% |"]
+    assert plan_quality.warnings({"exact": exact}, {"exact": plans["exact"]}) == ""
+
+
 def test_the_command_for_quality(tmp_path, capsys):
     path = tmp_path / "q.json"
     plan_quality.main(

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = [
     {"cli", "__main__"},
     {"pipeline"},
-    {"training", "evaluation", "viewer"},
+    {"training", "evaluation", "viewer", "long_video"},
     {"export"},
     {"model"},
     {"data", "execution"},
