@@ -103,6 +103,24 @@ class Similarity(NamedTuple):
         """The transformed points (..., 3)."""
         return self.scale * points @ self.rotation.mT + self.translation
 
+    def after(self, first: Similarity) -> Similarity:
+        """This one after another: x -> self(first(x))."""
+        return Similarity(self.scale * first.scale, self.rotation @ first.rotation, self.apply(first.translation))
+
+    def inverse(self) -> Similarity:
+        back = self.rotation.mT / self.scale
+        return Similarity(1 / self.scale, self.rotation.mT, -back @ self.translation)
+
+    def cameras(self, extrinsics: Tensor) -> Tensor:
+        """Extrinsics (..., 3, 4) of the same cameras in the new world, where lengths, depths too, are `scale` times as long."""
+        rotation = extrinsics[..., :3] @ self.rotation.mT
+        translation = self.scale * extrinsics[..., 3] - rotation @ self.translation
+        return torch.cat([rotation, translation[..., None]], -1)
+
+    @classmethod
+    def identity(cls) -> Similarity:
+        return cls(torch.ones((), dtype=torch.float64), torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+
 
 def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None) -> Similarity:
     """The similarity that maps points (N, 3) to points (N, 3) with the least sum of squares, weighted by (N,), in float64.

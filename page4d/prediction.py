@@ -104,7 +104,10 @@ class Prediction(EqualByValue):
 
     def frame(self, index: int) -> Prediction:
         """One frame, as S = 1. Its tensors share the memory."""
-        part = slice(index, index + 1)
+        return self.frames(slice(index, index + 1))
+
+    def frames(self, part: slice) -> Prediction:
+        """Some of the frames. Their tensors share the memory."""
         changed: dict[str, Any] = {
             name: value[:, :, part] if name in ("pose_enc_list", "track_list") else value[:, part]
             for name, value in self.tensors().items()
