@@ -82,6 +82,8 @@ def measure(model: Page4D, plans: dict[str, AttentionPlan], scenes: Sequence[Syn
 def compared(values: list[float], exact: list[float]) -> tuple[float, float, float]:
     """The mean, and the mean and standard error of the paired differences to `exact` in percent of its mean. NaNs are left out."""
     pairs = [(x, y) for x, y in zip(values, exact, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    if not pairs:  # such as the mask where nothing moves
+        return math.nan, math.nan, math.nan
     mean, base = (statistics.fmean(side) for side in zip(*pairs, strict=True))
     differences = [100 * (x - y) / base for x, y in pairs]
     error = statistics.stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
@@ -102,7 +104,7 @@ def table(found: dict[str, list[dict[str, float]]], plans: dict[str, AttentionPl
         cells = []
         for title in COLUMNS:
             mean, difference, error = compared([row[title] for row in rows], [row[title] for row in exact])
-            cells.append(f"{mean:.4f}" if name == "exact" else f"{difference:+.1f} ± {error:.1f} %")
+            cells.append("" if math.isnan(mean) else f"{mean:.4f}" if name == "exact" else f"{difference:+.1f} ± {error:.1f} %")
         layers = [key for key in rows[0] if key.startswith("layer ")]
         deviation = " ".join(f"{statistics.fmean(row[key] for row in rows):.2f}" for key in layers)
         warns = ""

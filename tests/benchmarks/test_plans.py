@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_names_of_plans():
 def test_paired_differences():
     mean, difference, error = plan_quality.compared([1.1, 2.3, float("nan")], [1.0, 2.0, 5.0])
     assert mean == pytest.approx(1.7) and difference == pytest.approx(100 * 0.2 / 1.5) and error == pytest.approx(100 * 0.1 / 1.5)
+    assert all(math.isnan(value) for value in plan_quality.compared([math.nan], [math.nan]))
     assert plan_quality.rank_correlation([1, 2, 3, 9], [0.1, 0.2, 0.7, 0.8]) == pytest.approx(1)
     assert plan_quality.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
 
