@@ -27,16 +27,20 @@ class Seam:
 
 
 def seam(before: Prediction, after: Prediction, overlap: int, mask: bool = True) -> Seam:
-    """Align `after` to `before`, whose last `overlap` frames are the first ones of `after` (B = 1 both).
+    """`match` of two chunks: the last `overlap` frames of `before` are the first ones of `after`."""
+    return match(before.frames(slice(before.images.shape[1] - overlap, None)), after.frames(slice(0, overlap)), mask)
 
-    Each common pixel has a point in both worlds. It counts by both confidences, by 1 - motion if there is a dynamics mask and `mask` is
-    on, and by the inverse square of its distance, as errors of depth grow with it. If the points do not determine the
-    similarity, the cameras do, with the median ratio of the depths as scale.
+
+def match(first: Prediction, second: Prediction, mask: bool = True) -> Seam:
+    """The similarity from the world of `second` to that of `first`, two predictions (B = 1) of the same frames.
+
+    Each pixel has a point in both worlds. It counts by both confidences, by 1 - motion in both if there is a dynamics mask and `mask` is
+    on, and by the inverse square of its distance, as errors of depth grow with it. If the points do not determine the similarity, the
+    cameras do, with the median ratio of the depths as scale.
 
     Raises:
         AlignmentError: neither does.
     """
-    first, second = before.frames(slice(before.images.shape[1] - overlap, None)), after.frames(slice(0, overlap))
     (points_a, conf_a), (points_b, conf_b) = (part.points("depth") for part in (second, first))
     assert first.depth is not None and second.depth is not None
     depth_a, depth_b = second.depth[..., 0], first.depth[..., 0]
