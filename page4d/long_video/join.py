@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..geometry import Similarity, encode_pose
 from ..prediction import Prediction
@@ -30,7 +30,7 @@ def moved(prediction: Prediction, similarity: Similarity) -> Prediction:
     cameras, size = prediction.cameras, (prediction.images.shape[-2], prediction.images.shape[-1])
     extrinsics = similarity.cameras(cameras.extrinsics.double())
     pose = encode_pose(extrinsics, cameras.intrinsics.double(), size)
-    changed: dict[str, Tensor] = {"pose_enc": pose}
+    changed: dict[str, Any] = {"pose_enc": pose}
     if prediction.depth is not None:
         changed["depth"] = prediction.depth * float(similarity.scale)
     if prediction.world_points is not None:
@@ -42,5 +42,5 @@ def moved(prediction: Prediction, similarity: Similarity) -> Prediction:
 def join(pieces: Sequence[Prediction], chunks: Sequence[Chunk], where: Sequence[Similarity]) -> Prediction:
     """All frames in the first chunk's world. Frames of an overlap are those of the earlier chunk."""
     parts = [moved(piece.frames(chunk.own), place).tensors() for piece, chunk, place in zip(pieces, chunks, where, strict=True)]
-    whole = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+    whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
     return replace(Prediction(**whole), attention=pieces[0].attention)

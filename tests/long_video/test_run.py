@@ -1,0 +1,119 @@
+"""A whole run on rendered truth: chunks, seams, loops, joining, and going on after a stop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from page4d.data.synthetic import SyntheticScenes
+from page4d.errors import InputError
+from page4d.evaluation.pose import pose_metrics
+from page4d.long_video.chunks import divide
+from page4d.long_video.join import moved
+from page4d.long_video.run import run
+from page4d.long_video.store import Store
+
+COUNT = 290
+
+
+@pytest.fixture(scope="module")
+def closed():
+    return SyntheticScenes("walk", frames=COUNT, size=(28, 42), seed=5)[0]
+
+
+class Oracle:
+    """In place of the model: the truth with noise and drift, in another world in each pass, and how often it was asked."""
+
+    def __init__(self, sample, truth, random_similarity, noise: float = 0.0, stops_after: int = 10**6):
+        self.sample, self.truth, self.random_similarity = sample, truth, random_similarity
+        self.noise, self.left, self.calls = noise, stops_after, 0
+
+    def __call__(self, images):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left, self.calls = self.left - 1, self.calls + 1
+        frames = [self.numbers[image.numpy().tobytes()] for image in images]
+        found = moved(self.truth(self.sample, frames), self.random_similarity(frames[0]))
+        generator = torch.Generator().manual_seed(frames[0])
+        bent = 1 + self.noise * torch.linspace(-1, 1, len(frames)).view(1, -1, 1, 1, 1)  # the unit drifts within the chunk
+        rough = 1 + self.noise * torch.randn(found.depth.shape, generator=generator)
+        return replace(found, depth=found.depth * bent * rough)
+
+    @property
+    def numbers(self):
+        return {image.numpy().tobytes(): number for number, image in enumerate(self.sample.images)}
+
+
+def tokens_of(sample):
+    """A stand-in for the encoder: the coarse picture itself."""
+    return lambda images: torch.nn.functional.avg_pool2d(images, 7).flatten(1)[:, None]
+
+
+def in_memory(name, shape):
+    return torch.empty(shape)
+
+
+def error(found, sample) -> float:
+    metrics = pose_metrics(found.prediction.cameras.extrinsics[0], sample.extrinsics)
+    return metrics["ate"] / metrics["ate_constant"]
+
+
+def test_exact_chunks_give_the_exact_path(closed, truth, random_similarity, tmp_path):
+    oracle = Oracle(closed, truth, random_similarity)
+    found = run(closed.images, divide(COUNT, 40, 5), oracle, Store(tmp_path, {}), in_memory)
+    assert error(found, closed) < 2e-3 and oracle.calls == len(found.chunks) == len(found.seams) + 1
+    assert found.prediction.depth.shape == (1, COUNT, 28, 42, 1) and found.loops == []
+
+
+def test_loops_take_back_the_drift(closed, truth, random_similarity, tmp_path):
+    chunks = divide(COUNT, 40, 5)
+    plain = run(closed.images, chunks, Oracle(closed, truth, random_similarity, 0.02), Store(tmp_path / "a", {}), in_memory)
+    looped = run(
+        closed.images,
+        chunks,
+        Oracle(closed, truth, random_similarity, 0.02),
+        Store(tmp_path / "b", {}),
+        in_memory,
+        describe=tokens_of(closed),
+    )
+    assert looped.loops and all(after < before for _, before, after in looped.loops)
+    assert error(looped, closed) < error(plain, closed)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_a_stopped_run_goes_on_and_gives_the_same_bits(closed, truth, random_similarity, tmp_path, stop):
+    chunks = divide(80, 20, 4)
+    images = closed.images[:80]
+    whole = run(images, chunks, Oracle(closed, truth, random_similarity, 0.01), Store(tmp_path / "whole", {"a": 1}), in_memory)
+    with pytest.raises(KeyboardInterrupt):
+        run(images, chunks, Oracle(closed, truth, random_similarity, 0.01, stop), Store(tmp_path / "cut", {"a": 1}), in_memory)
+    oracle = Oracle(closed, truth, random_similarity, 0.01)
+    found = run(images, chunks, oracle, Store(tmp_path / "cut", {"a": 1}, resume=True), in_memory)
+    assert oracle.calls == len(chunks) - stop
+    assert found.prediction == whole.prediction
+
+
+def test_a_damaged_chunk_is_made_again(closed, truth, random_similarity, tmp_path):
+    chunks, images = divide(40, 20, 4), closed.images[:40]
+    whole = run(images, chunks, Oracle(closed, truth, random_similarity), Store(tmp_path, {}), in_memory)
+    path = tmp_path / "chunk_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    oracle = Oracle(closed, truth, random_similarity)
+    assert run(images, chunks, oracle, Store(tmp_path, {}, resume=True), in_memory).prediction == whole.prediction
+    assert oracle.calls == 1
+
+
+def test_what_a_store_refuses(tmp_path):
+    with pytest.raises(InputError, match="there is nothing to resume"):
+        Store(tmp_path / "none", {}, resume=True)
+    Store(tmp_path, {"size": [28, 42]})
+    with pytest.raises(InputError, match="already has a run: go on with it with --resume"):
+        Store(tmp_path, {"size": [28, 42]})
+    with pytest.raises(InputError, match=r"other options \(size\)"):
+        Store(tmp_path, {"size": (28, 56)}, resume=True)
+    Store(tmp_path, {"size": (28, 42)}, resume=True)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        Store(tmp_path, {}, resume=True)
