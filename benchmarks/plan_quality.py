@@ -1,11 +1,12 @@
 """What attention plans cost nano in quality, on rendered scenes: `python -m benchmarks.plan_quality --frames 8 --seeds 100,101,102`.
 
 Every plan sees the same sequences. The table has the mean of exact attention, and for each plan the difference to it in percent, with the
-standard error of the paired differences. The deviation is the mean over sequences, by layer.
+standard error of the paired differences. The deviation is the mean over sequences, by layer. "warns" is the rank correlation, over
+sequences, of the largest deviation with the change of the ATE in either direction.
 
-Plans: `balanced` and `fast` (general), `own balanced` and `own fast` (nano's), RxC (that cell in all layers), KIND@L (one layer alone, such
-as frame@0 or 3x3@4, the others exact), budget:RxC:rxc (cells of R x C, with whole ones where things move until as many keys are seen as
-with r x c; control:... where the least moves), blocks:SHARE:FLOOR (block-sparse), or a .json file.
+Plans: all that `page4d eval --attention` takes, and `general balanced`, `general fast` (not nano's own), KIND@L (one layer alone, such as
+frame@0 or 3x3@4, the others exact), budget:RxC:rxc (cells of R x C, with whole ones where things move until as many keys are seen as with
+r x c; control:... where the least moves), blocks:SHARE:FLOOR (block-sparse).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from page4d import Page4D
 from page4d.config import DENSE, FRAME, Layer, Page4DConfig
 from page4d.data.synthetic import SyntheticScenes
+from page4d.errors import InputError
 from page4d.evaluation.evaluate import sequence_metrics
 from page4d.evaluation.protocol import Protocol
 from page4d.evaluation.readers import Rules
@@ -37,13 +39,19 @@ COMMAND = "python -m benchmarks.plan_quality"
 SIZE = (56, 84)
 COLUMNS = {"ATE": ("pose", "ate"), "RPE t": ("pose", "rpe_trans"), "RPE r, °": ("pose", "rpe_rot"),
            "AbsRel": ("depth:median", "abs_rel"), "mask AUC": ("mask", "auc")}  # fmt: skip
-USUAL = "exact,1x2,2x2,2x3,3x3,own balanced,own fast,balanced,fast"
+USUAL = "exact,1x2,2x2,2x3,3x3,balanced,fast,general balanced,general fast"
 
 
 def parse_plan(name: str, config: Page4DConfig) -> AttentionPlan:
-    """The plan that a name stands for, see above."""
-    if name.endswith(".json"):
-        return AttentionPlan.named(name, config)
+    """The plan that a name stands for, see above. InputError if it stands for none."""
+    try:
+        return _special(name, config) or AttentionPlan.of(name, config)
+    except (ValueError, IndexError) as error:
+        raise InputError(f"--plans: {name!r} ({error})") from None
+
+
+def _special(name: str, config: Page4DConfig) -> AttentionPlan | None:
+    """Plans that have a name here alone."""
     kind, _, rest = name.partition(":")
     if kind in ("budget", "control"):
         coarse, fine = (_cell(part) for part in rest.split(":"))
@@ -56,9 +64,7 @@ def parse_plan(name: str, config: Page4DConfig) -> AttentionPlan:
         layers: list[Layer] = [DENSE] * config.depth
         layers[int(number)] = FRAME if layer == FRAME else _cell(layer)
         return AttentionPlan(tuple(layers), name)
-    if name.startswith("own "):
-        return AttentionPlan.preset(name.removeprefix("own "), config)
-    return AttentionPlan((_cell(name),) * config.depth, name) if name[0].isdigit() else AttentionPlan.general(name, config.depth)
+    return AttentionPlan.general(name.removeprefix("general "), config.depth) if name.startswith("general ") else None
 
 
 def _cell(text: str) -> tuple[int, int]:
@@ -97,7 +103,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def table(found: dict[str, list[dict[str, float]]], plans: dict[str, AttentionPlan]) -> str:
-    """Markdown. "warns": the rank correlation, over sequences, of the largest deviation with the change of the ATE in either direction."""
+    """Markdown, see above."""
     lines = [f"| plan | {' | '.join(COLUMNS)} | deviation by layer | warns |", "|---|" + "---|" * (len(COLUMNS) + 2)]
     exact = found["exact"]
     for name, rows in found.items():
@@ -149,7 +155,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write each sequence's values here")
     args = parser.parse_args(argv)
     model = Page4D.from_pretrained(args.weights, device="cpu").eval()
-    plans = {name: parse_plan(name, model.config) for name in dict.fromkeys(["exact", *args.plans.split(",")])}
+    if args.frames < 2 or args.sequences < 2:
+        parser.error("--frames and --sequences must be at least 2")
+    try:
+        plans = {name: parse_plan(name, model.config) for name in dict.fromkeys(["exact", *args.plans.split(",")])}
+    except InputError as error:
+        parser.error(str(error))
     scenes = [
         SyntheticScenes(args.kind, frames=args.frames, size=SIZE, seed=int(seed), length=args.sequences) for seed in args.seeds.split(",")
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +22,14 @@ LARGEST_CELL = 100  # rows and columns
 Layer = str | tuple[int, int]  # how patches attend in a global layer: "dense", "frame", or the rows and columns of a cell
 
 
-def check_layers(layers: tuple[Layer, ...]) -> None:
-    """ConfigError unless each is "dense", "frame" or (rows, columns) of a cell."""
+def checked_layers(layers: Iterable[Any]) -> tuple[Layer, ...]:
+    """The layers of an attention plan as tuples. ConfigError unless each is "dense", "frame" or (rows, columns) of a cell."""
+    layers = tuple(tuple(layer) if isinstance(layer, list) else layer for layer in layers)
     for number, layer in enumerate(layers):
         cell = isinstance(layer, tuple) and len(layer) == 2 and all(type(x) is int and 1 <= x <= LARGEST_CELL for x in layer)
-        wrong = f"layer {number} of an attention plan cannot be {_short(layer)}: give 'dense', 'frame' or a cell such as (2, 2)"
+        wrong = f"layer {number} of an attention plan cannot be {_short(layer)}: give 'dense', 'frame' or a cell such as [2, 2]"
         _expect(layer in (DENSE, FRAME) or cell, wrong)
+    return layers
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class PlansConfig:
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
             layers = getattr(self, entry.name)
-            _expect(layers is None or isinstance(layers, tuple), f"plans.{entry.name} must be a list of layers, not {_short(layers)}")
-            check_layers(layers or ())
+            if layers is not None:
+                _expect(isinstance(layers, (tuple, list)), f"plans.{entry.name} must be a list of layers, not {_short(layers)}")
+                object.__setattr__(self, entry.name, checked_layers(layers))
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from page4d_kernels.profiling import Recording, peak_bytes, record, stage
 from page4d_kernels.qualify.__main__ import first_run
 from page4d_kernels.qualify.record import mode as qualification_mode
 
-from .config import Page4DConfig
+from .config import Layer, Page4DConfig
 from .data import Frames, bundled_clip, load_frames
 from .data.images import is_image
 from .data.preprocess import DEFAULT_SIZE, Size
 from .data.sources import Source, resolve
 from .errors import InputError
-from .execution.attention_plan import CHECKED_ROWS, AttentionPlan
+from .execution.attention_plan import CHECKED_ROWS, AttentionPlan, check_rows
 from .execution.memory import budget_of
 from .export import DEFAULT, FOLDERS, FORMATS, ExportOptions, check_formats, expanded, export
 from .files import AtomicFiles, check_writable, on_disk
@@ -81,7 +81,7 @@ def reconstruct(
     memory_budget: int | None = None,
     attn: str | None = None,
     mask_strength: float | None = None,
-    attention: str | AttentionPlan = "exact",
+    attention: AttentionPlan | str | Path | Sequence[Layer] | None = None,
     attention_check: int = CHECKED_ROWS,
     query_points: Sequence[tuple[float, float]] | None = None,
     track_grid: int | None = None,
@@ -112,7 +112,8 @@ def reconstruct(
         memory_budget: bytes beyond the weights. Default: 0.9 of the free memory.
         attn: attention backend. Default: PAGE4D_ATTN, else auto.
         mask_strength: of the dynamics mask, 0 = off. Default: stored with the weights.
-        attention: exact, balanced or fast, a .json file, or a plan: what the patches of each global layer see (docs/attention_plans.md).
+        attention: what the patches of each global layer see: exact (default), balanced, fast, a cell such as 2x2, a .json file, or a plan
+            (docs/attention_plans.md).
         attention_check: rows of each layer that is not dense by which its deviation is measured. 0: none.
         query_points: x, y in pixels of the first picture, to track. track_grid: N x N points spread over it instead.
         profile: also write trace.json into `out`.
@@ -137,7 +138,8 @@ def reconstruct(
     elif profile:
         raise InputError("profile writes trace.json: give a folder for it with out")
     config = check_weights(weights)
-    plan = AttentionPlan.named(attention, config) if isinstance(attention, str) else attention.fitting(config)
+    plan = AttentionPlan.of(attention, config)
+    check_rows(attention_check)
     paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     with record(opened) as recording, use_backend(attn) if attn else contextlib.nullcontext():
         if frames is None and stride is None and fps is None:

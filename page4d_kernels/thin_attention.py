@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import TokenLayout
+from .ops._checks import expect_tensor, values_can_be_read
 from .ops.mask_attention import mask_attention
 from .reference import accumulation_dtype
 
@@ -110,7 +111,9 @@ def thin_attention(
     Raises:
         TypeError, ValueError, BackendError: see `mask_attention`.
     """
-    _check(q, selection.layout)
+    if not isinstance(selection, KeySelection):
+        raise TypeError(f"the selection must be a KeySelection, see select_keys, not {type(selection).__name__}")
+    _check(q, selection.layout, dense_rows)
     dtype = accumulation_dtype(q.dtype)
     keys, values = (x.index_select(2, selection.kept) for x in (k, v))
     ones = torch.ones(q.shape[0], q.shape[2], dtype=dtype, device=q.device)
@@ -133,7 +136,7 @@ def frame_attention(
     dense_rows: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which patch rows see the tokens of their own frame, and special rows see all, as in `thin_attention`."""
-    _check(q, layout)
+    _check(q, layout, dense_rows)
     frames = [x.unflatten(2, (layout.frames, layout.tokens_per_frame)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     out = mask_attention(*frames, scale=scale, backend=backend)
     assert isinstance(out, Tensor)
@@ -141,9 +144,22 @@ def frame_attention(
     return _with_special_rows(out, q, k, v, layout, query_gate, key_bias, scale, backend, dense_rows)
 
 
-def _check(q: Tensor, layout: TokenLayout) -> None:
+def _check(q: Tensor, layout: TokenLayout, dense_rows: Tensor | None) -> None:
+    if not isinstance(layout, TokenLayout):
+        raise TypeError(f"the layout must be a TokenLayout, not {type(layout).__name__}")
     if q.dim() != 4 or q.shape[2] != layout.tokens:
         raise ValueError(f"q must be (B, H, {layout.tokens}, D) to fit {layout}, not {tuple(q.shape)}")
+    if dense_rows is None:
+        return
+    expect_tensor("dense_rows", dense_rows, 1, "(R,)")
+    if dense_rows.dtype != torch.int64 or dense_rows.device != q.device or len(dense_rows) == 0:
+        raise ValueError(
+            f"dense_rows must be at least one int64 on {q.device}, not {len(dense_rows)} {dense_rows.dtype} on {dense_rows.device}"
+        )
+    if values_can_be_read(dense_rows):
+        special = dense_rows % layout.tokens_per_frame < layout.special_tokens
+        if bool((special | (dense_rows < 0) | (dense_rows >= layout.tokens)).any()):
+            raise ValueError(f"dense_rows must be rows of patches, see {layout}")
 
 
 def _with_special_rows(

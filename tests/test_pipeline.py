@@ -135,11 +135,14 @@ def test_a_plan_is_named_in_the_report_with_its_deviation(check):
     assert found.plan.name == "balanced" and not found.plan.exact
     line = next(line for line in summary(found).splitlines() if line.startswith("attention plan balanced"))
     if check:
-        layers = " ".join(f"{100 * float(layer):.0f}" for layer in found.prediction.attention_deviation)
-        assert line == f"attention plan balanced: deviates from exact attention by {layers} %, layer by layer"
+        start = "attention plan balanced: its layers deviate from exact attention by frame "
+        assert line.startswith(start) and line.count("%") == len(found.plan.layers) and line.endswith("%")
+        assert f"2x2 {float(found.prediction.attention_deviation[9]):.0%}" in line
     else:
         assert line == "attention plan balanced, its deviation from exact attention was not measured"
     assert not any("plan" in line for line in summary(reconstruct(**SMALL)).splitlines())
+    single = summary(reconstruct(attention="balanced", **SMALL | {"frames": 1}))
+    assert "attention plan balanced: exact, with a single frame" in single
 
 
 def test_a_plan_from_a_file(tmp_path):

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..execution.memory import is_out_of_memory
 from .parser import accept_all_names, forget_output
 
-PLAN_HELP = "what patches see in global attention: exact, balanced, fast or a .json file (default: exact)"
+PLAN_HELP = "what patches see in global attention: exact, balanced, fast, a cell such as 2x2, or a .json file (default: exact)"
 WEIGHTS_HELP = "nano (bundled, the default), page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET]"
 
 

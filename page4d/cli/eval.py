@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> str:
     if args.out is not None:
         check_writable(args.out.parent)
     config = check_weights(args.weights)
-    AttentionPlan.named(args.attention, config)
+    plan = AttentionPlan.of(args.attention, config)
     size = (config.image_size or DEFAULT_SIZE) if args.size is None else args.size
     protocol = Protocol(size, args.official_protocol, tuple(args.align), args.mask_strength, args.attention, seed=args.seed)
     tasks = set(args.tasks) if args.tasks else None
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> str:
     if args.out is not None:
         provenance = {
             "weights": args.weights,
-            "protocol": dataclasses.asdict(protocol),
+            "protocol": dataclasses.asdict(protocol) | {"attention": json.loads(plan.to_json())},
             "data": {spec: {"sequences": len(data), "frames": args.frames} for spec, data in zip(args.data, datasets, strict=True)},
             "tasks": sorted(tasks) if tasks else None,
             "seed": args.seed,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from page4d_kernels.profiling import peak_bytes
 
+from ..config import DENSE
 from ..data.deep import RULES
 from ..errors import one_line
 from ..execution.attention_plan import CHECKED_ROWS
@@ -141,10 +142,14 @@ def _point(text: str) -> tuple[float, float]:
 
 def deviation(scene: Reconstruction) -> str:
     """The deviation of each layer that was measured, in words."""
+    if len(scene.frames) == 1:
+        return ": exact, with a single frame"
     measured = scene.prediction.attention_deviation
     if measured is None:
         return ", its deviation from exact attention was not measured"
-    return f": deviates from exact attention by {' '.join(f'{100 * float(layer):.0f}' for layer in measured)} %, layer by layer"
+    kinds = [kind if isinstance(kind, str) else "x".join(map(str, kind)) for kind in scene.plan.layers]
+    layers = ", ".join(f"{kind} {value:.0%}" for kind, value in zip(kinds, measured.tolist(), strict=True) if kind != DENSE)
+    return f": its layers deviate from exact attention by {layers}"
 
 
 def summary(scene: Reconstruction) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..data.preprocess import DEFAULT_SIZE
 from ..data.sample import Sample
 from ..errors import InputError
+from ..execution.attention_plan import AttentionPlan
 from ..geometry import unproject
 from ..model import Page4D
 from ..prediction import Prediction
@@ -61,8 +62,8 @@ def evaluate(
     Returns:
         {"sequences": [{"name", "frames", "metrics": {group: {metric: value}}, "not_finite": [output]}],
         "mean": {group: {metric: value}}, "failed": n}. A group is a task, followed by a colon and its alignment ("depth:scale") or source
-        ("points:head") if it has one. With an attention plan the group "attention" has its deviation, the largest and by layer. Means are
-        over sequences; those of depth are weighted by the number of valid pixels ("pixels"). A sequence fails if an
+        ("points:head") if it has one. With an attention plan the group "attention" has its deviation by layer, and the largest of layers
+        with cells. Means are over sequences; those of depth are weighted by the number of valid pixels ("pixels"). A sequence fails if an
         output is not finite or depth cannot be aligned. It then has no metrics for the tasks that need that output.
 
     Raises:
@@ -190,8 +191,8 @@ def _joint_metrics(model: Page4D, sample: Sample, tasks: list[str], protocol: Pr
         found["tracks"] = _tracks(prediction, sample)
     if "mask" in possible:
         found["mask"] = _mask(prediction, sample)
-    if prediction.attention_deviation is not None:
-        found["attention"] = _deviation(prediction.attention_deviation)
+    if prediction.attention_deviation is not None and prediction.attention is not None:
+        found["attention"] = _deviation(prediction.attention_deviation, AttentionPlan.from_json(prediction.attention))
     return found, broken
 
 
@@ -272,9 +273,11 @@ def _mask(prediction: Prediction, sample: Sample) -> dict[str, float]:
     return mask_metrics(motion, moving_patches(sample.dynamic, (motion.shape[1], motion.shape[2])))
 
 
-def _deviation(layers: Tensor) -> dict[str, float]:
-    """The deviation of the attention plan from exact attention: the largest of all layers, and each layer's."""
-    return {"deviation": float(layers.max()), **{f"layer {number}": float(value) for number, value in enumerate(layers)}}
+def _deviation(layers: Tensor, plan: AttentionPlan) -> dict[str, float]:
+    """The deviation from exact attention: each layer's, and the largest of the layers with cells, where it is a warning."""
+    found = {f"layer {number}": float(value) for number, value in enumerate(layers)}
+    cells = [value for kind, value in zip(plan.layers, found.values(), strict=True) if isinstance(kind, tuple)]
+    return {"deviation": max(cells, default=math.nan), **found}
 
 
 def mean_metrics(sequences: list[Metrics]) -> Metrics:

@@ -18,14 +18,17 @@ Averages are those of the official scripts in both cases.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import Layer
 from ..data.preprocess import DEFAULT_SIZE, PATCH, Size, check_size
 from ..data.sample import Sample
 from ..errors import InputError
@@ -44,7 +47,7 @@ class Protocol:
     official: repeat the official scripts, see above.
     alignments: alignments of video depth, any of "scale", "scale&shift", "median", "metric". Each is computed once per sequence.
     mask_strength: strength of the dynamics mask. None = as stored in the weights.
-    attention: what the patches of each global layer see: exact, balanced, fast, a .json file or a plan, see docs/attention_plans.md.
+    attention: what the patches of each global layer see, see `AttentionPlan.of`. None: everything.
     max_points, seed: how many points are compared, and the seed of their choice.
 
     Raises:
@@ -55,7 +58,7 @@ class Protocol:
     official: bool = False
     alignments: tuple[str, ...] = ("scale",)
     mask_strength: float | None = None
-    attention: str | AttentionPlan = "exact"
+    attention: AttentionPlan | str | Path | Sequence[Layer] | None = None
     max_points: int = 10_000
     seed: int = 0
 
@@ -116,9 +119,8 @@ def _forward(model: Page4D, images: Tensor, outputs: Collection[str], protocol: 
     device = next((parameter.device for parameter in model.parameters()), images.device)
     points = None if queries is None else queries[None].to(device)
     with torch.inference_mode():
-        plan = protocol.attention
-        plan = AttentionPlan.named(plan, model.config) if isinstance(plan, str) else plan
-        return model(images[None].to(device), points, outputs=outputs, mask_strength=protocol.mask_strength, attention=plan).to("cpu")
+        options: dict[str, Any] = {"mask_strength": protocol.mask_strength, "attention": protocol.attention}
+        return model(images[None].to(device), points, outputs=outputs, **options).to("cpu")
 
 
 def video_depth(prediction: Prediction, protocol: Protocol) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from torch import Tensor
 
 from page4d_kernels import TokenLayout, select_keys
 
-from ..config import DENSE, FRAME, Layer, Page4DConfig, check_layers
-from ..errors import ConfigError, InputError
+from ..config import DENSE, FRAME, Layer, Page4DConfig, checked_layers
+from ..errors import ConfigError, InputError, one_line
 from ..layers import Sparsity, cache_tensors
 
+EXAMPLE = '{"layers": ["dense", "frame", [2, 2], ...]}'
 CHECKED_ROWS = 64  # of a sparse layer that are computed densely as well, by default
 PARTS = (9 / 24, 7 / 24, 8 / 24)  # of the layers, from the first: early, middle and late ones
 PRESETS: dict[str, tuple[Layer, Layer, Layer]] = {  # early, middle, late
@@ -42,13 +45,32 @@ class AttentionPlan:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))  # a list would not serve as a key of the cache of selections
-        if not self.layers:
-            raise InputError("an attention plan needs at least one layer")
+        if not isinstance(self.layers, (tuple, list)) or not self.layers:
+            raise InputError(f"an attention plan is a list of layers, at least one, not {self.layers!r:.40}")
         try:
-            check_layers(self.layers)
+            object.__setattr__(self, "layers", checked_layers(self.layers))  # tuples: keys of the cache of selections
         except ConfigError as error:
             raise InputError(error) from None
+        if self.name == "exact" and not self.exact:
+            raise InputError("an attention plan that is not dense cannot have the name 'exact': give it another one")
+
+    @classmethod
+    def of(cls, plan: AttentionPlan | str | Path | Sequence[Layer] | None, config: Page4DConfig) -> AttentionPlan:
+        """A plan for a model, by what a caller may give: a plan, its layers, a preset's name, "2x2" (that cell in all layers), or the path
+        of a .json file. None: exact.
+
+        Raises:
+            InputError: it is none of these, or does not have a layer for each of the model's.
+        """
+        if plan is None:
+            return cls.preset("exact", config)
+        if isinstance(plan, (str, Path)):
+            plan = cls._named(str(plan), config)
+        elif not isinstance(plan, AttentionPlan):
+            plan = cls(plan)  # type: ignore[arg-type]  # it is checked
+        if len(plan.layers) != config.depth:
+            raise InputError(f"the attention plan has {len(plan.layers)} layers, and the model {config.depth}")
+        return plan
 
     @classmethod
     def preset(cls, name: str, config: Page4DConfig) -> AttentionPlan:
@@ -64,27 +86,24 @@ class AttentionPlan:
         same layers, with cells of 3 x 3 and 4 x 4. With another depth the layers are in proportion.
         """
         if name not in PRESETS:
-            raise InputError(f"unknown attention plan {name!r}: choose from {', '.join(PRESETS)}, or give a JSON file")
+            raise InputError(f"unknown attention plan {name!r}: choose from {', '.join(PRESETS)}, give a cell such as 2x2, or a .json file")
         early, middle = (round(share * depth) for share in PARTS[:2])
         counts = (early, middle, depth - early - middle)
         return cls(tuple(kind for kind, count in zip(PRESETS[name], counts, strict=True) for _ in range(count)), name)
 
     @classmethod
-    def named(cls, name: str, config: Page4DConfig) -> AttentionPlan:
-        """A preset, or the plan in a .json file. InputError if it is neither, or does not fit the model's depth."""
+    def _named(cls, name: str, config: Page4DConfig) -> AttentionPlan:
+        cell = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", name)
+        if cell:
+            return cls(((int(cell[1]), int(cell[2])),) * config.depth, name)
         if not name.lower().endswith(".json"):
             return cls.preset(name, config)
         try:
-            plan = cls.from_json(Path(name).read_text(encoding="utf-8"))
+            return cls.from_json(Path(name).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the attention plan {name!r} ({getattr(error, 'strerror', error)}): check the path") from error
-        return plan.fitting(config)
-
-    def fitting(self, config: Page4DConfig) -> AttentionPlan:
-        """The plan itself. InputError unless it has a layer for each of the model's."""
-        if len(self.layers) != config.depth:
-            raise InputError(f"the attention plan has {len(self.layers)} layers, and the model {config.depth}")
-        return self
+        except InputError as error:
+            raise InputError(f"{name!r}: {error}") from None
 
     @property
     def exact(self) -> bool:
@@ -102,12 +121,19 @@ class AttentionPlan:
         """The plan that `to_json` wrote. InputError if it is something else."""
         try:
             whole: Any = json.loads(text)
-            layers = tuple(tuple(layer) if isinstance(layer, list) else layer for layer in whole["layers"])
-            return cls(layers, str(whole.get("name", "custom")))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f'not an attention plan: it should be {{"layers": ["dense", "frame", [2, 2], ...]}} ({error})') from error
+            return cls(whole["layers"], one_line(str(whole.get("name", "custom"))))
+        except InputError:
+            raise
+        except KeyError as error:
+            raise InputError(f"an attention plan needs {error}: {EXAMPLE}") from None
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"not an attention plan: it should be {EXAMPLE}") from None
+
+
+def check_rows(count: int) -> None:
+    """InputError unless it is a number of rows to check."""
+    if type(count) is not int or count < 0:
+        raise InputError(f"attention_check must be a number of rows, at least 0, not {count!r}")
 
 
 def kept_share(plan: AttentionPlan | None, config: Page4DConfig, frames: int, size: tuple[int, int]) -> float:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from page4d_kernels.ops import _checks
 from page4d_kernels.profiling import stage
 
-from ..config import Page4DConfig
+from ..config import Layer, Page4DConfig
 from ..errors import InputError
-from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan, kept_share
+from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan, check_rows, kept_share
 from ..execution.memory import HEAD_FRAMES, MemoryPlan, Workload, budget_of, can_offload, make_plan
 from ..execution.runners import StreamedRunner
 from ..layers import Conv2d, Linear
@@ -127,7 +127,7 @@ class Page4D(nn.Module):
         mask_strength: float | None = None,
         memory_budget: int | None = None,
         allocate: Allocate | None = None,
-        attention: AttentionPlan | None = None,
+        attention: AttentionPlan | str | Path | Sequence[Layer] | None = None,
         attention_check: int = CHECKED_ROWS,
     ) -> Prediction:
         """Run the trunk once and the heads that are asked for.
@@ -143,7 +143,7 @@ class Page4D(nn.Module):
                 copied a few frames at a time.
             allocate: `allocate(name, shape)` returns the tensor that depth or points are written to, for example in host memory. Without
                 gradients only.
-            attention: what the patches of each global layer see. Default: everything, in all layers.
+            attention: what the patches of each global layer see, see `AttentionPlan.of`. Default: everything, in all layers.
             attention_check: patch rows of each layer that is not dense which are computed densely as well. `attention_deviation` of the
                 result is then |sparse - dense| / |dense| over these rows, for each layer. 0, or gradients: nothing is measured.
 
@@ -163,11 +163,10 @@ class Page4D(nn.Module):
         wanted = self._wanted(outputs, query_points)
         self._check(images, query_points)
         self._check_mask(images, strength, "mask" in wanted)
-        if attention is not None:
-            attention = None if attention.fitting(self.config).exact else attention
-        if attention_check < 0:
-            raise InputError(f"attention_check must be a number of rows, at least 0, not {attention_check}")
-        if memory_budget is None and allocate is None and attention is None:
+        chosen = AttentionPlan.of(attention, self.config)
+        plan = None if chosen.exact else chosen
+        check_rows(attention_check)
+        if memory_budget is None and allocate is None and plan is None:
             given = {"images": images} if query_points is None else {"images": images, "query_points": query_points}
             graphed = take_graph(self, given, {"outputs": sorted(wanted & set(OUTPUTS)), "mask_strength": strength})
             if graphed is not None:
@@ -180,7 +179,7 @@ class Page4D(nn.Module):
         runner: StreamedRunner | None = None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             points = 0 if query_points is None else query_points.shape[1]
-            workload = self._workload(images.shape, wanted, images.device == device, allocate is None, points, attention)
+            workload = self._workload(images.shape, wanted, images.device == device, allocate is None, points, plan)
             runner = StreamedRunner(self._plan(workload, memory_budget), workload, device, self.aggregator.compute_dtype)
             if allocate is not None:
                 allocate = self._allocated(workload, allocate)
@@ -190,7 +189,7 @@ class Page4D(nn.Module):
             layers=layers,
             want_mask="mask" in wanted,
             runner=runner,
-            plan=attention,
+            plan=plan,
             checked=attention_check,
         )
         frames_per_chunk = HEAD_FRAMES if runner is None else runner.plan.head_frames
@@ -199,8 +198,9 @@ class Page4D(nn.Module):
         if "mask" in wanted and features.key_bias is not None:
             bias = rearrange(features.key_bias, "b (s p) -> b s p", s=images.shape[1])[:, :, features.special_tokens :]
             found["mask"] = rearrange(bias, "b s (h w) -> b s h w", h=images.shape[-2] // self.config.patch_size)
-        plan = None if attention is None else attention.to_json()
-        return Prediction(images=images, attention=plan, attention_deviation=features.deviation, **found)
+        return Prediction(
+            images=images, attention=None if plan is None else plan.to_json(), attention_deviation=features.deviation, **found
+        )
 
     def plan(
         self,

@@ -136,7 +136,7 @@ class RunConfig:
 
     def _check_attention(self) -> None:
         try:
-            AttentionPlan.named(self.attention, preset(self.model))
+            AttentionPlan.of(self.attention, preset(self.model))
         except InputError as error:
             raise ConfigError(f"attention: {error}") from None
 

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,14 @@ def own_device(name: str | None) -> str | None:
     return f"cuda:{local}" if local is not None and any_gpu else name
 
 
-def check_fits(weights: str, name: str) -> None:
-    """Raise ConfigError if the configuration in a weights file differs from the preset `name`.
+def check_fits(weights: str, name: str) -> Page4DConfig:
+    """The preset `name`, with the attention plans of the weights. ConfigError if the configuration in the file differs otherwise.
 
     Keys and shapes alone would not reveal every difference.
     """
     stored = stored_config(weights)
     if stored is None:
-        return
+        return preset(name)
     # not compared: a run sets the first two, weights replace the third, the file may lack the two heads, and plans shape no weights
     free = ("mask_strength", "image_size", "layer_scale", "mask_hidden", "track", "plans")
     before, now = ({**vars(config), **dict.fromkeys(free)} for config in (stored, preset(name)))
@@ -68,6 +69,7 @@ def check_fits(weights: str, name: str) -> None:
         raise ConfigError(
             f"weights: {weights} does not match the preset {name!r} ({', '.join(changed)} differ): set model to the preset of these weights"
         )
+    return preset(name).replace(plans=stored.plans)
 
 
 def averaged(model: Page4D, decay: float) -> AveragedModel:
@@ -137,12 +139,15 @@ class Trainer:
         if state is not None:
             self.model = Page4D(Page4DConfig.from_json(state["model_config"]))
         elif config.weights:
-            check_fits(config.weights, config.model)
-            self.model = Page4D.from_pretrained(config.weights, config=preset(config.model), device="cpu", dtype=torch.float32).train()
+            start = check_fits(config.weights, config.model)
+            self.model = Page4D.from_pretrained(config.weights, config=start, device="cpu", dtype=torch.float32).train()
         else:
             self.model = Page4D(preset(config.model))
             start_from_scratch(self.model)
-        objective = Objective(self.model, config.loss, AttentionPlan.named(config.attention, self.model.config)).to(self.device)
+        self.attention = AttentionPlan.of(config.attention, self.model.config)
+        if state is not None and state["attention"] != self.attention.to_json():
+            raise InputError(f"{state_file} belongs to a run with another attention plan: resume with the same one")
+        objective = Objective(self.model, config.loss, self.attention).to(self.device)
         self.trained = choose_trainable(self.model, config.trainable)
         self.model.aggregator.checkpoint_activations = config.checkpoint_activations
         extra = objective.matching.named_parameters() if objective.matching is not None else ()
@@ -180,7 +185,7 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise anything
             raise InputError(f"{path} cannot be read ({type(error).__name__}): restore it, or start again in another folder") from None
-        keys = {"model", "average", "matching", "optimizers", "step", "config", "model_config", "ranks"}
+        keys = {"model", "average", "matching", "optimizers", "step", "config", "model_config", "ranks", "attention"}
         if not isinstance(state, dict) or not keys <= set(state):
             raise InputError(f"{path} is not the state of a run: restore it, or start again in another folder")
         before, now = flatten(state["config"]), flatten(self.config.to_dict())
@@ -297,14 +302,18 @@ class Trainer:
     def save(self) -> None:
         """Write state.pt (to resume from) and model.safetensors (to use). Only rank 0 writes.
 
-        The saved model has the averaged weights (if enabled), the last step's mask strength, and this run's image size (unless the initial
-        weights had no fixed size).
+        The saved model has the averaged weights (if enabled), the last step's mask strength, this run's image size (unless the initial
+        weights had no fixed size), and the attention plan, if its name is balanced or fast.
         """
         if self.rank > 0:
             return
         strength = self.mask_strength(max(self.step - 1, 0))
         fixed = self.config.weights is None or self.model.config.image_size is not None
-        self.model.config = self.model.config.replace(mask_strength=strength, image_size=self.config.data.size if fixed else None)
+        plans, own = self.model.config.plans, self.attention.name
+        if own in vars(plans):  # the weights are made for it
+            plans = replace(plans, **{own: self.attention.layers})
+        size = self.config.data.size if fixed else None
+        self.model.config = self.model.config.replace(mask_strength=strength, image_size=size, plans=plans)
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else {},
@@ -313,6 +322,7 @@ class Trainer:
             "step": self.step,
             "ranks": self.ranks,
             "config": self.config.to_dict(),
+            "attention": self.attention.to_json(),
             "model_config": self.model.config.to_json(),
         }
         with AtomicFiles() as files:

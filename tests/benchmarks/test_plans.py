@@ -65,9 +65,11 @@ def test_the_block_plan_computes_what_it_says(inputs):
 
 def test_names_of_plans():
     config = preset("nano")
-    parsed = {name: plan_quality.parse_plan(name, config) for name in (
-        "exact", "balanced", "own balanced", "2x3", "frame@1", "3x3@5", "budget:3x3:2x2", "control:3x3:2x2", "blocks:0.5:0.1")}  # fmt: skip
-    assert parsed["balanced"] == AttentionPlan.general("balanced", 6) != parsed["own balanced"] == AttentionPlan.preset("balanced", config)
+    names = ["exact", "general balanced", "balanced", "2x3", "frame@1", "3x3@5", "budget:3x3:2x2", "control:3x3:2x2", "blocks:0.5:0.1"]
+    parsed = {name: plan_quality.parse_plan(name, config) for name in names}
+    assert (
+        parsed["general balanced"] == AttentionPlan.general("balanced", 6) != parsed["balanced"] == AttentionPlan.preset("balanced", config)
+    )
     assert parsed["2x3"].layers == ((2, 3),) * 6
     assert parsed["frame@1"].layers == ("dense", "frame", *["dense"] * 4) and parsed["3x3@5"].layers == (*["dense"] * 5, (3, 3))
     assert parsed["budget:3x3:2x2"] == BudgetPlan(((3, 3),) * 6, "budget:3x3:2x2", like=(2, 2))
@@ -101,6 +103,17 @@ def test_the_command_for_quality(tmp_path, capsys):
     found = json.loads(path.read_text())
     assert list(found["sequences"]) == ["exact", "2x2", "budget:3x3:2x2", "blocks:0:0.5"] and len(found["sequences"]["2x2"]) == 3
     assert set(found["sequences"]["2x2"][0]) == {*plan_quality.COLUMNS, *(f"layer {number}" for number in range(6))}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--plans", name] for name in ("nope", "2x", "0x2", "frame@9", "budget:3x3", "blocks:x:1", "")]
+    + [["--frames", "1"], ["--sequences", "1"]],
+)
+def test_the_command_for_quality_refuses_in_words(options, capsys):
+    with pytest.raises(SystemExit):
+        plan_quality.main(options)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("python -m benchmarks.plan_quality: error: --")
 
 
 def test_the_command_for_time_refuses_single_frames(capsys):

@@ -136,6 +136,28 @@ def test_rows_that_are_also_dense(case, masked, backend):
         assert torch.equal(out, attend(q, k, v, of, *vectors, backend=backend))
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([3], "must be a tensor"),
+        (torch.tensor([[3]]), "1 dimensions"),
+        (torch.tensor([3.0]), "int64"),
+        (torch.tensor([], dtype=torch.int64), "at least one"),
+        (torch.tensor([0]), "rows of patches"),
+        (torch.tensor([-1]), "rows of patches"),
+        (torch.tensor([10**6]), "rows of patches"),
+    ],
+    ids=str,
+)
+def test_rows_that_cannot_be_dense(rows, words):
+    layout, q, k, v, _, _ = made(CASES[0])
+    for attend, of in ((thin_attention, select_keys(layout, (4, 6), (2, 2))), (frame_attention, layout)):
+        with pytest.raises((TypeError, ValueError), match=words):
+            attend(q, k, v, of, dense_rows=rows)
+        with pytest.raises(TypeError, match=r"must be a (KeySelection|TokenLayout)"):
+            attend(q, k, v, (2, 2))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_frame_attention(backend):
     case = CASES[1]

@@ -62,7 +62,7 @@ def test_a_model_s_own_plans_lie_in_its_weights(nano, tmp_path):
             read.replace(plans=plans)
     for layers, words in (
         (("dense", (0, 2)), r"layer 1 of an attention plan cannot be \(0, 2\)"),
-        (["dense"], "plans.balanced must be a list"),
+        ("dense", "plans.balanced must be a list"),
     ):
         with pytest.raises(ConfigError, match=words):
             PlansConfig(balanced=layers)
@@ -70,6 +70,19 @@ def test_a_model_s_own_plans_lie_in_its_weights(nano, tmp_path):
         text = json.dumps({**json.loads(read.to_json()), "plans": json.loads(damaged)})
         with pytest.raises(ConfigError):
             Page4DConfig.from_json(text)
+
+
+def test_what_a_caller_may_give(tmp_path):
+    config, cells = preset("nano"), AttentionPlan(((2, 2),) * 6)
+    path = tmp_path / "mine.json"
+    path.write_bytes(b"\xef\xbb\xbf" + AttentionPlan(cells.layers, "a\nb\x1b[31m").to_json().encode())  # as Windows editors begin a file
+    for given in (cells, cells.layers, [[2, 2]] * 6, "2x2", path, str(path)):
+        assert AttentionPlan.of(given, config).layers == cells.layers
+    assert AttentionPlan.of(path, config).name == "a b" and AttentionPlan.of("2x2", config).name == "2x2"
+    assert AttentionPlan.of(None, config) == AttentionPlan.of("exact", config) == AttentionPlan.preset("exact", config)
+    path.write_text('{"layer": []}')
+    with pytest.raises(InputError, match=r"mine\.json': an attention plan needs 'layers'"):
+        AttentionPlan.of(path, config)
 
 
 def test_json():
@@ -166,8 +179,19 @@ def test_a_prediction_keeps_its_plan_and_deviation(nano, images, tmp_path):
 def test_mistakes(nano, images):
     with pytest.raises(InputError, match="the attention plan has 3 layers, and the model 6"):
         predict(nano, images, attention=AttentionPlan(("frame",) * 3))
-    with pytest.raises(InputError, match="attention_check must be"):
-        predict(nano, images, attention_check=-1)
+    for check in (-1, 1.5, True):
+        with pytest.raises(InputError, match="attention_check must be"):
+            predict(nano, images, attention_check=check)
+    for plan, words in (
+        ("turbo", "unknown attention plan 'turbo'"),
+        (3, "is a list of layers"),
+        ([], "at least one"),
+        ("0x2", r"layer 0 .* \(0, 2\)"),
+    ):
+        with pytest.raises(InputError, match=words):
+            predict(nano, images, attention=plan)
+    with pytest.raises(InputError, match="cannot have the name 'exact'"):
+        AttentionPlan(((2, 2),), "exact")
     with pytest.raises(InputError, match="layer 1 of an attention plan cannot be"):
         AttentionPlan(("dense", (2, 0)))
 

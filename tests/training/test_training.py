@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import subprocess
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 from page4d.cli.train import main
-from page4d.config import preset
+from page4d.config import PlansConfig, preset
 from page4d.errors import ConfigError, InputError
 from page4d.model import Page4D
-from page4d.model.checkpoint import save_official, save_pretrained
+from page4d.model.checkpoint import save_official, save_pretrained, stored_config
 from page4d.training import Trainer, load_config
 from page4d.training.batches import Batches
 from page4d.training.parameters import choose_trainable, learning_rate, make_optimizers
@@ -422,3 +423,19 @@ def test_a_run_with_an_attention_plan(tmp_path):
     assert losses[0] != losses[1] and all(map(math.isfinite, losses))
     with pytest.raises(InputError, match="attention differ"):
         run(tmp_path, "attention=balanced", "steps=2", name="fast", resume=True)
+
+
+def test_weights_keep_their_own_plans_and_the_one_they_were_trained_with(tmp_path):
+    own = PlansConfig(fast=((2, 2),) * 5 + ("dense",))
+    weights = save_pretrained(Page4D(preset("nano").replace(plans=own)), tmp_path / "own.safetensors")
+    trainer = run(tmp_path, f"weights={weights}", "attention=fast", "steps=1", name="a")
+    assert trainer.attention.layers == own.fast
+    trainer.train()
+    assert stored_config(tmp_path / "a" / "model.safetensors").plans == own
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"name": "balanced", "layers": ["dense", "frame", *[[2, 3]] * 4]}))
+    run(tmp_path, f"weights={weights}", f"attention={path}", "steps=1", name="b").train()
+    assert stored_config(tmp_path / "b" / "model.safetensors").plans == PlansConfig(("dense", "frame", *[(2, 3)] * 4), own.fast)
+    path.write_text(json.dumps({"name": "balanced", "layers": ["frame", "frame", *[[2, 3]] * 4]}))
+    with pytest.raises(InputError, match="belongs to a run with another attention plan"):
+        run(tmp_path, f"weights={weights}", f"attention={path}", "steps=1", name="b", resume=True)
