@@ -55,6 +55,8 @@ def _special(name: str, config: Page4DConfig) -> AttentionPlan | None:
     kind, _, rest = name.partition(":")
     if kind in ("budget", "control"):
         coarse, fine = (_cell(part) for part in rest.split(":"))
+        if math.prod(coarse) <= math.prod(fine):
+            raise ValueError("the second cell must be smaller than the first")
         return BudgetPlan((coarse,) * config.depth, name, like=fine, inverted=kind == "control")
     if kind == "blocks":
         share, floor = map(float, rest.split(":"))
@@ -128,7 +130,7 @@ BINS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.45, math.inf)  # of the largest deviation of
 
 def warnings(found: dict[str, list[dict[str, float]]], plans: dict[str, AttentionPlan]) -> str:
     """Markdown: how far the ATE moves, in either direction, by the largest deviation. Of the plans that have cells in all layers."""
-    cells = [name for name, plan in plans.items() if all(isinstance(layer, tuple) for layer in plan.layers)]
+    cells = [name for name, plan in plans.items() if not plan.exact and all(isinstance(layer, tuple) for layer in plan.layers)]
     pairs = [
         (max(value for key, value in row.items() if key.startswith("layer ")), abs(row["ATE"] / exact["ATE"] - 1))
         for name in cells

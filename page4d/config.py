@@ -162,6 +162,9 @@ class Page4DConfig:
             _expect(self.track.hidden % self.track.num_heads == 0, f"track.hidden {self.track.hidden} is not a multiple of its heads")
 
     def replace(self, **changes: Any) -> Page4DConfig:
+        """With other values. Another depth has no plans of its own, unless they are given."""
+        if changes.get("depth", self.depth) != self.depth:
+            changes = {"plans": PlansConfig(), **changes}
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:

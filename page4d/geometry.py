@@ -6,6 +6,7 @@ Conventions: OpenCV cameras (x right, y down, z forward); extrinsics are camera-
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -100,8 +101,8 @@ class Similarity(NamedTuple):
     translation: Tensor  # (3,)
 
     def apply(self, points: Tensor) -> Tensor:
-        """The transformed points (..., 3)."""
-        return self.scale * points @ self.rotation.mT + self.translation
+        """The transformed points (..., 3), in their dtype."""
+        return (self.scale * points.to(self.rotation.dtype) @ self.rotation.mT + self.translation).to(points.dtype)
 
     def after(self, first: Similarity) -> Similarity:
         """This one after another: x -> self(first(x))."""
@@ -127,15 +128,21 @@ def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None) -> Si
 
     Source: S. Umeyama, Least-squares estimation of transformation parameters between two point patterns, PAMI 1991. If a
     reflection would fit better, the axis of least variance is flipped, so that the result is a rotation. If all source points coincide,
-    only the translation is fitted. If all target points coincide, the scale is 0.
+    only the translation is fitted. If all target points coincide, the scale is 0. Points of weight 0 may be anything.
+
+    Raises:
+        ValueError: a weight is negative or not finite, or none is positive.
     """
     source, target = source.double(), target.double()
     share = source.new_ones(len(source)) if weights is None else weights.double()
+    if not (bool((share >= 0).all()) and 0 < float(share.sum()) < math.inf):
+        raise ValueError("the weights must be finite, at least 0, and not all 0")
+    source, target, share = (x[share > 0] for x in (source, target, share))
     share = share / share.sum()
     mean_source, mean_target = share @ source, share @ target
     centred_source, centred_target = source - mean_source, target - mean_target
     variance = share @ centred_source.square().sum(1)
-    if variance <= (1e-12 * source.abs().max()) ** 2:  # all points coincide, up to rounding
+    if variance <= 1e-24 * (share @ source.square().sum(1)):  # all points coincide, up to rounding
         return Similarity(torch.ones_like(variance), torch.eye(3, dtype=source.dtype, device=source.device), mean_target - mean_source)
     u, singular, vt = torch.linalg.svd(centred_target.mT @ (share[:, None] * centred_source))
     signs = torch.ones_like(singular)

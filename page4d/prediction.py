@@ -146,7 +146,7 @@ class Prediction(EqualByValue):
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             values: dict[str, Any] = {name: torch.from_numpy(file[name]) for name in file.files if name != "attention"}
-            if "attention" in file.files:
+            if "attention" in file.files and file["attention"].dtype.kind == "U":
                 values["attention"] = str(file["attention"])
         return cls(**values)
 

@@ -68,7 +68,7 @@ def _prediction(path: Path, names: set[str]) -> Prediction:
         raise InputError(f"{str(path)!r} is not a predictions.npz, or it is cut off: give one that page4d infer wrote")
     try:
         with np.load(path, allow_pickle=False) as file:
-            plan = str(file["attention"]) if "attention" in file.files else None
+            plan = str(file["attention"]) if "attention" in file.files and file["attention"].dtype.kind == "U" else None
             tensors: dict[str, Any] = {name: torch.from_numpy(file[name]) for name in SHAPES if name in names and name in file.files}
     except Exception as error:  # zipfile, zlib and numpy raise many kinds for a damaged file
         raise InputError(f"{str(path)!r} cannot be read ({error}): run page4d infer again, with --export npz") from error

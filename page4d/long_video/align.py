@@ -17,6 +17,7 @@ CONVERGED = 1e-9  # change of the weighted mean residual, relative to it
 HUBER = 1.345  # in standard deviations: 95 % efficient for Gaussian noise
 DEVIATION = 1.4826 / 1.5382  # of one coordinate, by the median length of 3-D Gaussian vectors, from that of 1-D ones
 LEAST_POINTS = 16
+WORST = 0.5  # of the spread of the points: how far apart pairs may stay
 THIN = 1e-3  # the second axis of a set of points, relative to its first, below which it is a line
 
 
@@ -36,7 +37,8 @@ def sim3(points_a: Tensor, points_b: Tensor, weights: Tensor | None = None, *, r
         weights: (N,), at least 0, such as confidence times the probability of standing still.
 
     Raises:
-        AlignmentError: fewer than 16 pairs count, or the points lie on a line or in one place, which leaves a rotation free. Planes serve.
+        AlignmentError: fewer than 16 pairs count, the points lie on a line or in one place, which leaves a rotation free (planes serve),
+            or half of the pairs stay further apart than half of the points' spread.
     """
     a, b = points_a.double(), points_b.double()
     w = a.new_ones(len(a)) if weights is None else weights.double()
@@ -57,8 +59,10 @@ def sim3(points_a: Tensor, points_b: Tensor, weights: Tensor | None = None, *, r
         if abs(before - error) <= CONVERGED * error:
             break
         before = error
-    if not (found.scale > 0 and found.scale.isfinite()):
-        raise AlignmentError("the common points do not agree: no scale maps one set onto the other")
+    spread = (w @ (b - w @ b).square().sum(1)).sqrt()
+    apart = weighted_median((found.apply(a) - b).norm(dim=1), w)
+    if not (found.scale > 0 and found.scale.isfinite() and apart < WORST * spread):
+        raise AlignmentError("the common points do not agree: no similarity maps one set onto the other")
     return found
 
 
@@ -69,8 +73,11 @@ def from_cameras(extrinsics_a: Tensor, extrinsics_b: Tensor, ratio: Tensor | flo
     b's lengths are (such as the median ratio of depths), or else that of the centres' spread.
 
     Raises:
-        AlignmentError: there is no ratio, and all centres of a, or of b, coincide: nothing says how long anything is.
+        AlignmentError: there is no ratio, and the centres of a or of b coincide, or do not move alike: nothing says how long anything is.
+            Or a number is not finite.
     """
+    if not (extrinsics_a.isfinite().all() and extrinsics_b.isfinite().all()):
+        raise AlignmentError("the common cameras are not finite")
     rotations_a, rotations_b = (x[..., :3].double() for x in (extrinsics_a, extrinsics_b))
     centres_a, centres_b = (-(x[..., :3].double().mT @ x[..., 3:].double()).squeeze(-1) for x in (extrinsics_a, extrinsics_b))
     u, _, vt = torch.linalg.svd((rotations_b.mT @ rotations_a).mean(0))
@@ -78,11 +85,13 @@ def from_cameras(extrinsics_a: Tensor, extrinsics_b: Tensor, ratio: Tensor | flo
     rotation = u @ flip @ vt
     mean_a, mean_b = centres_a.mean(0), centres_b.mean(0)
     if ratio is None:
-        spread_a, spread_b = ((x - mean).norm() for x, mean in ((centres_a, mean_a), (centres_b, mean_b)))
-        if min(spread_a / (1 + mean_a.norm()), spread_b / (1 + mean_b.norm())) < 1e-6:
-            raise AlignmentError("the common cameras stand still, and there is no common depth: the scale cannot be found")
-        ratio = spread_b / spread_a
+        away_a, away_b = (centres_a - mean_a) @ rotation.mT, centres_b - mean_b
+        ratio = away_b.norm() / away_a.norm()
+        if not (ratio > 0 and (ratio * away_a - away_b).norm() < WORST * away_b.norm()):  # also if one of them is 0
+            raise AlignmentError("the common cameras stand still or disagree, and there is no common depth: the scale cannot be found")
     scale = torch.as_tensor(ratio, dtype=torch.float64, device=rotation.device)
+    if not (scale > 0 and scale.isfinite()):
+        raise AlignmentError(f"the ratio of the depths is {float(scale):g}: the scale cannot be found")
     return Similarity(scale, rotation, mean_b - scale * rotation @ mean_a)
 
 

@@ -145,7 +145,8 @@ class Trainer:
             self.model = Page4D(preset(config.model))
             start_from_scratch(self.model)
         self.attention = AttentionPlan.of(config.attention, self.model.config)
-        if state is not None and state["attention"] != self.attention.to_json():
+        exact = AttentionPlan.of(None, self.model.config)
+        if state is not None and state.get("attention", exact.to_json()) != self.attention.to_json():
             raise InputError(f"{state_file} belongs to a run with another attention plan: resume with the same one")
         objective = Objective(self.model, config.loss, self.attention).to(self.device)
         self.trained = choose_trainable(self.model, config.trainable)
@@ -185,10 +186,10 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise anything
             raise InputError(f"{path} cannot be read ({type(error).__name__}): restore it, or start again in another folder") from None
-        keys = {"model", "average", "matching", "optimizers", "step", "config", "model_config", "ranks", "attention"}
+        keys = {"model", "average", "matching", "optimizers", "step", "config", "model_config", "ranks"}
         if not isinstance(state, dict) or not keys <= set(state):
             raise InputError(f"{path} is not the state of a run: restore it, or start again in another folder")
-        before, now = flatten(state["config"]), flatten(self.config.to_dict())
+        before, now = flatten(RunConfig().to_dict()) | flatten(state["config"]), flatten(self.config.to_dict())  # older runs lack some keys
         changed = [key for key in now if key not in MAY_CHANGE_ON_RESUME and before.get(key) != now[key]]
         if changed:
             raise InputError(f"{path} belongs to another configuration ({', '.join(changed)} differ): resume with the same one")

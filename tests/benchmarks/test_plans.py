@@ -90,6 +90,8 @@ def test_the_table_of_warnings():
     cells = [{"ATE": 1.2, "layer 0": 0.01}, {"ATE": 2.0, "layer 0": 0.04}, {"ATE": 3.0, "layer 0": 0.04}]
     found = {"exact": exact, "2x2": cells, "frame": [{"ATE": 9.0, "layer 0": 9.0}] * 3}
     assert plan_quality.warnings(found, plans).splitlines()[2:] == ["| 0 to 0.05 | 2 | 10.0% | 50% |"]
+    found["1x1"], plans["1x1"] = exact, AttentionPlan(((1, 1),))
+    assert len(plan_quality.warnings(found, plans).splitlines()) == 3
     assert plan_quality.warnings({"exact": exact}, {"exact": plans["exact"]}) == ""
 
 
@@ -107,7 +109,7 @@ def test_the_command_for_quality(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [["--plans", name] for name in ("nope", "2x", "0x2", "frame@9", "budget:3x3", "blocks:x:1", "")]
+    [["--plans", name] for name in ("nope", "2x", "0x2", "frame@9", "budget:3x3", "budget:2x2:3x3", "blocks:x:1", "")]
     + [["--frames", "1"], ["--sequences", "1"]],
 )
 def test_the_command_for_quality_refuses_in_words(options, capsys):

@@ -366,3 +366,71 @@ def test_bf16_gated_rows_are_closer_than_the_official_arithmetic(backend, device
     with capsys.disabled():
         print(f"\nbf16 gated rows, rms error: {backend} {ours:.2e}, sdpa_augmented {official:.2e}, {official / ours:.1f}x")
     assert official >= 8 * ours
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """How often `sdpa` has folded a bias into channels."""
+    from page4d_kernels.backends.mask_attention import bias_channels
+
+    calls, fold = [], bias_channels.fold
+    monkeypatch.setattr(bias_channels, "fold", lambda *arguments: calls.append(1) or fold(*arguments))
+    return calls
+
+
+def every_row(dtype=torch.float32, heads=4, scale=1.0):
+    inputs = attention_inputs(TokenLayout(2, 40, 3), heads=heads, dtype=dtype, head_dim=16)
+    ones = torch.ones_like(inputs.query_gate)
+    return dataclasses.replace(inputs, query_gate=ones, key_bias=inputs.key_bias * scale, layout=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("at_once", [1, 160, 10**6])
+def test_sdpa_folds_the_bias_of_all_rows(folds, monkeypatch, dtype, at_once):
+    """Whatever number of heads at a time."""
+    from page4d_kernels.backends.mask_attention import sdpa
+
+    monkeypatch.setattr(sdpa, "ROWS_AT_ONCE", at_once)
+    inputs = every_row(dtype, scale=8.0)
+    out = inputs.attend("sdpa")
+    assert len(folds) == {1: 4, 160: 2, 10**6: 1}[at_once] and out.shape == inputs.q.shape
+    assert_within_budget("out", out, oracle_attention(inputs, 0.25)[0], plain_attention(inputs, 0.25))
+
+
+@pytest.mark.parametrize("wanted", ["query_gate", "key_bias"])
+def test_sdpa_folds_no_bias_whose_gradient_is_wanted(folds, wanted):
+    inputs = every_row()
+    inputs = dataclasses.replace(inputs, **{wanted: getattr(inputs, wanted).clone().requires_grad_()})
+    out = inputs.attend("sdpa")
+    (gradient,) = torch.autograd.grad(out.square().sum(), [getattr(inputs, wanted)])
+    (expected,) = torch.autograd.grad(inputs.attend("chunked").square().sum(), [getattr(inputs, wanted)])
+    assert not folds and torch.equal(gradient, expected)
+
+
+def test_sdpa_folds_no_bias_of_fp16(folds):
+    every_row(torch.float16).attend("sdpa")
+    assert not folds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("extreme", [torch.finfo(torch.float32).min, -1e4, 1e38])
+def test_folded_biases_may_be_extreme(dtype, extreme):
+    inputs = every_row(dtype)
+    gate = inputs.query_gate.clone()
+    gate[:, ::2] = 0
+    bias = inputs.key_bias.clone()
+    bias[:, ::3] = extreme
+    inputs = dataclasses.replace(inputs, query_gate=gate, key_bias=bias)
+    expected = inputs.attend("chunked").float()
+    assert (inputs.attend("sdpa").float() - expected).abs().max() < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_a_folded_bias_survives_matmuls_that_round():
+    """A processor may compute fp32 matmuls in bf16: the parts of the bias are exact in bf16."""
+    from page4d_kernels.backends.mask_attention.bias_channels import fold
+
+    inputs = every_row(scale=16.0)
+    q, k = fold(torch.zeros_like(inputs.q), torch.zeros_like(inputs.k), 64 * inputs.query_gate, inputs.key_bias, 0.25)
+    assert torch.equal(q, q.bfloat16().float()) and torch.equal(k, k.bfloat16().float())
+    expected = 64 * inputs.query_gate[:, None, :, None] * inputs.key_bias[:, None, None, :]
+    assert ((q.double() @ k.double().mT) * 0.25 - expected).abs().max() < 2e-6 * expected.abs().max()

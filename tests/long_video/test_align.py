@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from page4d.geometry import Similarity, quaternion_to_matrix
+from page4d.geometry import Similarity, quaternion_to_matrix, umeyama
 from page4d.long_video.align import AlignmentError, from_cameras, sim3, weighted_median
 
 
@@ -111,7 +111,7 @@ def test_cameras(seed, turning):
 def test_cameras_that_stand_still_need_the_ratio_of_depths():
     a, true = cameras(6, 0, still=True), known(0)
     b = seen_from(a, true)
-    with pytest.raises(AlignmentError, match="stand still, and there is no common depth"):
+    with pytest.raises(AlignmentError, match="stand still or disagree, and there is no common depth"):
         from_cameras(a, b)
     assert error(from_cameras(a, b, float(true.scale)), true) < 1e-7
 
@@ -121,3 +121,82 @@ def test_the_weighted_median():
     assert weighted_median(values, torch.tensor([1.0, 1.0, 1.0])) == 3
     assert weighted_median(values, torch.tensor([9.0, 1.0, 1.0])) == 5
     assert weighted_median(values, torch.tensor([0.0, 1.0, 0.0])) == 1
+
+
+def test_what_does_not_agree_is_refused():
+    a = cloud(200, 0, (1, 1, 1))
+    for b, words in (
+        (cloud(200, 9), "do not agree"),
+        (a * torch.tensor([1.0, 1.0, -1.0]), "do not agree"),  # a mirror image
+        (torch.linspace(0, 1, 200)[:, None] * torch.ones(3), "on a line"),
+    ):
+        with pytest.raises(AlignmentError, match=words):
+            sim3(a, b)
+
+
+def test_far_points_of_little_weight_and_points_of_no_weight():
+    a, true = cloud(200, 0), known(0)
+    a[0] = torch.tensor([0.0, 0.0, 1e13])
+    b = true.apply(a)
+    assert error(sim3(a, b, 1 / (1 + a.square().sum(1))), true) < 1e-3
+    weights = torch.ones(200, dtype=torch.float64)
+    weights[0] = 0
+    assert error(umeyama(a, b, weights), true) < 1e-7
+    a[0] = float("nan")
+    assert error(umeyama(a, b, weights), true) < 1e-7
+    weights[3] = float("nan")
+    assert error(sim3(a, b, weights), true) < 1e-7
+    for wrong in (torch.zeros(200), -weights, weights):
+        with pytest.raises(ValueError, match="weights must be finite"):
+            umeyama(a, b, wrong)
+
+
+def test_a_heavy_minority_outweighs_a_light_majority():
+    a, true = cloud(400, 2), known(2)
+    b = true.apply(a)
+    b[100:] += 5 * true.scale
+    weights = torch.where(torch.arange(400) < 100, 30.0, 1.0)
+    assert error(sim3(a, b, weights), true) < 0.05
+
+
+def test_units_do_not_matter_and_points_keep_their_type():
+    a, true = cloud(100, 0), known(0)
+    for unit in (1e-6, 1e8):
+        found = sim3(a * unit, true.apply(a))
+        assert error(Similarity(found.scale * unit, *found[1:]), true) < 1e-6
+    assert found.apply(a.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("unit", [1e-7, 1.0, 1e7])
+def test_cameras_in_any_unit(unit):
+    a, true = cameras(6, 0), known(0)
+    b = seen_from(a, true)
+    a = torch.cat([a[..., :3], a[..., 3:] * unit], -1)
+    found = from_cameras(a, b)
+    assert error(Similarity(found.scale * unit, *found[1:]), true) < 1e-6
+
+
+def test_cameras_that_say_nothing():
+    a = cameras(8, 0, still=True, turning=False)
+    jitter = [a.clone() for _ in range(2)]
+    for seed, x in enumerate(jitter):
+        x[..., 3] += 10.0 ** -(4 + seed) * torch.randn(8, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    with pytest.raises(AlignmentError, match="stand still or disagree"):
+        from_cameras(*jitter)
+    moving = cameras(8, 1)
+    for first, second in ((moving, a), (a, moving)):
+        with pytest.raises(AlignmentError, match="stand still or disagree"):
+            from_cameras(first, second)
+    for ratio in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(AlignmentError, match="the ratio of the depths is"):
+            from_cameras(moving, moving, ratio)
+    with pytest.raises(AlignmentError, match="not finite"):
+        from_cameras(moving * float("nan"), moving)
+
+
+def test_the_mean_of_far_rotations_is_a_rotation():
+    """Half turns about the three axes: their mean is a reflection."""
+    turns = torch.stack([2 * torch.outer(axis, axis) - torch.eye(3) for axis in torch.eye(3)]).double()
+    a = torch.cat([turns, torch.zeros(3, 3, 1, dtype=torch.float64)], -1)
+    b = torch.cat([torch.eye(3).double().expand(3, 3, 3), torch.zeros(3, 3, 1, dtype=torch.float64)], -1)
+    assert torch.det(from_cameras(a, b, 1.0).rotation) == pytest.approx(1)

@@ -206,6 +206,34 @@ def test_the_memory_plan_counts_the_kept_keys(nano):
     assert kept_share(AttentionPlan(("frame",) * 6), nano.config, 40, (56, 84)) == 0
 
 
+@pytest.mark.parametrize("kind", ["frame", (2, 2)])
+def test_a_sparse_layer_keeps_the_mask(kind):
+    """In its special rows, and in them alone."""
+    layout = TokenLayout(3, 5 + 8 * 12, 5)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, layout.tokens, 16, generator=generator) for _ in range(3))
+    gate = layout.only_special(torch.full((1, layout.tokens), 8.0))
+    bias = torch.rand(1, layout.tokens, generator=generator)
+    sparse = AttentionPlan((kind,)).sparsity(0, layout, (8, 12), 0, torch.device("cpu"))
+    masked, plain = (sparse.attend(q, k, v, *vectors, None)[0] for vectors in ((gate, bias), (None, None)))
+    changed = (masked - plain).abs().amax((0, 1, 3)) > 1e-4
+    assert torch.equal(changed, torch.arange(layout.tokens) % 101 < 5)
+
+
+def test_with_gradients_nothing_is_checked(nano, images, monkeypatch):
+    counts = []
+    original = AttentionPlan.sparsity
+    monkeypatch.setattr(AttentionPlan, "sparsity", lambda *a: counts.append(a[4]) or original(*a))
+    nano(images, attention="fast")
+    assert set(counts) == {0}
+
+
+def test_another_depth_has_no_plans_of_its_own():
+    assert preset("nano").replace(depth=8, kept_layers=(1, 2, 4, 7)).plans == PlansConfig()
+    own = PlansConfig(fast=("dense",) * 8)
+    assert preset("nano").replace(depth=8, kept_layers=(1, 2, 4, 7), plans=own).plans == own
+
+
 def test_every_layer_keeps_other_patches():
     plan, layout = AttentionPlan(((2, 2),) * 5), TokenLayout(3, 5 + 8 * 12, 5)
     kept = [plan.sparsity(layer, layout, (8, 12), 0, torch.device("cpu")).keys.kept for layer in range(5)]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from .camera import CameraPath, random_path
 from .seeds import seeded
 from .texture import Textures, make_textures
@@ -180,6 +181,8 @@ def random_scene(
     `moving` sets the number of independently moving objects instead. The scene has `instants` moments per frame: the first is the time of
     the frame, the others are within half of the time to the next frame.
     """
+    if kind == WALK:
+        raise InputError("a walk is made by walking_scene, or SyntheticScenes")
     random = Random(generator)
     textures = seeded("textures", random.integer(0, 2**31 - 1))  # a separate generator, so that photographs change nothing else
     time = (torch.arange(frames)[:, None] + torch.arange(instants) / (2 * instants)).flatten() / max(frames - 1, 1)

@@ -32,7 +32,7 @@ def walking_scene(
     textures = seeded("textures", random.integer(0, 2**31 - 1))
     moment = (torch.arange(frames)[:, None] + torch.arange(instants) / (2 * instants)).flatten()
     reach, height = random.uniform(2.6, 3.2), random.uniform(1.3, 1.6)  # of a room: half of its side, and of its height
-    camera, angle = _path(random, moment, reach, height)
+    camera, angle, turn = _path(random, moment, reach, height)
     objects = [[still(ROOM, torch.tensor([2 * reach, 2 * reach, height]), torch.tensor([0.0, 0.0, height]), 0.0, len(moment))]]
     objects += _walls(reach, height, len(moment))
     background = len(objects)
@@ -46,7 +46,7 @@ def walking_scene(
                     objects.append(parts)
                     break
     for _ in range(moving):
-        objects.append(_companion(random, camera, angle, moment, reach))
+        objects.append(_companion(random, angle, turn, moment, reach))
     scene = assemble(
         random,
         objects,
@@ -72,8 +72,8 @@ def _walls(reach: float, height: float, count: int) -> list[list[Part]]:
     return walls
 
 
-def _path(random: Random, moment: Tensor, reach: float, height: float) -> tuple[CameraPath, Tensor]:
-    """The cameras, and their angles (S,) about the middle of the ring."""
+def _path(random: Random, moment: Tensor, reach: float, height: float) -> tuple[CameraPath, Tensor, float]:
+    """The cameras, their angles (S,) about the middle of the ring, and its direction, 1 or -1."""
     time = moment / FRAMES_PER_ROUND
     start, turn = random.uniform(0, 2 * math.pi), 1.0 if random.chance(0.5) else -1.0
     angle = start + turn * 2 * math.pi * time
@@ -83,7 +83,7 @@ def _path(random: Random, moment: Tensor, reach: float, height: float) -> tuple[
     ahead = torch.stack([heading.cos(), heading.sin(), -0.12 + 0.06 * wander(random.generator, time, 1, 2.0)[:, 0]], -1)
     roll = 0.03 * wander(random.generator, time, 1, 4.0)[:, 0]
     fov = torch.full_like(time, math.radians(random.uniform(60, 85)))
-    return CameraPath(centers, look_at(centers, centers + ahead, roll), fov, "walk"), angle
+    return CameraPath(centers, look_at(centers, centers + ahead, roll), fov, "walk"), angle, turn
 
 
 def _ring(angle: Tensor, reach: float) -> Tensor:
@@ -92,10 +92,9 @@ def _ring(angle: Tensor, reach: float) -> Tensor:
     return torch.stack([radius * angle.cos(), radius * angle.sin(), torch.zeros_like(angle)], -1)
 
 
-def _companion(random: Random, camera: CameraPath, angle: Tensor, moment: Tensor, reach: float) -> list[Part]:
+def _companion(random: Random, angle: Tensor, turn: float, moment: Tensor, reach: float) -> list[Part]:
     """Somebody who walks before the camera."""
     time = moment / FRAMES_PER_ROUND
-    turn = 1.0 if angle[-1] >= angle[0] else -1.0
     apart = random.uniform(*AHEAD) + 0.6 * wander(random.generator, time, 1, 4.0)[:, 0]
     theirs = angle + turn * apart.clamp(min=0.9) / reach
     path = _ring(theirs, reach)

@@ -4,7 +4,7 @@ With r and c split into parts that bf16 holds, r = r1 + r2 + r3 and c / scale = 
 
     q' = [q, r1, r1, r2, r2, r1, r3, 0, 0],   k' = [k, c1, c2, c1, c2, c3, c1, 0, 0],   q' k'^T * scale = q k^T * scale + r c^T
 
-In fp32 one part is enough.
+In fp32 too, as a matmul may round its inputs there (TF32, or bf16 by torch.set_float32_matmul_precision).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)  # the range of fp16 is too small for c / scale
 EXTRA = 8  # channels: kernels want head dims that are multiples of eight
+LARGEST = 1e30  # of |c / scale|: far beyond what a softmax tells apart, and far from overflow
 PRODUCTS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # parts of r and of c; the rest is below fp32's rounding
 
 
 def fold(q: Tensor, k: Tensor, query_gate: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """q' (B, H, Nq, D + 8) and k' (B, H, Nk, D + 8), copies."""
-    pairs = PRODUCTS[:1] if q.dtype == torch.float32 else PRODUCTS
-    parts_r, parts_c = _parts(query_gate, q.dtype), _parts(key_bias / scale, q.dtype)
-    of_q = torch.stack([parts_r[i] for i, _ in pairs], -1)
-    of_k = torch.stack([parts_c[j] for _, j in pairs], -1)
-    return _append(q, of_q), _append(k, of_k)
+    parts_r, parts_c = _parts(query_gate), _parts((key_bias / scale).clamp(-LARGEST, LARGEST))
+    of_q = torch.stack([parts_r[i] for i, _ in PRODUCTS], -1)
+    of_k = torch.stack([parts_c[j] for _, j in PRODUCTS], -1)
+    return _append(q, of_q.to(q.dtype)), _append(k, of_k.to(k.dtype))
 
 
 def _append(x: Tensor, columns: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ def _append(x: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([x, padded.expand(-1, x.shape[1], -1, -1)], -1)
 
 
-def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """x (fp32) as a sum of three tensors of `dtype`, the largest first."""
+def _parts(x: Tensor) -> list[Tensor]:
+    """x (fp32) as a sum of three bf16 tensors, the largest first."""
     parts = []
     for _ in range(3):
-        parts.append(x.to(dtype))
+        parts.append(x.to(torch.bfloat16))
         x = x - parts[-1].float()
     return parts

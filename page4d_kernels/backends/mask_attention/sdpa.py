@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...layout import empty_token_major
 from ..registry import Backend
 from . import bias_channels, gated_rows
 from .problem import AttentionArgs, AttentionProblem, all_of, no_lse
+
+ROWS_AT_ONCE = 1 << 17  # of all heads: enough to fill a GPU
 
 
 def _stays_linear(problem: AttentionProblem) -> list[str]:
@@ -32,10 +35,18 @@ def _forward(args: AttentionArgs) -> Tensor:
     q, k, v, query_gate, key_bias, layout, scale = args
     if query_gate is None or key_bias is None or layout is not None or not _folds(q, query_gate, key_bias):
         return _composed(args)
-    q, k = bias_channels.fold(q, k, query_gate, key_bias, scale)
-    channels = v.shape[-1]
-    padded = F.pad(v, (0, bias_channels.EXTRA))  # torch's flash kernels want one head dim
-    return _plain(q, k, padded, scale)[..., :channels]
+
+    def attend(heads: slice) -> Tensor:
+        wide = bias_channels.fold(q[:, heads], k[:, heads], query_gate, key_bias, scale)
+        padded = F.pad(v[:, heads], (0, bias_channels.EXTRA))  # torch's flash kernels want one head dim
+        return _plain(*wide, padded, scale)[..., : v.shape[-1]]
+
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return attend(slice(None))
+    out, some = empty_token_major(q), max(1, ROWS_AT_ONCE // q.shape[2])
+    for first in range(0, q.shape[1], some):  # the copies of a few heads at a time need little memory
+        out[:, first : first + some] = attend(slice(first, first + some))
+    return out
 
 
 def _folds(q: Tensor, query_gate: Tensor, key_bias: Tensor) -> bool:
