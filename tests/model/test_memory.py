@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from page4d.config import preset
 from page4d.errors import InputError
+from page4d.execution.attention_plan import AttentionPlan
 from page4d.execution.memory import MemoryPlan, Workload, budget_of, can_offload, free_of_container, make_plan, predicted_bytes
 from page4d.execution.runners import StreamedRunner
 from page4d.model import Page4D
@@ -84,6 +85,25 @@ def test_the_plan_is_what_is_allocated(model, case, dtype, budget, monkeypatch):
     measured = live.peak
     print(f"{case} {dtype} {plan}: measured {measured / 2**20:.1f} MiB, planned {plan.bytes / 2**20:.1f}: {plan.bytes / measured:.3f}")
     assert 0.9 <= plan.bytes / measured <= 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", ["2x2", "1x2"])
+@pytest.mark.parametrize("backend", ["sdpa", "chunked"])
+def test_the_plan_with_cells(model, backend, cell, dtype, monkeypatch):
+    """`sdpa` copies q, k and v of a few heads at a time."""
+    monkeypatch.setattr("page4d.execution.memory.CHUNK_TOKENS", 300)
+    monkeypatch.setattr("page4d_kernels.backends.mask_attention.sdpa.ROWS_AT_ONCE", 1)
+    images = torch.rand(1, 40, 3, 112, 154)
+    model.set_compute_dtype(dtype)
+    with torch.no_grad(), use_backend(backend):
+        attention = AttentionPlan.of(cell, model.config)
+        plan = model.plan(images.shape, ["camera"], attention=attention)
+        model(images, outputs=["camera"], attention=attention)  # makes the tables
+        with LiveBytes(*model.parameters(), *model.buffers()) as live:
+            model(images, outputs=["camera"], attention=attention)
+    print(f"{backend} {cell} {dtype}: planned {plan.bytes / 2**20:.1f} MiB, measured {live.peak / 2**20:.1f}: {plan.bytes / live.peak:.3f}")
+    assert 0.9 <= plan.bytes / live.peak <= 1.1
 
 
 @pytest.fixture(scope="module")
