@@ -163,8 +163,8 @@ class Page4D(nn.Module):
         wanted = self._wanted(outputs, query_points)
         self._check(images, query_points)
         self._check_mask(images, strength, "mask" in wanted)
-        chosen = AttentionPlan.of(attention, self.config)
-        plan = None if chosen.exact else chosen
+        plan = None if attention is None else AttentionPlan.of(attention, self.config)
+        plan = None if plan is None or plan.exact else plan
         check_rows(attention_check)
         if memory_budget is None and allocate is None and plan is None:
             given = {"images": images} if query_points is None else {"images": images, "query_points": query_points}
