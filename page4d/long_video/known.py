@@ -1,0 +1,130 @@
+"""Cameras that are known from elsewhere: read, and matched with the frames of a clip."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.posed import locate, read_posed
+from ..errors import InputError
+from ..geometry import quaternion_to_matrix
+from ..prediction import Cameras
+
+ROUNDING = 1e-3  # of rotations that were written with few digits
+LEAST = 3  # cameras that determine a similarity
+
+
+@dataclass(frozen=True)
+class Known:
+    """Cameras by the name of their picture, or by time. The world and its unit are those of the file."""
+
+    keys: list[str] | Tensor  # names without suffix, or seconds (n,) fp64, ascending
+    extrinsics: Tensor  # (n, 3, 4) camera-from-world, fp64
+    intrinsics: Tensor | None  # (n, 3, 3) in pixels of the originals, fp64
+
+    def __len__(self) -> int:
+        return len(self.extrinsics)
+
+
+def read_cameras(path: str | Path) -> Known:
+    """Our cameras.json (or an output folder that has one), a trajectory in TUM's format, a COLMAP model or a transforms.json.
+
+    Raises:
+        InputError: it is none of these, or damaged. The message names the file.
+    """
+    path = Path(path)
+    ours = path / "cameras.json" if path.is_dir() else path
+    if ours.is_file() and ours.suffix.lower() == ".json" and (entries := _entries(ours)) is not None:
+        return _ours(entries, ours)
+    if locate(path) is not None:
+        posed = read_posed(path)
+        names = [Path(camera.name).stem for camera in posed]
+        extrinsics, intrinsics = (torch.from_numpy(np.stack([getattr(x, name) for x in posed])) for name in ("extrinsics", "intrinsics"))
+        return _checked(Known(names, extrinsics, intrinsics), path)
+    if path.is_file():
+        return _tum(path)
+    raise InputError(f"{str(path)!r} has no cameras: give a cameras.json, a TUM trajectory, a COLMAP model folder or a transforms.json")
+
+
+def _entries(path: Path) -> list[dict[str, Any]] | None:
+    """The frames of our cameras.json. None if it is another JSON file."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as JSON ({error}): give the file again") from None
+    frames = whole.get("frames") if isinstance(whole, dict) else None
+    known = isinstance(frames, list) and all(isinstance(frame, dict) and "extrinsics" in frame for frame in frames)
+    return frames if known and frames else None
+
+
+def _ours(entries: list[dict[str, Any]], path: Path) -> Known:
+    try:
+        extrinsics, intrinsics = (
+            torch.tensor([[[np.nan if x is None else x for x in row] for row in entry[name]] for entry in entries], dtype=torch.float64)
+            for name in ("extrinsics", "intrinsics")
+        )
+        return _checked(Known([str(entry["name"]) for entry in entries], extrinsics, intrinsics), path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{str(path)!r} is damaged ({error}): write it again with --export trajectory") from None
+
+
+def _tum(path: Path) -> Known:
+    """Lines of: timestamp tx ty tz qx qy qz qw, world-from-camera. Lines that begin with # are comments."""
+    rows = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip() and not line.lstrip().startswith("#"):
+                values = [float(word) for word in line.split()]
+                if len(values) != 8:
+                    raise InputError(f"{str(path)!r}, line {number}: a TUM trajectory has 8 numbers in a line, not {len(values)}")
+                rows.append(values)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(path)!r} is not a TUM trajectory ({error}): give timestamp tx ty tz qx qy qz qw in each line") from None
+    if not rows:
+        raise InputError(f"{str(path)!r} has no cameras: give timestamp tx ty tz qx qy qz qw in each line")
+    table = torch.tensor(sorted(rows), dtype=torch.float64)
+    rotation = quaternion_to_matrix(table[:, 4:]).mT
+    extrinsics = torch.cat([rotation, -(rotation @ table[:, 1:4, None])], -1)
+    return _checked(Known(table[:, 0], extrinsics, None), path)
+
+
+def _checked(known: Known, path: Path) -> Known:
+    rotation = known.extrinsics[..., :3]
+    error = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2)) if len(known) else torch.zeros(1)
+    if known.extrinsics.shape[1:] != (3, 4) or not bool(known.extrinsics.isfinite().all()) or not bool((error < ROUNDING).all()):
+        raise InputError(f"{str(path)!r} has a camera whose pose is not a rotation and a translation: write the cameras again")
+    return known
+
+
+def matched(known: Known, names: list[str], timestamps: list[float]) -> tuple[list[int], Cameras]:
+    """The frames that have a known camera, and these cameras; intrinsics are NaN where the file has none.
+
+    By name (without suffix), or by the nearest time that is nearer than half of the time between two frames.
+
+    Raises:
+        InputError: fewer than three frames have one.
+    """
+    if isinstance(known.keys, list):
+        where = {key: number for number, key in enumerate(known.keys)}
+        pairs = [(frame, where[name]) for frame, name in enumerate(names) if name in where]
+        missing = f"their names are such as {known.keys[0]!r}, and those of the frames such as {names[0]!r}"
+    else:
+        times = torch.tensor(timestamps, dtype=torch.float64)
+        apart = (times[:, None] - known.keys).abs()
+        reach = float(times.diff().median()) / 2 if len(times) > 1 else 0.0
+        nearest = apart.min(1)
+        pairs = [(frame, int(nearest.indices[frame])) for frame in range(len(times)) if float(nearest.values[frame]) <= reach]
+        missing = f"their times begin at {float(known.keys[0]):g} s, and those of the frames at {timestamps[0]:g} s"
+    if len(pairs) < LEAST:
+        raise InputError(f"{len(pairs)} frames have a known camera, and {LEAST} are needed: {missing}")
+    chosen = [number for _, number in pairs]
+    intrinsics = torch.full((len(pairs), 3, 3), torch.nan, dtype=torch.float64) if known.intrinsics is None else known.intrinsics[chosen]
+    return [frame for frame, _ in pairs], Cameras(known.extrinsics[chosen], intrinsics)
