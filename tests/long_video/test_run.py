@@ -82,6 +82,26 @@ def test_loops_take_back_the_drift(closed, truth, random_similarity, tmp_path):
     assert error(looped, closed) < error(plain, closed)
 
 
+@pytest.mark.slow
+def test_the_mask_keeps_people_from_bending_the_path(truth, random_similarity, tmp_path):
+    """Each pass sees the three people before the camera at a depth of its own."""
+    sample = SyntheticScenes("walk", frames=150, size=(56, 84), seed=60, moving=3)[1]
+
+    class Misled(Oracle):
+        def __call__(self, images):
+            found = super().__call__(images)
+            first = self.numbers[images[0].numpy().tobytes()]
+            factor = float((0.25 * torch.randn((), generator=torch.Generator().manual_seed(first))).exp())
+            moves = sample.dynamic[first : first + len(images)][None, ..., None]
+            return replace(found, depth=torch.where(moves, factor * found.depth, found.depth))
+
+    chunks, errors = divide(150, 30, 6), []
+    for mask in (True, False):
+        oracle = Misled(sample, truth, random_similarity)
+        errors.append(error(run(sample.images, chunks, oracle, Store(tmp_path / str(mask), {}), in_memory, mask=mask), sample))
+    assert errors[0] < errors[1] / 2, errors
+
+
 @pytest.mark.parametrize("stop", [0, 1, 4])
 def test_a_stopped_run_goes_on_and_gives_the_same_bits(closed, truth, random_similarity, tmp_path, stop):
     chunks = divide(80, 20, 4)
