@@ -24,7 +24,8 @@ AHEAD = (1.2, 2.6)  # metres from the camera to the people before it
 def walking_scene(
     frames: int, generator: torch.Generator, moving: int, photographs: Sequence[Path] | None = None, instants: int = 1
 ) -> Scene:
-    """A random walk of S frames. After about 300 frames the loop is closed; a longer walk goes round again, a shorter one is a part.
+    """A random walk of S frames. After about 300 frames the loop is closed; a longer walk goes round again, a shorter one is a part
+    of it, but for furniture that would be in the way later.
 
     `moving` people walk before the camera, in and out of the picture. Three cover up to half of it.
     """
