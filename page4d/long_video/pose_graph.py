@@ -108,11 +108,6 @@ def _unpack(values: Tensor) -> Similarity:
     return Similarity(values[0], values[1:10].view(3, 3), values[10:])
 
 
-def _inverse(x: Similarity) -> Similarity:
-    back = x.rotation.mT
-    return Similarity(1 / x.scale, back, -(back @ x.translation) / x.scale)
-
-
 def _moved(values: Tensor, step: Tensor) -> Tensor:
     """A node after a small step in its own world."""
     x = _unpack(values)
@@ -124,7 +119,7 @@ def _moved(values: Tensor, step: Tensor) -> Tensor:
 def _residual(steps: Tensor, first: Tensor, second: Tensor, measured: Tensor, unit: Tensor) -> Tensor:
     """e (7,) of an edge after small steps (2, 7) of its two nodes."""
     i, j = _unpack(_moved(first, steps[0])), _unpack(_moved(second, steps[1]))
-    error = _inverse(_unpack(measured)).after(_inverse(i).after(j))
+    error = _unpack(measured).inverse().after(i.inverse().after(j))
     return torch.cat([error.translation / unit, _rotation_vector(error.rotation), error.scale.log().reshape(1)])
 
 
