@@ -116,6 +116,7 @@ class Page4DConfig:
     point_head: DenseHeadConfig | None = field(default_factory=DenseHeadConfig)
     track: TrackHeadConfig | None = field(default_factory=TrackHeadConfig)
     plans: PlansConfig = field(default_factory=PlansConfig)
+    chunk: tuple[int, int] | None = None  # frames and overlap of the chunks that serve longer videos better than one pass, as measured
 
     @property
     def special_tokens(self) -> int:

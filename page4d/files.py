@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .errors import InputError
 
+Allocate = Callable[[str, tuple[int, ...]], Tensor]  # allocate(name, shape) -> an uninitialised fp32 tensor
+
 
 class AtomicFiles:
     """Write several files atomically: `with AtomicFiles() as files: write(files.add(path))`.
@@ -76,7 +78,7 @@ class AtomicFiles:
                     error.filename = str(final)
 
 
-def on_disk(folder: Path) -> Callable[[str, tuple[int, ...]], Tensor]:
+def on_disk(folder: Path) -> Allocate:
     """A function (name, shape) -> fp32 tensor whose memory is an unnamed file in `folder`, for results larger than the memory.
 
     The file is deleted with the last reference to the tensor. Where such files are not supported, the tensors are ordinary ones. The
@@ -95,7 +97,7 @@ def on_disk(folder: Path) -> Callable[[str, tuple[int, ...]], Tensor]:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the file system cannot reserve space
                     return torch.empty(shape)
                 raise InputError(
-                    f"{existing} has no room for {name}, {4 * count / 1e9:.1f} GB ({error.strerror}): choose another --out"
+                    f"{existing} has no room for {name}, {4 * count / 1e9:.1f} GB ({error.strerror}): make room, or choose another --out"
                 ) from None
             return torch.from_file(file.name, shared=True, size=count).view(shape)
 

@@ -71,13 +71,15 @@ class Prediction(EqualByValue):
     conf: Tensor | None = None  # (B, S, N) in (0, 1): confidence of the track
     attention: str | None = None  # the attention plan, as `AttentionPlan.to_json` writes it; None = exact
     attention_deviation: Tensor | None = None  # (depth,): see `Page4D.forward`; 0 where a layer is dense
+    intrinsics: Tensor | None = None  # (B, S, 3, 3) in pixels of `images`, if they are known; None = those of pose_enc
     valid: Tensor | None = None  # (B, S, H, W) bool: pixels that show the original; `export` writes it if there is padding
 
     @property
     def cameras(self) -> Cameras:
         if self.pose_enc is None:
             raise ValueError("this prediction has no cameras: run the model with 'camera' among its outputs")
-        return Cameras(*decode_pose(self.pose_enc, (self.images.shape[-2], self.images.shape[-1])))
+        extrinsics, intrinsics = decode_pose(self.pose_enc, (self.images.shape[-2], self.images.shape[-1]))
+        return Cameras(extrinsics, intrinsics if self.intrinsics is None else self.intrinsics)
 
     @property
     def motion(self) -> Tensor:

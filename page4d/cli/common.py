@@ -17,6 +17,7 @@ from ..execution.memory import is_out_of_memory
 from .parser import accept_all_names, forget_output
 
 PLAN_HELP = "what patches see in global attention: exact, balanced, fast, a cell such as 2x2, or a .json file (default: exact)"
+CHUNK_HELP = "run long videos in chunks of N frames, a quarter of them in common unless given; off = never (default: where needed)"
 WEIGHTS_HELP = "nano (bundled, the default), page4d, page4d-mask or vggt (Hugging Face hub), a .pt or .safetensors file, or random[:PRESET]"
 
 

@@ -20,6 +20,7 @@ from ..evaluation.readers import SPECS, open_dataset
 from ..evaluation.report import table, write_json
 from ..execution.attention_plan import AttentionPlan
 from ..files import check_writable
+from ..long_video.chunks import Chunking
 from ..model import default_dtype
 from ..model.opening import DEFAULT_WEIGHTS, DTYPES, check_weights, open_device, open_model
 from .common import PLAN_HELP, WEIGHTS_HELP, parse_names, parse_size, run_command, say
@@ -47,6 +48,10 @@ def build_parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of synthetic scenes, the choice of compared points, and random weights")
     parser.add_argument("--mask-strength", type=float, help="strength of the dynamics mask, 0 = off (default: as stored in the weights)")
     parser.add_argument("--attention", default="exact", metavar="PLAN", help=PLAN_HELP)
+    parser.add_argument("--chunk", metavar="N[,OVERLAP]", help="run longer sequences in chunks of N frames (default: one pass)")
+    parser.add_argument(
+        "--no-loops", dest="loops", action="store_false", help="in chunks: do not look for places that the video comes back to"
+    )
     parser.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the trunk's matmuls (default: half precision on cuda, else fp32)")
     parser.add_argument(
@@ -68,7 +73,9 @@ def run(args: argparse.Namespace) -> str:
     config = check_weights(args.weights)
     plan = AttentionPlan.of(args.attention, config)
     size = (config.image_size or DEFAULT_SIZE) if args.size is None else args.size
-    protocol = Protocol(size, args.official_protocol, tuple(args.align), args.mask_strength, args.attention, seed=args.seed)
+    chunk = None if args.chunk is None else Chunking.of(args.chunk)
+    options = {"mask_strength": args.mask_strength, "attention": args.attention, "chunk": chunk, "loops": args.loops, "seed": args.seed}
+    protocol = Protocol(size, args.official_protocol, tuple(args.align), **options)
     tasks = set(args.tasks) if args.tasks else None
     check_tasks(tasks)
     options = {"tasks": tasks, "frames": args.frames, "size": size, "seed": args.seed, "sequences": args.sequences}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from ..errors import one_line
 from ..execution.attention_plan import CHECKED_ROWS
 from ..export import DEFAULT, FORMATS
 from ..export.options import CHOICES
+from ..long_video.report import in_words
 from ..model.opening import DEFAULT_WEIGHTS, DTYPES
-from ..pipeline import DEFAULT_FRAMES, Reconstruction, count, reconstruct
+from ..pipeline import Reconstruction, reconstruct
+from ..pipeline.inputs import DEFAULT_FRAMES, count
 from ..viewer import Page, ViewOptions
-from .common import PLAN_HELP, WEIGHTS_HELP, parse_bytes, parse_folder, parse_names, parse_size, run_command, say
+from .common import CHUNK_HELP, PLAN_HELP, WEIGHTS_HELP, parse_bytes, parse_folder, parse_names, parse_size, run_command, say
 from .parser import Parser
 from .view import check_view, open_page, run_pages
 
@@ -32,7 +35,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=WEIGHTS_HELP)
     parser.add_argument("--out", type=parse_folder, default=Path("out"), help="folder for the results (default: out)")
     parser.add_argument(
-        "--frames", type=int, help=f"at most this many frames, evenly spaced (default: {DEFAULT_FRAMES}, or all with --stride or --fps)"
+        "--frames",
+        type=int,
+        help=f"at most this many frames, evenly spaced (default: {DEFAULT_FRAMES}, or all with --stride, --fps or --chunk)",
     )
     parser.add_argument("--stride", type=int, metavar="N", help="take every N-th frame")
     parser.add_argument("--fps", type=float, help="sample a video at about this many frames per second")
@@ -74,6 +79,14 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--query-points", nargs="+", type=_point, metavar="X,Y", help="track these pixels of the first frame (original resolution)"
     )
     points.add_argument("--track-grid", type=int, metavar="N", help="track N x N points spread over the first frame")
+    parser.add_argument("--chunk", metavar="N[,OVERLAP]", help=CHUNK_HELP)
+    parser.add_argument("--resume", action="store_true", help="go on with a run in chunks that was stopped, with the same options")
+    parser.add_argument(
+        "--no-loops", dest="loops", action="store_false", help="in chunks: do not look for places that the video comes back to"
+    )
+    parser.add_argument(
+        "--cameras", type=Path, metavar="FILE", help="known cameras to align with: cameras.json, TUM, COLMAP folder, transforms.json"
+    )
     parser.add_argument("--view", action="store_true", help="then show the scene in the browser, as `page4d view` does")
     parser.add_argument("--profile", action="store_true", help="also write trace.json for chrome://tracing or Perfetto")
     return parser
@@ -123,6 +136,10 @@ def run(args: argparse.Namespace, pages: list[Page]) -> str:
         attention_check=args.attention_check,
         query_points=args.query_points,
         track_grid=args.track_grid,
+        chunk=args.chunk,
+        resume=args.resume,
+        loops=args.loops,
+        cameras=args.cameras,
         profile=args.profile,
         say=say,
         progress=True,
@@ -152,6 +169,16 @@ def deviation(scene: Reconstruction) -> str:
     return f": its layers deviate from exact attention by {layers}"
 
 
+def known(off: dict[str, float]) -> str:
+    """How far the prediction was from known cameras."""
+    share = f" ({off['ate'] / off['ate_constant']:.1%} of how far they move)" if off["ate_constant"] > 0 else ""
+    focal = "" if math.isnan(off["focal"]) else f", {off['focal']:.1%} in focal length"
+    return (
+        f"known cameras of {off['frames']:.0f} frames: the prediction was off by {off['ate']:.3g} in position{share}, "
+        f"{off['rpe_rot']:.2g} degrees from frame to frame{focal}"
+    )
+
+
 def summary(scene: Reconstruction) -> str:
     """The report: seconds and peak memory per stage, the run in one line, the files."""
     frames, device, seconds, files = scene.frames, scene.device, scene.seconds, scene.files
@@ -170,6 +197,10 @@ def summary(scene: Reconstruction) -> str:
     lines.append(f"attention by {served}, mask strength {scene.mask_strength:g}" + " (off)" * (scene.mask_strength == 0))
     if not scene.plan.exact:
         lines.append(f"attention plan {scene.plan.name}{deviation(scene)}")
+    if scene.long_video is not None:
+        lines += in_words(scene.long_video)
+    if scene.known is not None:
+        lines.append(known(scene.known))
     lines.append(one_line(f"{len(files)} files in {files[0].parent}:") if files else "no files written")
     folders: dict[Path, list[str]] = {}
     for file in files:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import floor
 from numbers import Integral, Real
@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import Allocate
 from ..prediction import Cameras, EqualByValue
 from . import deep
 from .images import Page, is_image, pages, read_all, shown_range, stored_orientation, times
 from .posed import Posed, about
-from .preprocess import Processed, Size, check_memory, check_size, preprocess, stack
+from .preprocess import Size, Stack, check_size, preprocess
 from .sources import Source, resolve
 
 
@@ -62,6 +63,12 @@ class Frames(EqualByValue):
         upper = rows[:, :2] / scale[..., None] + ((0.5 - offset) / scale - 0.5)[..., None] * rows[:, 2:]
         return torch.cat([upper, rows[:, 2:]], 1).to(intrinsics.dtype)
 
+    def intrinsics_from_original(self, intrinsics: Tensor, frames: Sequence[int]) -> Tensor:
+        """The inverse of `intrinsics_in_original`, for (n, 3, 3) of some frames."""
+        rows, scale, offset = intrinsics.double(), self.scale[list(frames)], self.offset[list(frames)]
+        upper = (rows[:, :2] + (0.5 - (0.5 - offset) / scale)[..., None] * rows[:, 2:]) * scale[..., None]
+        return torch.cat([upper, rows[:, 2:]], 1).to(intrinsics.dtype)
+
     def points_to_original(self, xy: Tensor) -> Tensor:
         """Convert points (S, N, 2) from pixels of `images` to pixels of the originals. Pixel centres are integers in both."""
         scale, offset = self.scale[:, None].to(xy.device), self.offset[:, None].to(xy.device)
@@ -97,6 +104,7 @@ def load_frames(
     fps: float | None = None,
     value_range: str = "auto",
     progress: bool = False,
+    allocate: Allocate | None = None,
 ) -> Frames:
     """Read one video, one animation, one folder of images (in natural order), image files in the given order, or images with cameras.
 
@@ -117,8 +125,9 @@ def load_frames(
         value_range: for pictures of more than 8 bits. "full": 0 to 65535 is black to white. "auto": likewise, but if the clip uses less
             than half of that range, or other values, then the range that it uses.
         progress: show a progress bar.
+        allocate: gives the memory of the images, such as `page4d.files.on_disk`. Default: ordinary memory.
 
-    Frames that are not kept are neither converted nor stored.
+    One frame at a time is decoded, converted and stored. Frames that are not kept are neither converted nor stored.
 
     Raises:
         InputError: an input cannot be read, or an option cannot work. The message is one line.
@@ -130,24 +139,28 @@ def load_frames(
     source = inputs if isinstance(inputs, Source) else resolve(inputs)
     paths = source.paths
 
-    count = 1
+    images, sizes = Stack(0), list[tuple[int, int]]()
 
     def select(timestamps: list[float]) -> list[int]:
-        nonlocal count
-        chosen = sample(timestamps, max_frames=max_frames, stride=stride, fps=fps)
-        count = len(chosen)
-        return chosen
+        return sample(timestamps, max_frames=max_frames, stride=stride, fps=fps)
 
-    def convert(image: Image.Image) -> Processed:
-        result = preprocess(image, size=size, mode=mode)
-        check_memory(count, *result.pixels.shape[:2])
-        return result
+    def begin(count: int) -> Callable[[Image.Image], None]:
+        """Pictures of so many frames are to come, again if a video turns out to have others than it says."""
+        nonlocal images
+        images = Stack(count, allocate)
+        sizes.clear()
+        return convert
+
+    def convert(image: Image.Image) -> None:
+        processed = preprocess(image, size=size, mode=mode)
+        images.add(processed)
+        sizes.append(processed.original_size)
 
     with tqdm(desc="reading frames", unit="frame", disable=None if progress else True) as bar:
         if len(paths) == 1 and not is_image(paths[0]):
             from .video import read_video
 
-            processed, indices, timestamps = read_video(paths[0], select, convert, bar.update)
+            indices, timestamps = read_video(paths[0], select, begin, bar.update)
             names = [f"frame_{index:06d}" for index in indices]
             chosen, shown = [Page(paths[0], index) for index in indices], deep.FULL
         else:
@@ -158,16 +171,14 @@ def load_frames(
                 raise InputError("fps needs a video, as image files have no timestamps: use stride or a frame count")
             indices = select(seconds or [float(i) for i in range(len(found))])
             chosen = [found[index] for index in indices]
-            shown, processed = shown_range(chosen, value_range), []
-            for picture in read_all(chosen, convert, shown):
-                processed.append(picture)
+            shown = shown_range(chosen, value_range)
+            for _ in read_all(chosen, begin(len(chosen)), shown):
                 bar.update()
             timestamps = [seconds[i] if seconds else float(i) for i in indices]
             names = [f"frame_{index:06d}" for index in indices] if animation else _unique_names(found, indices)
-    sizes = [p.original_size for p in processed]
     known = _known([source.posed[index] for index in indices], chosen, sizes) if source.posed else None
-    images, scale, offset = stack(processed)
-    return Frames(images, names, timestamps, sizes, scale, offset, chosen, shown, known)
+    stacked, scale, offset = images.result()
+    return Frames(stacked, names, timestamps, sizes, scale, offset, chosen, shown, known)
 
 
 def sample(timestamps: list[float], *, max_frames: int | None, stride: int | None, fps: float | None) -> list[int]:

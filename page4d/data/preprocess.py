@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import Allocate
 from ..system import budget_of
 from . import deep
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Processed:
-    """One image at the network's size. Still 8 bits, which takes a quarter of the memory until all images are read."""
+    """One image at the network's size."""
 
     pixels: NDArray[np.uint8]  # (H, W, 3)
     original_size: tuple[int, int]  # height, width
@@ -89,24 +90,67 @@ def preprocess(image: Image.Image, *, size: Size = DEFAULT_SIZE, mode: str = "cr
     return _cover(image, *size) if mode == "crop" else _contain(image, *size)
 
 
-def stack(processed: list[Processed]) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (S, 3, H, W) fp32 in [0, 1], with their scale (S, 2) and offset (S, 2) fp64. There must be at least one image.
+class Stack:
+    """Images (S, 3, H, W) fp32 in [0, 1] that come one by one, at most `count`.
 
     Images of different sizes are padded with white to the largest height and width, with a warning.
+
+    Args:
+        allocate: gives the memory. None: ordinary memory, after a check that it suffices.
     """
-    height = max(p.pixels.shape[0] for p in processed)
-    width = max(p.pixels.shape[1] for p in processed)
-    sizes = {p.pixels.shape[:2] for p in processed}
-    if len(sizes) > 1:
-        log.warning("the images have %d different sizes after resizing: padding all to %d x %d with white", len(sizes), height, width)
-    images = torch.ones(len(processed), 3, height, width)
-    offset = torch.empty(len(processed), 2, dtype=torch.float64)
-    for i, p in enumerate(processed):
-        h, w = p.pixels.shape[:2]
-        top, left = (height - h) // 2, (width - w) // 2
-        images[i, :, top : top + h, left : left + w] = torch.from_numpy(p.pixels).permute(2, 0, 1).float() / 255
-        offset[i, 0], offset[i, 1] = p.offset[0] + left, p.offset[1] + top
-    return images, torch.tensor([p.scale for p in processed], dtype=torch.float64), offset
+
+    def __init__(self, count: int, allocate: Allocate | None = None):
+        self._count, self._allocate = count, allocate or _in_memory
+        self._images = torch.empty(0)
+        self._sizes: list[tuple[int, int]] = []
+        self._scale: list[tuple[float, float]] = []
+        self._offset: list[tuple[float, float]] = []
+
+    def add(self, image: Processed) -> None:
+        height, width = image.pixels.shape[:2]
+        self._grow(height, width)
+        self._place(len(self._sizes), torch.from_numpy(image.pixels).permute(2, 0, 1).float() / 255)
+        self._sizes.append((height, width))
+        self._scale.append(image.scale)
+        self._offset.append(image.offset)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The images, their scale (S, 2) and offset (S, 2) fp64. There must be at least one image."""
+        full = (self._images.shape[-2], self._images.shape[-1])
+        different = len(set(self._sizes))
+        if different > 1:
+            log.warning("the images have %d different sizes after resizing: padding all to %d x %d with white", different, *full)
+        padding = [[left, top] for left, top in (self._corner(size) for size in self._sizes)]
+        offset = torch.tensor(self._offset, dtype=torch.float64) + torch.tensor(padding, dtype=torch.float64)
+        return self._images[: len(self._sizes)], torch.tensor(self._scale, dtype=torch.float64), offset
+
+    def _grow(self, height: int, width: int) -> None:
+        """Make room for images of this size: a new tensor, into which those that are there move."""
+        before = self._images
+        if before.dim() == 4:
+            height, width = max(height, before.shape[-2]), max(width, before.shape[-1])
+            if (height, width) == before.shape[-2:]:
+                return
+        corners = [self._corner(size) for size in self._sizes]
+        self._images = self._allocate("images", (self._count, 3, height, width))
+        for index, ((left, top), (rows, columns)) in enumerate(zip(corners, self._sizes, strict=True)):
+            self._place(index, before[index, :, top : top + rows, left : left + columns])
+
+    def _place(self, index: int, image: Tensor) -> None:
+        rows, columns = image.shape[-2:]
+        left, top = self._corner((rows, columns))
+        if (rows, columns) != self._images.shape[-2:]:
+            self._images[index] = 1
+        self._images[index, :, top : top + rows, left : left + columns] = image
+
+    def _corner(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Left and top of a centred image of this (height, width)."""
+        return (self._images.shape[-1] - size[1]) // 2, (self._images.shape[-2] - size[0]) // 2
+
+
+def _in_memory(name: str, shape: tuple[int, ...]) -> Tensor:
+    check_memory(shape[0], shape[2], shape[3])
+    return torch.empty(shape)
 
 
 def _to_width(image: Image.Image, width: int) -> Processed:
@@ -166,8 +210,8 @@ def _round_to_patch(side: float, image: Image.Image) -> int:
 
 
 def check_memory(frames: int, height: int, width: int) -> None:
-    """InputError if `frames` frames of this size, in 8 bits and in fp32, do not fit into the free memory."""
-    need, free = frames * height * width * 3 * (1 + 4), budget_of(torch.device("cpu"))
+    """InputError if `frames` frames of this size in fp32 do not fit into the free memory."""
+    need, free = frames * height * width * 3 * 4, budget_of(torch.device("cpu"))
     if free is not None and need > free:
         raise InputError(
             f"{frames} frame(s) of {height} x {width} pixels need {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import av
 from PIL import Image
@@ -16,38 +16,37 @@ from .container import frames, list_frames, open_video, orientation, to_picture
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")
 Select = Callable[[list[float]], list[int]]  # all timestamps -> ascending indices of the frames to keep
+Use = Callable[[Image.Image], object]  # is given one picture after the other
 
 log = logging.getLogger(__name__)
 
 
-def read_video(
-    path: Path, select: Select, convert: Callable[[Image.Image], T], tick: Callable[[], object]
-) -> tuple[list[T], list[int], list[float]]:
-    """Decode `path` once. Returns `convert(image)` of the selected frames, their indices, and timestamps in seconds from the first.
+def read_video(path: Path, select: Select, begin: Callable[[int], Use], tick: Callable[[], object]) -> tuple[list[int], list[float]]:
+    """Decode `path` once. Returns the indices of the selected frames, and their timestamps in seconds from the first frame of the video.
 
+    `begin(count)` returns what the pictures of so many frames are given to, as they are decoded.
     The frames are selected before decoding, from the container's packets. If the decoder yields other frames than these (a truncated file,
-    an unusual container), they are selected again from the decoded frames, in a second pass. `tick` is called once for each kept frame of
-    the first pass.
+    an unusual container), they are selected again from the decoded frames, in a second pass, for which `begin` is called again. `tick` is
+    called once for each kept frame of the first pass.
 
     Raises:
         InputError: the file is not a video, is damaged, or has no frame that can be decoded.
     """
     timestamps, missing = _list(path)
     chosen, listed = select(timestamps), len(timestamps)
-    kept, timestamps = decode(path, chosen, convert, tick)
+    kept, timestamps = decode(path, chosen, begin(len(chosen)), tick)
     if len(kept) < len(chosen) or not chosen:  # all frames were decoded
         if not timestamps:
             raise InputError(f"{str(path)!r} has no frame that can be decoded: the file is empty or damaged, try another copy")
         if len(timestamps) < listed:
             log.warning("%s: only %d of %d frames can be decoded, the file is damaged or cut short", path, len(timestamps), listed)
         revised = select(timestamps)
-        if revised != list(kept):
-            kept, timestamps = decode(path, revised, convert, lambda: None, quiet=True)
+        if revised != kept:
+            kept, timestamps = decode(path, revised, begin(len(revised)), lambda: None, quiet=True)
     if missing:
         log.warning("%s: %s, it is damaged or cut short", path, missing)
-    return list(kept.values()), list(kept), [timestamps[i] for i in kept]
+    return kept, [timestamps[i] for i in kept]
 
 
 def _list(path: Path) -> tuple[list[float], str]:
@@ -57,11 +56,11 @@ def _list(path: Path) -> tuple[list[float], str]:
     return (decode(path, [], lambda image: image, lambda: None)[1] if listing.times is None else listing.times), listing.missing
 
 
-def decode(
-    path: Path, chosen: list[int], convert: Callable[[Image.Image], T], tick: Callable[[], object], quiet: bool = False
-) -> tuple[dict[int, T], list[float]]:
-    """The chosen frames by index, and the timestamps of all frames up to the last chosen one (of all frames if none is chosen)."""
-    kept: dict[int, T] = {}
+def decode(path: Path, chosen: list[int], use: Use, tick: Callable[[], object], quiet: bool = False) -> tuple[list[int], list[float]]:
+    """Give the pictures of the chosen frames to `use`. Returns the indices of those that were there, and the timestamps of all frames up
+    to the last chosen one (of all frames if none is chosen).
+    """
+    kept: list[int] = []
     timestamps: list[float] = []
     wanted = set(chosen)
     first: float | None = None
@@ -74,7 +73,8 @@ def decode(
             if index == 0 and not quiet and not orientation(frame)[1]:
                 log.warning("%s: its rotation is no multiple of 90 degrees, the nearest one is taken", path)
             if index in wanted:
-                kept[index] = convert(to_picture(frame, stream))
+                use(to_picture(frame, stream))
+                kept.append(index)
                 tick()
                 if index == chosen[-1]:
                     break

@@ -16,13 +16,15 @@ from ..data.sample import Sample
 from ..errors import InputError
 from ..execution.attention_plan import AttentionPlan
 from ..geometry import unproject
+from ..long_video.chunks import Chunking
+from ..long_video.run import LongVideo
 from ..model import Page4D
 from ..prediction import Prediction
 from .depth import ALIGNMENTS, METRICS, OFFICIAL_ALIGNMENTS, align_median, depth_metrics
 from .mask import mask_metrics, moving_patches
 from .points import point_metrics
 from .pose import pose_metrics
-from .protocol import Protocol, predict, predict_frames, rescale_pixels, resize_depth, resize_points, video_depth
+from .protocol import Protocol, predict, predict_frames, predict_in_chunks, rescale_pixels, resize_depth, resize_points, video_depth
 from .readers import Rules
 from .tracks import track_metrics
 
@@ -63,8 +65,9 @@ def evaluate(
         {"sequences": [{"name", "frames", "metrics": {group: {metric: value}}, "not_finite": [output]}],
         "mean": {group: {metric: value}}, "failed": n}. A group is a task, followed by a colon and its alignment ("depth:scale") or source
         ("points:head") if it has one. With an attention plan the group "attention" has its deviation by layer, and the largest of layers
-        with cells. Means are over sequences; those of depth are weighted by the number of valid pixels ("pixels"). A sequence fails if an
-        output is not finite or depth cannot be aligned. It then has no metrics for the tasks that need that output.
+        with cells. In chunks the group "chunks" has the mean AbsRel between them, the mean scale drift and the number of loops. Means are
+        over sequences; those of depth are weighted by the number of valid pixels ("pixels"). A sequence fails if an output is not finite
+        or depth cannot be aligned. It then has no metrics for the tasks that need that output.
 
     Raises:
         InputError: a task is unknown, or the model or the data lacks what a named task needs.
@@ -74,7 +77,7 @@ def evaluate(
     sequences = []
     with eval_mode(model):
         for sample in tqdm(samples, desc=progress, unit="sequence", disable=True if progress is None else None):
-            chosen = _possible(model, sample, tasks, protocol.official)
+            chosen = _possible(model, sample, tasks, protocol)
             chosen = [task for task in chosen if rules.counts(task, sample.name, protocol.official)]
             metrics, broken = sequence_metrics(model, sample, chosen, protocol, rules)
             sequences.append({"name": sample.name, "frames": len(sample.images), "metrics": metrics, "not_finite": broken})
@@ -110,21 +113,29 @@ def _needed(task: str, official: bool) -> tuple[set[str], ...]:
     return TASKS[task][1]
 
 
-def _possible(model: Page4D, sample: Sample, tasks: Collection[str] | None, official: bool) -> list[str]:
+def _possible(model: Page4D, sample: Sample, tasks: Collection[str] | None, protocol: Protocol) -> list[str]:
     """The tasks that model and sample allow, in the order of `TASKS`. InputError if a named one is not among them."""
     chosen = []
     for task, (truth, _) in TASKS.items():
         if task not in (DEFAULT_TASKS if tasks is None else tasks):
             continue
         missing = [name for name in sorted(truth) if not _has(sample, name)]
-        able = any(need <= model.available for need in _needed(task, official))
+        able = any(need <= model.available for need in _needed(task, protocol.official))
+        cut = task == "tracks" and _chunking(sample, protocol) is not None
         if tasks is not None and missing:
             raise InputError(f"the task {task} needs {', '.join(missing)} as ground truth, but {sample.name!r} has none: leave it out")
         if tasks is not None and not able:
             raise InputError(f"this model cannot do the task {task}: its weights have no head for it, so leave it out")
-        if able and not missing:
+        if tasks is not None and cut:
+            raise InputError("the task tracks needs one pass over all frames: leave out the task, or --chunk")
+        if able and not missing and not cut:
             chosen.append(task)
     return chosen
+
+
+def _chunking(sample: Sample, protocol: Protocol) -> Chunking | None:
+    """The chunks of a sequence. None: one pass."""
+    return protocol.chunk if protocol.chunk is not None and len(sample.images) > protocol.chunk.size else None
 
 
 def _has(sample: Sample, name: str) -> bool:
@@ -177,7 +188,10 @@ def _joint_metrics(model: Page4D, sample: Sample, tasks: list[str], protocol: Pr
         queried = sample.track_visible[0]  # only points that are visible in the first frame
         queries = sample.tracks[0, queried]
         sample = replace(sample, tracks=sample.tracks[:, queried], track_visible=sample.track_visible[:, queried])
-    prediction, broken = _without_broken(predict(model, sample, _outputs(model, tasks, protocol.official), protocol, queries))
+    outputs, chunk = _outputs(model, tasks, protocol.official), _chunking(sample, protocol)
+    long = None if chunk is None else predict_in_chunks(model, sample, outputs, protocol, chunk)
+    whole = predict(model, sample, outputs, protocol, queries) if long is None else long.prediction
+    prediction, broken = _without_broken(whole)
     finite = model.available - set(broken)
     possible = [task for task in tasks if any(need <= finite for need in _needed(task, protocol.official))]
     found: Metrics = {}
@@ -193,6 +207,8 @@ def _joint_metrics(model: Page4D, sample: Sample, tasks: list[str], protocol: Pr
         found["mask"] = _mask(prediction, sample)
     if prediction.attention_deviation is not None and prediction.attention is not None:
         found["attention"] = _deviation(prediction.attention_deviation, AttentionPlan.from_json(prediction.attention))
+    if long is not None:
+        found["chunks"] = _chunks(long)
     return found, broken
 
 
@@ -278,6 +294,13 @@ def _deviation(layers: Tensor, plan: AttentionPlan) -> dict[str, float]:
     found = {f"layer {number}": float(value) for number, value in enumerate(layers)}
     cells = [value for kind, value in zip(plan.layers, found.values(), strict=True) if isinstance(kind, tuple)]
     return {"deviation": max(cells, default=math.nan), **found}
+
+
+def _chunks(long: LongVideo) -> dict[str, float]:
+    """Of the seams: the mean AbsRel of common depths and the mean |log scale|. And the number of loops."""
+    drift = [abs(float(seam.similarity.scale.log())) for seam in long.seams]
+    errors = [seam.error for seam in long.seams]
+    return {"abs_rel": sum(errors) / len(errors), "scale_drift": sum(drift) / len(drift), "loops": float(len(long.loops or ()))}
 
 
 def mean_metrics(sequences: list[Metrics]) -> Metrics:

@@ -18,6 +18,7 @@ Averages are those of the official scripts in both cases.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ from ..data.preprocess import DEFAULT_SIZE, PATCH, Size, check_size
 from ..data.sample import Sample
 from ..errors import InputError
 from ..execution.attention_plan import AttentionPlan
+from ..long_video import passes
+from ..long_video.chunks import Chunking
+from ..long_video.run import LongVideo
+from ..long_video.store import Store
 from ..model import Page4D
 from ..prediction import Prediction
 from .depth import ALIGNMENTS
@@ -48,6 +53,7 @@ class Protocol:
     alignments: alignments of video depth, any of "scale", "scale&shift", "median", "metric". Each is computed once per sequence.
     mask_strength: strength of the dynamics mask. None = as stored in the weights.
     attention: what the patches of each global layer see, see `AttentionPlan.of`. None: everything.
+    chunk, loops: run longer sequences in chunks, and look for loops then (docs/long_video.md). None: one pass over all frames.
     max_points, seed: how many points are compared, and the seed of their choice.
 
     Raises:
@@ -59,6 +65,8 @@ class Protocol:
     alignments: tuple[str, ...] = ("scale",)
     mask_strength: float | None = None
     attention: AttentionPlan | str | Path | Sequence[Layer] | None = None
+    chunk: Chunking | None = None
+    loops: bool = True
     max_points: int = 10_000
     seed: int = 0
 
@@ -106,6 +114,16 @@ def predict(model: Page4D, sample: Sample, outputs: Collection[str], protocol: P
     if queries is not None:
         queries = rescale_pixels(queries, _size(sample.images), _size(images))
     return _forward(model, images, outputs, protocol, queries)
+
+
+def predict_in_chunks(model: Page4D, sample: Sample, outputs: Collection[str], protocol: Protocol, chunk: Chunking) -> LongVideo:
+    """The prediction in chunks, whose results lie in a temporary folder meanwhile."""
+    images = network_images(sample.images, protocol)
+    attention = AttentionPlan.of(protocol.attention, model.config)
+    with tempfile.TemporaryDirectory(prefix="page4d-") as folder:
+        store = Store(Path(folder) / "chunks", {})
+        options: dict[str, Any] = {"outputs": outputs, "attention": attention, "mask_strength": protocol.mask_strength}
+        return passes.predict_in_chunks(model, images, chunk, store, lambda _, shape: torch.empty(shape), loops=protocol.loops, **options)
 
 
 def predict_frames(model: Page4D, sample: Sample, protocol: Protocol) -> Tensor:

@@ -16,6 +16,7 @@ HEADLINES = {  # the metrics of each task in the table; the JSON has all
     "points": {"accuracy": "acc", "completeness": "comp"},
     "tracks": {"delta_avg": "δ avg", "occlusion_accuracy": "OA", "average_jaccard": "AJ"},
     "attention": {"deviation": "deviation"},
+    "chunks": {"abs_rel": "AbsRel", "loops": "loops"},
     "mask": {"auc": "AUC", "iou": "IoU", "best_iou": "IoU best"},
 }
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from ..data.frames import Frames
 from ..errors import InputError
-from ..files import check_writable
+from ..files import AtomicFiles, check_writable
 from ..prediction import Prediction
 from ._manifest import Manifest, marks
 from .colmap import write_colmap
@@ -29,7 +31,7 @@ from .tracks import write_tracks
 from .trajectory import write_trajectory
 from .views import GEOMETRY, check
 
-__all__ = ["DEFAULT", "FOLDERS", "FORMATS", "ExportOptions", "Format", "available", "check_formats", "expanded", "export"]
+__all__ = ["DEFAULT", "FOLDERS", "FORMATS", "ExportOptions", "Format", "available", "check_formats", "expanded", "export", "export_chunks"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ FORMATS: dict[str, Format] = {
 }
 
 DEFAULT = "default"  # stands for all formats that are written when none are named
+
+CHUNKS = "chunks.json"  # is written for a run in chunks, whatever the formats
 
 FOLDERS = (  # of an output folder, that files are written to
     *("", "depth", "depth/preview", "mask", "mask/raw", "tracks"),
@@ -133,5 +137,17 @@ def export(
         path = error.filename2 or error.filename or out_dir  # a failed rename has the final path second
         advice = "rename the picture" if error.errno == errno.ENAMETOOLONG else "choose another output folder"
         raise InputError(f"cannot write {str(path)!r} ({error.strerror or error}): {advice}") from error
-    manifest.report(names)
+    manifest.report([*names, CHUNKS])
     return written
+
+
+def export_chunks(out_dir: Path, content: dict[str, Any] | None) -> list[Path]:
+    """Write chunks.json, what a run in chunks says about itself. None: it was one pass, and the file of an earlier run goes."""
+    manifest = Manifest(out_dir)
+    before = marks(out_dir, [""])
+    with AtomicFiles() as files:
+        if content is not None:
+            files.add(out_dir / CHUNKS).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if files.paths or manifest.has(CHUNKS):
+        manifest.replace(CHUNKS, files.paths, before)
+    return files.paths

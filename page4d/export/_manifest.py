@@ -32,6 +32,10 @@ class Manifest:
             found = json.loads((out_dir / NAME).read_text(encoding="utf-8"))["files"]
             self._files = {str(name): {str(path): list(mark) for path, mark in files.items()} for name, files in found.items()}
 
+    def has(self, name: str) -> bool:
+        """Whether an earlier run left files of this format."""
+        return name in self._files
+
     def replace(self, name: str, written: list[Path], before: Marks) -> None:
         """Note the files of a format that were just written, and remove those of earlier exports of that format.
 

@@ -21,6 +21,7 @@ SHAPES = {  # a letter is a size that all fields share, a digit is a size
     "images": "1S3HW",
     "mask": "1Shw",
     "pose_enc": "1S9",
+    "intrinsics": "1S33",
     "depth": "1SHW1",
     "depth_conf": "1SHW",
     "world_points": "1SHW3",
@@ -53,7 +54,7 @@ def load_folder(out: str | Path, fields: Sequence[str] = tuple(SHAPES)) -> tuple
             advice = f"give {str(above)!r}" if above else "give an output folder of page4d infer, whose --export holds default or npz"
             raise InputError(f"there is no predictions.npz in {str(out)!r}: {advice}")
         raise InputError(f"{str(out)!r} does not exist: give the output folder of page4d infer")
-    prediction = _prediction(path, {"images", *GEOMETRY, *fields})
+    prediction = _prediction(path, {"images", "intrinsics", *GEOMETRY, *fields})
     cameras = out / "cameras.json"
     frames = _described(prediction, cameras) if out.is_dir() and cameras.is_file() else _in_memory(prediction)
     try:

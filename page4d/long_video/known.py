@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..data.posed import locate, read_posed
 from ..errors import InputError
-from ..geometry import quaternion_to_matrix
+from ..geometry import Similarity, quaternion_to_matrix
 from ..prediction import Cameras
+from .align import AlignmentError, from_cameras
 
 ROUNDING = 1e-3  # of rotations that were written with few digits
 LEAST = 3  # cameras that determine a similarity
@@ -104,13 +105,28 @@ def _checked(known: Known, path: Path) -> Known:
     return known
 
 
+def anchor(predicted: Tensor, known: Tensor) -> tuple[Similarity, float]:
+    """The similarity from the world of predicted extrinsics (n, 3, 4) to that of the known ones of the same frames, and its error.
+
+    The error is the RMS distance of the camera centres afterwards, relative to their RMS distance to their mean.
+
+    Raises:
+        AlignmentError: fewer than three cameras, or they stand still or disagree.
+    """
+    if len(known) < LEAST:
+        raise AlignmentError(f"{len(known)} known cameras, and {LEAST} are needed")
+    found = from_cameras(predicted, known)
+    there, true = (Cameras(x[None], x[None]).centers[0].double() for x in (found.cameras(predicted.double()), known))
+    return found, float((there - true).norm() / (true - true.mean(0)).norm())
+
+
 def matched(known: Known, names: list[str], timestamps: list[float]) -> tuple[list[int], Cameras]:
     """The frames that have a known camera, and these cameras; intrinsics are NaN where the file has none.
 
     By name (without suffix), or by the nearest time that is nearer than half of the time between two frames.
 
     Raises:
-        InputError: fewer than three frames have one.
+        InputError: fewer than three frames have one, or these stand in one place.
     """
     if isinstance(known.keys, list):
         where = {key: number for number, key in enumerate(known.keys)}
@@ -126,5 +142,8 @@ def matched(known: Known, names: list[str], timestamps: list[float]) -> tuple[li
     if len(pairs) < LEAST:
         raise InputError(f"{len(pairs)} frames have a known camera, and {LEAST} are needed: {missing}")
     chosen = [number for _, number in pairs]
+    centres = Cameras(known.extrinsics[None, chosen], known.extrinsics.new_empty(0)).centers[0]
+    if not bool((centres - centres.mean(0)).norm() > 1e-9 * (1 + centres.norm())):
+        raise InputError(f"the known cameras of the {len(pairs)} frames stand in one place, so nothing says how long anything is")
     intrinsics = torch.full((len(pairs), 3, 3), torch.nan, dtype=torch.float64) if known.intrinsics is None else known.intrinsics[chosen]
     return [frame for frame, _ in pairs], Cameras(known.extrinsics[chosen], intrinsics)

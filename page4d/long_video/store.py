@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import re
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +19,103 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import AtomicFiles
 
-IDENTITY = "run.json"
+RECORD = "run.json"
+CHECKSUM = "crc32"  # of a file's tensors, in its metadata
 UNREADABLE = (safetensors.SafetensorError, OSError, ValueError)
+TEMPORARY = re.compile(r"\.[0-9a-f]{8}(\.\w+)?")  # what `AtomicFiles` leaves behind when the process is killed
+
+log = logging.getLogger(__name__)
 
 
 class Store:
-    """Tensors by chunk in a folder, each file written as a whole or not at all.
+    """Tensors by name in a folder, each file written as a whole or not at all.
 
     Args:
         folder: made if it is missing.
-        identity: what the results depend on, as JSON: options, weights, frames.
-        resume: go on with what lies there. Otherwise the folder must have no run.
+        record: what the results depend on, as JSON: options, weights, frames.
+        resume: go on with the run that lies there, if there is one. Otherwise the folder must have none.
 
     Raises:
-        InputError: there is a run and `resume` is off, there is none and it is on, or it has another identity.
+        InputError: there is a run and `resume` is off, or it has another record.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], resume: bool = False):
+    def __init__(self, folder: Path, record: Mapping[str, Any], resume: bool = False):
         self.folder = folder
-        path, text = folder / IDENTITY, json.dumps(identity, sort_keys=True, indent=1)
-        if resume:
-            self._check(path, json.loads(text))
-        elif path.exists():
-            raise InputError(f"{str(folder)!r} already has a run: go on with it with --resume, or remove the folder")
-        else:
+        self._checked: set[str] = set()
+        before = recorded(folder)
+        if before is None:
             with AtomicFiles() as files:
-                files.add(path).write_text(text, encoding="utf-8")
-
-    def _check(self, path: Path, identity: dict[str, Any]) -> None:
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"there is nothing to resume in {str(self.folder)!r} ({error.strerror}): start without --resume") from None
-        except ValueError:
-            raise InputError(f"{str(path)!r} is damaged: remove the folder and start without --resume") from None
-        changed = [key for key in identity if not isinstance(before, dict) or before.get(key) != identity[key]]
+                files.add(folder / RECORD).write_text(json.dumps(record, sort_keys=True, indent=1) + "\n", encoding="utf-8")
+            return
+        if not resume:
+            raise InputError(f"{str(folder)!r} has a run that was not finished: go on with it with --resume, or remove the folder")
+        now = json.loads(json.dumps(record))
+        changed = sorted(key for key in {*now, *before} if before.get(key) != now.get(key))
         if changed:
-            raise InputError(f"the run in {str(self.folder)!r} has other options ({', '.join(changed)}): resume with the same ones")
+            words = f"the run in {str(folder)!r} was made with other options ({', '.join(changed)})"
+            raise InputError(f"{words}: resume with the same ones, or remove the folder")
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name. InputError if the disk is full; what was written before stays."""
+        whole = {key: value.contiguous() for key, value in tensors.items()}
         try:
             with AtomicFiles() as files:
-                safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, files.add(self._path(name)))
+                safetensors.torch.save_file(whole, files.add(self._path(name)), {CHECKSUM: _checksum(whole)})
         except (OSError, safetensors.SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{str(self.folder)!r}: {name} cannot be written ({reason}): make room, then go on with --resume") from None
+        self._checked.add(name)
 
     def read(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of a name, mapped from disk. None if they were not written, or are damaged and have to be made again."""
+        """The tensors of a name, mapped from disk. None if they were not written, or are damaged, which a warning says."""
         path = self._path(name)
         if not path.is_file():
             return None
         try:
-            return safetensors.torch.load_file(path)
-        except UNREADABLE:
+            found = safetensors.torch.load_file(path)
+            if name not in self._checked:
+                with safetensors.safe_open(path, "pt") as file:
+                    if (file.metadata() or {}).get(CHECKSUM) != _checksum(found):
+                        raise ValueError("its checksum is wrong")
+                self._checked.add(name)
+            return found
+        except UNREADABLE as error:
+            log.warning("%s is damaged (%s): it is made again", path, error)
             return None
+
+    def remove(self) -> None:
+        """Remove the folder with all that lies in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """The record of the run in a folder. None if there is no run. InputError if it is damaged."""
+    path = folder / RECORD
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error}): remove the folder and start without --resume") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{str(path)!r} is damaged: remove the folder and start without --resume")
+    return found
+
+
+def sweep(out: Path, folders: Sequence[str]) -> None:
+    """Remove the temporary files that a killed run left in some folders of an output folder."""
+    for folder in folders:
+        with suppress(OSError):
+            for path in (out / folder).iterdir():
+                if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                    path.unlink()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].numpy().reshape(-1).view("uint8").data, zlib.crc32(name.encode(), value))
+    return f"{value:08x}"

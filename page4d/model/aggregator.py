@@ -76,7 +76,7 @@ class Aggregator(nn.Module):
         assert isinstance(block, Block)
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else block.attn.qkv.weight.dtype
 
-    def _normalise(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Tensor) -> Tensor:
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
     def forward(
@@ -109,7 +109,7 @@ class Aggregator(nn.Module):
         runner = runner or EagerRunner(self._call)
         with stage("encoder"):
             tokens = [self._per_frame(token, batch, frames) for token in (self.camera_token, self.register_token)]
-            x = runner.embed(self.patch_embed, self._normalise, images, torch.cat(tokens, 2))
+            x = runner.embed(self.patch_embed, self.normalise, images, torch.cat(tokens, 2))
         per_frame = x.shape[2]
         table = rope(grid, special, config.embed_dim // config.num_heads, config.rope_base, x.device, accumulation_dtype(x.dtype))
         layout = TokenLayout(frames, per_frame, special)

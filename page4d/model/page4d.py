@@ -19,12 +19,12 @@ from ..errors import InputError
 from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan, check_rows, kept_share
 from ..execution.memory import HEAD_FRAMES, MemoryPlan, Workload, budget_of, can_offload, make_plan
 from ..execution.runners import StreamedRunner
+from ..files import Allocate
 from ..layers import Conv2d, Linear
 from ..prediction import Prediction
 from .aggregator import Aggregator
 from .cuda_graph import take_graph
 from .heads import CameraHead, DenseHead, TrackHead
-from .heads.dense import Allocate
 from .heads.track import UpdateFormer
 
 RANGE_SLACK = 0.5

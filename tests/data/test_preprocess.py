@@ -13,7 +13,7 @@ from PIL import Image
 from page4d.cli.preview import main as preview
 from page4d.data import InputError, load_frames
 from page4d.data.frames import Frames, sample
-from page4d.data.preprocess import preprocess, stack
+from page4d.data.preprocess import Stack, preprocess
 
 sides = st.integers(60, 700)
 multiples = st.integers(1, 20).map(lambda k: 14 * k)
@@ -26,8 +26,11 @@ def gradient(width: int, height: int) -> Image.Image:
 
 def to_frames(*images: Image.Image, **options) -> Frames:
     processed = [preprocess(image, **options) for image in images]
-    stacked, scale, offset = stack(processed)
     count = len(images)
+    stack = Stack(count)
+    for each in processed:
+        stack.add(each)
+    stacked, scale, offset = stack.result()
     return Frames(stacked, [str(i) for i in range(count)], [0.0] * count, [p.original_size for p in processed], scale, offset)
 
 

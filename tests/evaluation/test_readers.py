@@ -175,7 +175,7 @@ def test_help_and_docs_list_every_reader():
     [
         ("kitti:somewhere", "unknown data 'kitti:somewhere': use one of synthetic:static"),
         ("sintel", "unknown data 'sintel'"),
-        ("synthetic:moving", "use synthetic:static or synthetic:dynamic"),
+        ("synthetic:moving", "use synthetic:static, synthetic:dynamic, synthetic:walk"),
         ("sintel:{}/none", "expected MPI Sintel with training/final"),
         ("sintel:{}", r"'.*training/final' is not a folder: expected MPI Sintel"),
         ("tum:{}", r"expected TUM RGB-D with folders with rgb\.txt"),

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from page4d.data import InputError
 from page4d.data.frames import Frames
-from page4d.data.preprocess import preprocess, stack
+from page4d.data.preprocess import Stack, preprocess
 from page4d.export import FORMATS, available, export
 from page4d.export.color import colormap
 from page4d.export.depth import write_depth
@@ -204,7 +204,10 @@ def test_the_trajectory_has_the_poses_of_the_cameras(prediction: Prediction, fra
 def test_cameras_points_and_pixels_agree(mode: str, size: int | tuple[int, int], prediction: Prediction, tmp_path: Path) -> None:
     """A pixel unprojected as in points.ply and projected with cameras.json is where tracks.npz has it."""
     done = [preprocess(Image.new("RGB", (150, 231)), size=size, mode=mode) for _ in range(S)]
-    images, scale, offset = stack(done)
+    stack = Stack(S)
+    for each in done:
+        stack.add(each)
+    images, scale, offset = stack.result()
     frames = Frames(images, ["a", "b", "c"], [0.0, 1.0, 2.0], [p.original_size for p in done], scale, offset)
     height, width = images.shape[-2:]
     depth = 1 + torch.rand(1, S, height, width, 1, generator=torch.Generator().manual_seed(0))

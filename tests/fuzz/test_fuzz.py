@@ -152,9 +152,10 @@ WORDS = [
 OPTIONS = {
     "infer": ["--weights", "--out", "--frames", "--stride", "--fps", "--size", "--fit", "--range", "--device", "--dtype", "--memory-budget",
               "--attn", "--mask-strength", "--attention", "--attention-check", "--export",
-              "--query-points", "--track-grid", "--view", "--nonsense"],
+              "--query-points", "--track-grid", "--chunk", "--resume", "--no-loops", "--cameras", "--view", "--nonsense"],
     "view": ["--save", "--port", "--host", "--no-open", "--moving", "--confidence", "--fps", "--points", "--nonsense"],
-    "eval": ["--weights", "--tasks", "--frames", "--sequences", "--size", "--align", "--seed", "--mask-strength", "--device", "--dtype"],
+    "eval": ["--weights", "--tasks", "--frames", "--sequences", "--size", "--align", "--seed", "--mask-strength", "--chunk", "--no-loops",
+             "--device", "--dtype"],
     "preview": ["--kind", "--sequences", "--frames", "--size", "--seed", "--motion-blur", "--noise"],
     "train": ["--resume", "--device"],
     "info": ["--nonsense"],

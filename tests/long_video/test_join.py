@@ -9,18 +9,25 @@ import pytest
 import torch
 
 from page4d.evaluation.pose import pose_metrics
-from page4d.long_video.chunks import divide
-from page4d.long_video.join import join, moved, places
+from page4d.long_video.chunks import Chunking
+from page4d.long_video.join import moved, places
+from page4d.long_video.run import run
 from page4d.long_video.seams import seam
+from page4d.long_video.store import Store
 
 
 @pytest.mark.parametrize("overlap", [1, 4])
-def test_true_chunks_give_the_whole(walk, pieces, truth, random_similarity, overlap):
-    chunks = divide(40, 12, overlap)
+def test_true_chunks_give_the_whole(walk, pieces, truth, random_similarity, tmp_path, overlap):
+    chunks = Chunking(12, overlap).divide(40)
     parts = pieces(chunks)
     seams = [seam(a, b, chunk.overlap) for (a, b), chunk in zip(itertools.pairwise(parts), chunks[1:], strict=True)]
     assert all(one.method == "points" and one.error < 1e-4 and 0 < one.static <= 1 for one in seams)
-    whole = join(parts, chunks, places(seams))
+    passes = iter(parts)
+    found = run(
+        walk.images, chunks, lambda images: (next(passes), images.mean((2, 3))), Store(tmp_path, {}), lambda _, shape: torch.empty(shape)
+    )
+    whole = found.prediction
+    assert all(torch.equal(a, b) for one, two in zip(found.places, places(seams), strict=True) for a, b in zip(one, two, strict=True))
     expected = moved(truth(walk), random_similarity(0))
     assert (whole.depth / expected.depth - 1).abs().max() < 1e-3
     metrics = pose_metrics(whole.cameras.extrinsics[0], walk.extrinsics)
@@ -43,7 +50,7 @@ def test_a_prediction_in_another_world(walk, truth, random_similarity):
 
 
 def test_without_depth_that_counts_the_cameras_align(pieces, random_similarity):
-    first, second = pieces(divide(20, 12, 4))
+    first, second = pieces(Chunking(12, 4).divide(20))
     expected = random_similarity(0).after(random_similarity(1).inverse())
     blind = second.depth * float("nan")
     found = seam(first, replace(second, depth=blind), 4)

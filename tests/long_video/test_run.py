@@ -10,7 +10,7 @@ import torch
 from page4d.data.synthetic import SyntheticScenes
 from page4d.errors import InputError
 from page4d.evaluation.pose import pose_metrics
-from page4d.long_video.chunks import divide
+from page4d.long_video.chunks import Chunking
 from page4d.long_video.join import moved
 from page4d.long_video.run import run
 from page4d.long_video.store import Store
@@ -39,16 +39,16 @@ class Oracle:
         generator = torch.Generator().manual_seed(frames[0])
         bent = 1 + self.noise * torch.linspace(-1, 1, len(frames)).view(1, -1, 1, 1, 1)  # the unit drifts within the chunk
         rough = 1 + self.noise * torch.randn(found.depth.shape, generator=generator)
-        return replace(found, depth=found.depth * bent * rough)
+        return replace(found, depth=found.depth * bent * rough), means_of(images)
 
     @property
     def numbers(self):
         return {image.numpy().tobytes(): number for number, image in enumerate(self.sample.images)}
 
 
-def tokens_of(sample):
+def means_of(images):
     """A stand-in for the encoder: the coarse picture itself."""
-    return lambda images: torch.nn.functional.avg_pool2d(images, 7).flatten(1)[:, None]
+    return torch.nn.functional.avg_pool2d(images, 7).flatten(1)
 
 
 def in_memory(name, shape):
@@ -62,22 +62,15 @@ def error(found, sample) -> float:
 
 def test_exact_chunks_give_the_exact_path(closed, truth, random_similarity, tmp_path):
     oracle = Oracle(closed, truth, random_similarity)
-    found = run(closed.images, divide(COUNT, 40, 5), oracle, Store(tmp_path, {}), in_memory)
+    found = run(closed.images, Chunking(40, 5).divide(COUNT), oracle, Store(tmp_path, {}), in_memory, loops=False)
     assert error(found, closed) < 2e-3 and oracle.calls == len(found.chunks) == len(found.seams) + 1
-    assert found.prediction.depth.shape == (1, COUNT, 28, 42, 1) and found.loops == []
+    assert found.prediction.depth.shape == (1, COUNT, 28, 42, 1) and found.loops is None
 
 
 def test_loops_take_back_the_drift(closed, truth, random_similarity, tmp_path):
-    chunks = divide(COUNT, 40, 5)
-    plain = run(closed.images, chunks, Oracle(closed, truth, random_similarity, 0.02), Store(tmp_path / "a", {}), in_memory)
-    looped = run(
-        closed.images,
-        chunks,
-        Oracle(closed, truth, random_similarity, 0.02),
-        Store(tmp_path / "b", {}),
-        in_memory,
-        describe=tokens_of(closed),
-    )
+    chunks = Chunking(40, 5).divide(COUNT)
+    plain = run(closed.images, chunks, Oracle(closed, truth, random_similarity, 0.02), Store(tmp_path / "a", {}), in_memory, loops=False)
+    looped = run(closed.images, chunks, Oracle(closed, truth, random_similarity, 0.02), Store(tmp_path / "b", {}), in_memory)
     assert looped.loops and all(after < before for _, before, after in looped.loops)
     assert error(looped, closed) < error(plain, closed)
 
@@ -89,13 +82,13 @@ def test_the_mask_keeps_people_from_bending_the_path(truth, random_similarity, t
 
     class Misled(Oracle):
         def __call__(self, images):
-            found = super().__call__(images)
+            found, means = super().__call__(images)
             first = self.numbers[images[0].numpy().tobytes()]
             factor = float((0.25 * torch.randn((), generator=torch.Generator().manual_seed(first))).exp())
             moves = sample.dynamic[first : first + len(images)][None, ..., None]
-            return replace(found, depth=torch.where(moves, factor * found.depth, found.depth))
+            return replace(found, depth=torch.where(moves, factor * found.depth, found.depth)), means
 
-    chunks, errors = divide(150, 30, 6), []
+    chunks, errors = Chunking(30, 6).divide(150), []
     for mask in (True, False):
         oracle = Misled(sample, truth, random_similarity)
         errors.append(error(run(sample.images, chunks, oracle, Store(tmp_path / str(mask), {}), in_memory, mask=mask), sample))
@@ -104,7 +97,7 @@ def test_the_mask_keeps_people_from_bending_the_path(truth, random_similarity, t
 
 @pytest.mark.parametrize("stop", [0, 1, 4])
 def test_a_stopped_run_goes_on_and_gives_the_same_bits(closed, truth, random_similarity, tmp_path, stop):
-    chunks = divide(80, 20, 4)
+    chunks = Chunking(20, 4).divide(80)
     images = closed.images[:80]
     whole = run(images, chunks, Oracle(closed, truth, random_similarity, 0.01), Store(tmp_path / "whole", {"a": 1}), in_memory)
     with pytest.raises(KeyboardInterrupt):
@@ -116,7 +109,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bits(closed, truth, random_sim
 
 
 def test_a_damaged_chunk_is_made_again(closed, truth, random_similarity, tmp_path):
-    chunks, images = divide(40, 20, 4), closed.images[:40]
+    chunks, images = Chunking(20, 4).divide(40), closed.images[:40]
     whole = run(images, chunks, Oracle(closed, truth, random_similarity), Store(tmp_path, {}), in_memory)
     path = tmp_path / "chunk_00001.safetensors"
     path.write_bytes(path.read_bytes()[:100])
@@ -126,14 +119,29 @@ def test_a_damaged_chunk_is_made_again(closed, truth, random_similarity, tmp_pat
 
 
 def test_what_a_store_refuses(tmp_path):
-    with pytest.raises(InputError, match="there is nothing to resume"):
-        Store(tmp_path / "none", {}, resume=True)
-    Store(tmp_path, {"size": [28, 42]})
-    with pytest.raises(InputError, match="already has a run: go on with it with --resume"):
+    Store(tmp_path, {"size": [28, 42]}, resume=True)  # there is nothing yet, so it starts
+    with pytest.raises(InputError, match="a run that was not finished: go on with it with --resume"):
         Store(tmp_path, {"size": [28, 42]})
-    with pytest.raises(InputError, match=r"other options \(size\)"):
-        Store(tmp_path, {"size": (28, 56)}, resume=True)
+    for changed in ({"size": (28, 56)}, {}, {"size": (28, 42), "more": 1}):
+        with pytest.raises(InputError, match=r"made with other options \((size|more)\)"):
+            Store(tmp_path, changed, resume=True)
     Store(tmp_path, {"size": (28, 42)}, resume=True)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(InputError, match="is damaged"):
-        Store(tmp_path, {}, resume=True)
+    for damaged in ("{", "[1]"):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(InputError, match="remove the folder"):
+            Store(tmp_path, {}, resume=True)
+
+
+@pytest.mark.parametrize("place", [0.2, 0.6, 0.99])
+def test_a_changed_byte_is_seen(tmp_path, caplog, place):
+    tensors = {"a": torch.randn(100), "b": torch.randn(3, 4)}
+    Store(tmp_path, {}).write("chunk", tensors)
+    again = Store(tmp_path, {}, resume=True)
+    found = again.read("chunk")
+    assert found is not None and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    path = tmp_path / "chunk.safetensors"
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    assert Store(tmp_path, {}, resume=True).read("chunk") is None
+    assert "is damaged" in caplog.text and "made again" in caplog.text

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from page4d.long_video.chunks import divide
+from page4d.long_video.chunks import Chunking
 from page4d.long_video.seams import seam
 
 OVERLAP = 4
@@ -36,7 +36,7 @@ def with_movers(prediction, share: float, factor: float):
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
 def test_the_true_mask_keeps_movers_from_pulling(pieces, random_similarity, share):
-    first, second = (noisy(piece, number) for number, piece in enumerate(pieces(divide(20, 12, OVERLAP))))
+    first, second = (noisy(piece, number) for number, piece in enumerate(pieces(Chunking(12, OVERLAP).divide(20))))
     first, second = with_movers(first, share, 1.0), with_movers(second, share, 1.4)
     true = random_similarity(0).after(random_similarity(1).inverse())
     masked, blind = (error(seam(first, second, OVERLAP, mask).similarity, true) for mask in (True, False))
@@ -44,13 +44,13 @@ def test_the_true_mask_keeps_movers_from_pulling(pieces, random_similarity, shar
 
 
 def test_without_a_mask_all_pixels_count(pieces):
-    first, second = pieces(divide(20, 12, OVERLAP))
+    first, second = pieces(Chunking(12, OVERLAP).divide(20))
     plain = seam(replace(first, mask=None), second, OVERLAP)
     assert plain.static == 1 and plain.similarity.scale == seam(first, second, OVERLAP, mask=False).similarity.scale
 
 
 def test_pixels_of_no_confidence_do_not_count(pieces, random_similarity):
-    first, second = pieces(divide(20, 12, OVERLAP))
+    first, second = pieces(Chunking(12, OVERLAP).divide(20))
     wrong = torch.rand(second.depth_conf.shape, generator=torch.Generator().manual_seed(0)) < 0.4
     second = replace(
         second,

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = [
     {"cli", "__main__"},
     {"pipeline"},
-    {"training", "evaluation", "viewer", "long_video"},
-    {"export"},
+    {"training", "evaluation", "viewer"},
+    {"export", "long_video"},
     {"model"},
     {"data", "execution"},
     {"layers", "prediction"},

@@ -12,11 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...execution.memory import HEAD_FRAMES, for_each_chunk
+from ...files import Allocate
 from ...layers import Conv2d, LayerNorm, cache_tensors
 
 log = logging.getLogger(__name__)
-
-Allocate = Callable[[str, tuple[int, ...]], Tensor]  # allocate(name, shape) -> an uninitialised fp32 tensor for an output
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:

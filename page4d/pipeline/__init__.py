@@ -1,0 +1,5 @@
+"""From pictures to a reconstruction in one call. `page4d infer` is this function with options."""
+
+from .reconstruction import Reconstruction, reconstruct
+
+__all__ = ["Reconstruction", "reconstruct"]
