@@ -116,7 +116,7 @@ class Page4DConfig:
     point_head: DenseHeadConfig | None = field(default_factory=DenseHeadConfig)
     track: TrackHeadConfig | None = field(default_factory=TrackHeadConfig)
     plans: PlansConfig = field(default_factory=PlansConfig)
-    chunk: tuple[int, int] | None = None  # frames and overlap of the chunks that serve longer videos better than one pass, as measured
+    chunk: tuple[int, int, int] | None = None  # measured: from this length on, chunks of so many frames with this overlap are better
 
     @property
     def special_tokens(self) -> int:
@@ -148,6 +148,9 @@ class Page4DConfig:
         _expect(self.mask_strength == 0 or self.mask_hidden is not None, needless)
         unread = f"the mask head reads after frame block {self.mask_after}, but no layer past {self.kept_layers[-1]} is run"
         _expect(self.mask_hidden is None or self.mask_after <= self.kept_layers[-1], unread)
+        if self.chunk is not None:
+            longest, size, overlap = self.chunk
+            _expect(longest > size > overlap, f"chunk {self.chunk} must be a length, a shorter chunk and a shorter overlap")
         for name, layers in vars(self.plans).items():
             wrong = f"plans.{name} has {len(layers or ())} layers instead of {self.depth}"
             _expect(layers is None or len(layers) == self.depth, wrong)
@@ -163,9 +166,9 @@ class Page4DConfig:
             _expect(self.track.hidden % self.track.num_heads == 0, f"track.hidden {self.track.hidden} is not a multiple of its heads")
 
     def replace(self, **changes: Any) -> Page4DConfig:
-        """With other values. Another depth has no plans of its own, unless they are given."""
+        """With other values. Another depth has no plans and no measured chunks of its own, unless they are given."""
         if changes.get("depth", self.depth) != self.depth:
-            changes = {"plans": PlansConfig(), **changes}
+            changes = {"plans": PlansConfig(), "chunk": None, **changes}
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
@@ -275,6 +278,7 @@ def _nano() -> Page4DConfig:
             balanced=((2, 2), (2, 2), (3, 3), (2, 2), (3, 3), FRAME),
             fast=((2, 3), (3, 3), (4, 4), (2, 3), (4, 4), FRAME),
         ),
+        chunk=(128, 24, 6),  # docs/long_video.md has why
     )
 
 

@@ -95,17 +95,17 @@ def with_intrinsics(prediction: Prediction, frames: list[int], cameras: Cameras)
 
 
 def chosen_chunking(config: Page4DConfig, frames: int, fits: Callable[[int], bool]) -> Chunking | None:
-    """The chunks for a sequence when nobody asked for any. None: one pass is as good.
+    """The chunks for a sequence when nobody asked for any. None: one pass.
 
     Weights that were measured say from which length on chunks are better (`Page4DConfig.chunk`). Else only memory counts: the chunks are
     then as long as fits, up to 120 frames. `fits(n)` says whether n frames fit.
     """
-    if config.chunk is not None and frames > config.chunk[0] and fits(config.chunk[0]):
-        return Chunking(*config.chunk)
-    if fits(frames):
+    if config.chunk is not None and frames >= config.chunk[0] and fits(config.chunk[1]):
+        return Chunking(*config.chunk[1:])
+    if frames <= 2 or fits(frames):
         return None
     low, high = 2, min(LARGEST, frames - 1)  # the longest that fits lies between; two frames are tried even if they do not
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return Chunking.of(low) if frames > 2 else None
+    return Chunking.of(low)

@@ -54,22 +54,22 @@ def own_device(name: str | None) -> str | None:
 
 
 def check_fits(weights: str, name: str) -> Page4DConfig:
-    """The preset `name`, with the attention plans of the weights. ConfigError if the configuration in the file differs otherwise.
+    """The preset `name`, with the attention plans and chunks of the weights. ConfigError if the file's configuration differs otherwise.
 
     Keys and shapes alone would not reveal every difference.
     """
     stored = stored_config(weights)
     if stored is None:
         return preset(name)
-    # not compared: a run sets the first two, weights replace the third, the file may lack the two heads, and plans shape no weights
-    free = ("mask_strength", "image_size", "layer_scale", "mask_hidden", "track", "plans")
+    # not compared: a run sets the first two, weights replace the third, the file may lack the two heads, and the last two shape no weights
+    free = ("mask_strength", "image_size", "layer_scale", "mask_hidden", "track", "plans", "chunk")
     before, now = ({**vars(config), **dict.fromkeys(free)} for config in (stored, preset(name)))
     changed = [key for key in now if before[key] != now[key]]
     if changed:
         raise ConfigError(
             f"weights: {weights} does not match the preset {name!r} ({', '.join(changed)} differ): set model to the preset of these weights"
         )
-    return preset(name).replace(plans=stored.plans)
+    return preset(name).replace(plans=stored.plans, chunk=stored.chunk)
 
 
 def averaged(model: Page4D, decay: float) -> AveragedModel:
