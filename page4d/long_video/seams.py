@@ -13,6 +13,7 @@ from ..prediction import Prediction
 from .align import AlignmentError, from_cameras, sim3, weighted_median
 
 MOST_POINTS = 20_000  # of the common frames, on a regular grid of pixels
+STILL = 4  # power of 1 - motion: patches that move in part must count little
 LEAST_CONFIDENCE = 0.1  # of the median; pixels below do not count
 
 
@@ -34,8 +35,9 @@ def seam(before: Prediction, after: Prediction, overlap: int, mask: bool = True)
 def match(first: Prediction, second: Prediction, mask: bool = True) -> Seam:
     """The similarity from the world of `second` to that of `first`, two predictions (B = 1) of the same frames.
 
-    Each pixel has a point in both worlds. It counts by both confidences, by 1 - motion in both if there is a dynamics mask and `mask` is
-    on, and by the inverse square of its distance, as errors of depth grow with it. If the points do not determine the similarity, the
+    Each pixel has a point in both worlds. It counts by both confidences, by (1 - motion)^4 in both if there is a dynamics mask and `mask`
+    is on, and by the inverse of its distance, as errors of depth grow with it. (The inverse square would be right for such errors alone.
+    But what moves is near, and a mask by patches leaves some of it.) If the points do not determine the similarity, the
     cameras do, with the median ratio of the depths as scale.
 
     Raises:
@@ -48,7 +50,7 @@ def match(first: Prediction, second: Prediction, mask: bool = True) -> Seam:
     still = torch.ones_like(confidence)
     if mask and first.mask is not None and second.mask is not None:
         still = _still(first) * _still(second)
-    weights = confidence * still / (depth_a / depth_a.median() + depth_b / depth_b.median()).square()
+    weights = confidence * still**STILL / (depth_a / depth_a.median() + depth_b / depth_b.median())
     step = max(1, int((weights.numel() / MOST_POINTS) ** 0.5))
     a, b, w, za, zb = (x[0, :, step // 2 :: step, step // 2 :: step].flatten(0, 2) for x in (points_a, points_b, weights, depth_a, depth_b))
     counts = (w > 0) & za.isfinite() & zb.isfinite() & (za > 0) & (zb > 0)
