@@ -13,7 +13,8 @@ from PIL import Image
 from page4d.cli.preview import main as preview
 from page4d.data import InputError, load_frames
 from page4d.data.frames import Frames, sample
-from page4d.data.preprocess import Stack, preprocess
+from page4d.data.preprocess import Processed, Stack, preprocess
+from page4d.files import on_disk
 
 sides = st.integers(60, 700)
 multiples = st.integers(1, 20).map(lambda k: 14 * k)
@@ -231,3 +232,42 @@ def test_no_progress_bar_in_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[
     load_frames([tmp_path], size=28, progress=True)
     preview(["--preview", "--sequences", "1", "--frames", "1", "--size", "14x14", "--out", str(tmp_path / "out")])
     assert capsys.readouterr().err == ""
+
+
+def shade(height: int, width: int, value: int) -> Processed:
+    return Processed(np.full((height, width, 3), value, np.uint8), (height, width), (1.0, 1.0), (0.0, 0.0))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_pictures_of_many_sizes_are_centred_in_the_largest_in_any_order(order, tmp_path: Path) -> None:
+    sizes = [(14, 28), (28, 14), (42, 42), (14, 56)]
+    asked = []
+
+    def allocate(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        asked.append(shape)
+        return on_disk(tmp_path)(name, shape)
+
+    stack = Stack(9, allocate)
+    for index in order:
+        stack.add(shade(*sizes[index], 10 * index))
+    images, scale, offset = stack.result()
+    assert images.shape == (4, 3, 42, 56) and len(scale) == 4 and asked[-1] == (9, 3, 42, 56)
+    for place, index in enumerate(order):
+        height, width = sizes[index]
+        top, left = (42 - height) // 2, (56 - width) // 2
+        expected = torch.ones(3, 42, 56)
+        expected[:, top : top + height, left : left + width] = 10 * index / 255
+        assert torch.equal(images[place], expected) and offset[place].tolist() == [left, top]
+
+
+@given(st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_intrinsics_there_and_back(count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    frames = Frames(torch.zeros(4, 3, 14, 14), list("abcd"), [0.0] * 4, [(9, 9)] * 4, 0.2 + rand(4, 2), 9 * rand(4, 2))
+    original = 100 * rand(4, 3, 3)
+    original[:, 2] = torch.tensor([0.0, 0, 1])
+    chosen = [3, 0, 2][:count]
+    whole = frames.intrinsics_from_original(original, range(4))
+    assert torch.allclose(frames.intrinsics_in_original(whole), original, atol=1e-9)
+    assert torch.equal(frames.intrinsics_from_original(original[chosen], chosen), whole[chosen])

@@ -13,6 +13,7 @@ from page4d.evaluation import TASKS, Protocol, Rules, evaluate
 from page4d.evaluation.protocol import network_images, network_size, resize_depth
 from page4d.evaluation.report import table
 from page4d.execution.attention_plan import AttentionPlan
+from page4d.long_video.chunks import Chunking
 
 
 @pytest.mark.parametrize("size", [56, 112, (42, 84)])
@@ -269,3 +270,20 @@ def test_the_deviation_of_a_plan_is_reported():
     assert "attention deviation" in table({"scenes": found})
     exact = evaluate(model, scenes, ["pose"], protocol=Protocol((56, 84)))
     assert "attention" not in exact["mean"] and exact["mean"]["pose"] != found["mean"]["pose"]
+
+
+def test_in_chunks_the_seams_are_reported_and_points_are_not_tracked():
+    samples = SyntheticScenes("walk", frames=20, size=(56, 84), seed=1, length=2, moving=1, tracks=8)
+    model = Page4D.from_pretrained("nano", device="cpu")
+    protocol = Protocol((56, 84), chunk=Chunking(8, 2))
+    found = evaluate(model, samples, protocol=protocol)
+    whole = evaluate(model, samples, protocol=Protocol((56, 84)))
+    assert set(found["mean"]) == set(whole["mean"]) | {"chunks"} and "tracks" not in found["mean"]
+    assert 0 < found["mean"]["chunks"]["abs_rel"] < 1 and found["mean"]["chunks"]["scale_drift"] > 0
+    assert found["mean"]["pose"] != whole["mean"]["pose"] and "chunks AbsRel" in table({"walk": found})
+    longer = replace(protocol, chunk=Chunking(20, 2))
+    assert evaluate(model, samples, protocol=longer)["mean"] == whole["mean"], "what fits into one chunk is one pass"
+    tracker = Page4D(preset("tiny"))
+    with pytest.raises(InputError, match="tracks needs one pass over all frames"):
+        evaluate(tracker, samples, ["tracks"], protocol=replace(protocol, size=(28, 42)))
+    assert "tracks" not in evaluate(tracker, samples, protocol=replace(protocol, size=(28, 42)))["mean"]
