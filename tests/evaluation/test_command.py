@@ -14,7 +14,7 @@ def scenes(monkeypatch, scene):
     """Stand-ins for the rendered scenes."""
 
     class SyntheticScenes:
-        def __init__(self, kind, *, frames, size, seed, tracks):
+        def __init__(self, kind, *, frames, size, seed, tracks, moving):
             self.frames, self.size, self.seed = frames, size, seed
 
         def __getitem__(self, i):
