@@ -102,9 +102,9 @@ def chosen_chunking(config: Page4DConfig, frames: int, fits: Callable[[int], boo
     """
     if config.chunk is not None and frames >= config.chunk[0] and fits(config.chunk[1]):
         return Chunking(*config.chunk[1:])
-    if frames <= 2 or fits(frames):
+    if frames <= 2 or fits(frames) or not fits(2):  # in the last case nothing helps
         return None
-    low, high = 2, min(LARGEST, frames - 1)  # the longest that fits lies between; two frames are tried even if they do not
+    low, high = 2, min(LARGEST, frames - 1)  # the longest that fits lies between
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

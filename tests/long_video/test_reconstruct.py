@@ -92,7 +92,8 @@ def test_which_chunks_are_chosen():
     assert chosen_chunking(other, 10**6, lambda n: True) is None, "nothing was measured"
     assert chosen_chunking(other, 300, lambda n: n <= 50) == Chunking(50, 12)
     assert chosen_chunking(other, 300, lambda n: n <= 299) == Chunking(120, 30)
-    assert chosen_chunking(other, 300, lambda n: False) == Chunking(2, 1) and chosen_chunking(other, 2, lambda n: False) is None
+    assert chosen_chunking(other, 300, lambda n: n <= 2) == Chunking(2, 1) and chosen_chunking(other, 2, lambda n: n < 2) is None
+    assert chosen_chunking(other, 300, lambda n: False) is None, "nothing helps"
     assert nano.replace(depth=7, kept_layers=(1, 2, 4, 6)).chunk is None
 
 
