@@ -24,6 +24,7 @@ from .pose_graph import Edge, optimise, residual
 from .seams import Seam, seam
 from .store import Store
 
+LOOP_SIGMA = 2.0  # of a loop, in that of the worst seam: one pass over two visits says less of their places than common frames do
 LEAST_SIGMA = 0.01  # of a seam, see `pose_graph.Edge`: the error that even a seam of equal depths may have
 DESCRIBED = "described"  # beside the fields of a prediction
 JOINED = ("mask", "pose_enc", "depth", "depth_conf", "world_points", "world_points_conf")
@@ -89,7 +90,7 @@ def run(
     looked = loops and len(chunks) > 2
     if looked:
         with stage("loops"):
-            closed = _loops(pieces, max(step.sigma for step in steps), torch.cat(described), mask)
+            closed = _loops(pieces, LOOP_SIGMA * max(step.sigma for step in steps), torch.cat(described), mask)
     units = pieces.units() if closed or known else []
     if closed:
         with stage("pose graph"):
