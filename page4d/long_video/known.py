@@ -98,10 +98,20 @@ def _tum(path: Path) -> Known:
 
 
 def _checked(known: Known, path: Path) -> Known:
+    if known.extrinsics.shape[1:] != (3, 4) or (known.intrinsics is not None and known.intrinsics.shape[1:] != (3, 3)):
+        raise InputError(f"{str(path)!r} has cameras of another shape than 3 x 4 and 3 x 3: write them again")
     rotation = known.extrinsics[..., :3]
-    error = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2)) if len(known) else torch.zeros(1)
-    if known.extrinsics.shape[1:] != (3, 4) or not bool(known.extrinsics.isfinite().all()) or not bool((error < ROUNDING).all()):
+    error = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2))
+    proper = known.extrinsics.isfinite().all(2).all(1) & (error < ROUNDING) & (torch.linalg.det(rotation) > 0)
+    if not bool(proper.all()):
         raise InputError(f"{str(path)!r} has a camera whose pose is not a rotation and a translation: write the cameras again")
+    if known.intrinsics is not None and bool((known.intrinsics[:, [0, 1], [0, 1]] <= 0).any()):
+        raise InputError(f"{str(path)!r} has a camera whose focal length is not positive: write the cameras again")
+    if isinstance(known.keys, list) and len(set(known.keys)) < len(known.keys):
+        twice = next(key for key in known.keys if known.keys.count(key) > 1)
+        raise InputError(
+            f"{str(path)!r} has two cameras named {twice!r}, without the suffix: frames are matched by these names, so change one"
+        )
     return known
 
 
