@@ -58,8 +58,8 @@ def measure(model: Page4D, scenes: SyntheticScenes, chunkings: Sequence[Chunking
             chunks, name = chunking.divide(len(sample.images)), f"{chunking.size},{chunking.overlap}"
             variants = {"no mask": (False, False), "mask": (True, False), "mask, loops": (True, True)}
             with tempfile.TemporaryDirectory() as folder:
+                store = Store(Path(folder), {})  # of passes, which are the same
                 for variant, (mask, loops) in variants.items():
-                    store = Store(Path(folder), {}, resume=True)  # the passes are the same
                     long = run(sample.images, chunks, passes, store, lambda _, shape: torch.empty(shape), loops=loops, mask=mask)
                     seams = statistics.fmean(seam.error for seam in long.seams)
                     row = {**metrics(long.prediction, sample), "seams": seams, "loops": float(len(long.loops or ()))}

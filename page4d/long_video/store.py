@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -19,7 +19,13 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import AtomicFiles
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 RECORD = "run.json"
+LOCK = "lock"
 CHECKSUM = "crc32"  # of a file's tensors, in its metadata
 UNREADABLE = (safetensors.SafetensorError, OSError, ValueError)
 TEMPORARY = re.compile(r"\.[0-9a-f]{8}(\.\w+)?")  # what `AtomicFiles` leaves behind when the process is killed
@@ -36,7 +42,7 @@ class Store:
         resume: go on with the run that lies there, if there is one. Otherwise the folder must have none.
 
     Raises:
-        InputError: there is a run and `resume` is off, or it has another record.
+        InputError: there is a run and `resume` is off, or it has another record, or another process works on it.
     """
 
     def __init__(self, folder: Path, record: Mapping[str, Any], resume: bool = False):
@@ -46,6 +52,7 @@ class Store:
         if before is None:
             with AtomicFiles() as files:
                 files.add(folder / RECORD).write_text(json.dumps(record, sort_keys=True, indent=1) + "\n", encoding="utf-8")
+            self._lock = _locked(folder / LOCK)
             return
         if not resume:
             raise InputError(f"{str(folder)!r} has a run that was not finished: go on with it with --resume, or remove the folder")
@@ -54,6 +61,7 @@ class Store:
         if changed:
             words = f"the run in {str(folder)!r} was made with other options ({', '.join(changed)})"
             raise InputError(f"{words}: resume with the same ones, or remove the folder")
+        self._lock = _locked(folder / LOCK)
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name. InputError if the disk is full; what was written before stays."""
@@ -103,6 +111,19 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise InputError(f"{str(path)!r} is damaged: remove the folder and start without --resume")
     return found
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """The file, locked for this process as long as it is open: the end of a process unlocks it too. Without `fcntl` there is no lock."""
+    file = open(path, "ab")  # noqa: SIM115  # stays open
+    if fcntl is not None:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"another process works on the run in {str(path.parent)!r}: wait for it, or choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+    return file
 
 
 def sweep(out: Path, folders: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from page4d_kernels import registries
 from page4d_kernels.profiling import peak_bytes
 
 from .. import __version__
@@ -81,6 +82,7 @@ def record(
         "memory_budget": budget,
         "device": device.type,
         "dtype": str(model.aggregator.compute_dtype),
+        "backends": {name: registry.requested() for name, registry in registries().items()},
         **options,
     }
 

@@ -156,6 +156,8 @@ def test_a_full_disk_loses_nothing(scene, video, tmp_path, monkeypatch):
         reconstruct(video, tmp_path, **options | {"chunk": 9}, resume=True)
     with pytest.raises(InputError, match=r"other options \(mask_strength\)"):
         reconstruct(video, tmp_path, **options, mask_strength=1.0, resume=True)
+    with pytest.raises(InputError, match=r"other options \(backends\)"):
+        reconstruct(video, tmp_path, **options, attn="reference", resume=True)
     words = []
     found = reconstruct(video, tmp_path, **options, resume=True, say=words.append)
     assert found.prediction == scene.prediction and any("going on with the run" in line for line in words)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from page4d.long_video.run import run
 from page4d.long_video.store import Store
 
 COUNT = 290
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +149,15 @@ def test_a_changed_byte_is_seen(tmp_path, caplog, place):
     path.write_bytes(data)
     assert Store(tmp_path, {}, resume=True).read("chunk") is None
     assert "is damaged" in caplog.text and "made again" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_one_process_at_a_time(tmp_path):
+    holds = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom page4d.long_video.store import Store\n"
+    holds += f"store = Store(Path({str(tmp_path)!r}), {{}})\nprint('held', flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process works on the run"):
+            Store(tmp_path, {}, resume=True)
+        process.kill()
+    Store(tmp_path, {}, resume=True)
