@@ -70,9 +70,10 @@ def _ours(entries: list[dict[str, Any]], path: Path) -> Known:
             torch.tensor([[[np.nan if x is None else x for x in row] for row in entry[name]] for entry in entries], dtype=torch.float64)
             for name in ("extrinsics", "intrinsics")
         )
-        return _checked(Known([str(entry["name"]) for entry in entries], extrinsics, intrinsics), path)
+        names = [str(entry["name"]) for entry in entries]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{str(path)!r} is damaged ({error}): write it again with --export trajectory") from None
+    return _checked(Known(names, extrinsics, intrinsics), path)
 
 
 def _tum(path: Path) -> Known:
@@ -125,7 +126,10 @@ def anchor(predicted: Tensor, known: Tensor) -> tuple[Similarity, float]:
     """
     if len(known) < LEAST:
         raise AlignmentError(f"{len(known)} known cameras, and {LEAST} are needed")
-    found = from_cameras(predicted, known)
+    try:
+        found = from_cameras(predicted, known)
+    except AlignmentError:
+        raise AlignmentError("the predicted cameras stand still or go another way than the known ones: leave out --cameras") from None
     there, true = (Cameras(x[None], x[None]).centers[0].double() for x in (found.cameras(predicted.double()), known))
     return found, float((there - true).norm() / (true - true.mean(0)).norm())
 

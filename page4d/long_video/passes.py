@@ -108,4 +108,7 @@ def chosen_chunking(config: Page4DConfig, frames: int, fits: Callable[[int], boo
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    number = len(Chunking.of(low).divide(frames))
+    while low > 2 and len(Chunking.of(low - 1).divide(frames)) == number:  # as many, but the last one overlaps less
+        low -= 1
     return Chunking.of(low)

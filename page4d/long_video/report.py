@@ -70,4 +70,4 @@ def _finite(value: float) -> float | None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if math.isfinite(share) else "an unknown amount"
+    return "an unknown amount" if not math.isfinite(share) else f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"

@@ -90,8 +90,9 @@ def test_which_chunks_are_chosen():
     assert chosen_chunking(nano, 127, lambda n: True) is None
     assert chosen_chunking(nano, 128, lambda n: True) == Chunking(24, 6)
     assert chosen_chunking(other, 10**6, lambda n: True) is None, "nothing was measured"
-    assert chosen_chunking(other, 300, lambda n: n <= 50) == Chunking(50, 12)
+    assert chosen_chunking(other, 300, lambda n: n <= 50) == Chunking(48, 12), "eight chunks, as with 50"
     assert chosen_chunking(other, 300, lambda n: n <= 299) == Chunking(120, 30)
+    assert chosen_chunking(other, 30, lambda n: n <= 28) == Chunking(17, 4)
     assert chosen_chunking(other, 300, lambda n: n <= 2) == Chunking(2, 1) and chosen_chunking(other, 2, lambda n: n < 2) is None
     assert chosen_chunking(other, 300, lambda n: False) is None, "nothing helps"
     assert nano.replace(depth=7, kept_layers=(1, 2, 4, 6)).chunk is None
@@ -239,5 +240,5 @@ def test_known_cameras_of_some_frames_carry_the_others(video, tmp_path):
         own,
         1.0,
     )
-    with pytest.raises(AlignmentError, match="stand still or disagree"):
+    with pytest.raises(AlignmentError, match="stand still or go another way"):
         reconstruct(video, cameras=path, frames=COUNT, chunk="off", **NANO)
