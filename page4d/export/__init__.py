@@ -135,7 +135,8 @@ def export(
             written += files
     except OSError as error:
         path = error.filename2 or error.filename or out_dir  # a failed rename has the final path second
-        advice = "rename the picture" if error.errno == errno.ENAMETOOLONG else "choose another output folder"
+        full = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        advice = "rename the picture" if error.errno == errno.ENAMETOOLONG else f"{full}choose another output folder"
         raise InputError(f"cannot write {str(path)!r} ({error.strerror or error}): {advice}") from error
     manifest.report([*names, CHUNKS])
     return written
