@@ -24,7 +24,7 @@ from ..evaluation.pose import pose_metrics
 from ..long_video.chunks import Chunk, Chunking
 from ..long_video.known import Known, matched
 from ..long_video.passes import chosen_chunking
-from ..long_video.store import recorded
+from ..long_video.store import RECORD, recorded
 from ..model import Page4D
 from ..prediction import Cameras
 
@@ -53,13 +53,15 @@ class Wish:
         record = recorded(folder / FOLDER)
         if record is not None and not resume and chunking is not None:
             raise InputError(f"{str(folder / FOLDER)!r} has a run that was not finished: go on with it with --resume, or remove the folder")
+        if record is not None and not (isinstance(record.get("chunk"), list) and isinstance(record.get("memory_budget", 0.5), int | None)):
+            raise InputError(f"{str(folder / FOLDER / RECORD)!r} is damaged: remove the folder and start without --resume")
         return cls(chunking, not tracks and chunk != OFF, record if resume else None)
 
     def decide(self, model: Page4D, frames: int, fits: Callable[[int], bool]) -> Chunking | None:
         """The chunks. None: one pass over all frames."""
         chosen = self.chunking
         if chosen is None and self.record is not None:
-            chosen = Chunking(*self.record["chunk"])
+            chosen = Chunking.of(self.record["chunk"])
         if chosen is None and self.may_choose:
             chosen = chosen_chunking(model.config, frames, fits)
         return chosen if chosen is not None and frames > chosen.size else None

@@ -190,7 +190,8 @@ def reconstruct(
         if chunking is not None:
             check_outputs(model)
             work = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="page4d-")))
-            options = {"mask_strength": strength, "attention": plan.to_json(), "outputs": sorted({*outputs, *needed(model)})}
+            options = {"mask_strength": strength, "outputs": sorted({*outputs, *needed(model)})}
+            options |= {"attention": plan.to_json(), "attention_check": attention_check}
             store = Store(
                 work / chunked.FOLDER,
                 chunked.record(weights, model, read, chunking, budget, opened, options),
