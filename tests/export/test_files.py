@@ -44,7 +44,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(InputError, match=r"has no room for depth, 0.2 GB \(No space left on device\): choose another --out"):
+    with pytest.raises(InputError, match=r"has no room for depth, 0.2 GB \(No space left on device\): make room, or choose another --out"):
         on_disk(tmp_path)("depth", (50, 10**6))
     assert not list(tmp_path.iterdir())
 
