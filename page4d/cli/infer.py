@@ -172,10 +172,10 @@ def deviation(scene: Reconstruction) -> str:
 def known(off: dict[str, float]) -> str:
     """How far the prediction was from known cameras."""
     share = f" ({off['ate'] / off['ate_constant']:.1%} of how far they move)" if off["ate_constant"] > 0 else ""
-    focal = "" if math.isnan(off["focal"]) else f", {off['focal']:.1%} in focal length"
+    focal = "" if math.isnan(off["focal"]) else f", focal length off by {off['focal']:.1%}"
     return (
-        f"known cameras of {off['frames']:.0f} frames: the prediction was off by {off['ate']:.3g} in position{share}, "
-        f"{off['rpe_rot']:.2g} degrees from frame to frame{focal}"
+        f"known cameras of {off['frames']:.0f} frames: the prediction alone had an ATE of {off['ate']:.3g}{share} and an RPE of "
+        f"{off['rpe_rot']:.2g} degrees{focal}; the result is {off['after']:.3g} (RMS) from them, all in their unit"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from ..data.frames import Frames
 from ..errors import InputError
-from ..geometry import decode_pose
 from ..prediction import Cameras, Prediction
 from ._percentiles import percentiles
 from .color import to_uint8
@@ -59,8 +58,9 @@ class SceneCameras:
 def scene_cameras(prediction: Prediction, frames: Frames) -> SceneCameras:
     check(prediction, frames, "pose_enc")
     assert prediction.pose_enc is not None
-    size = (prediction.images.shape[-2], prediction.images.shape[-1])
-    found = Cameras(*decode_pose(prediction.pose_enc[0].detach().cpu().double(), size))
+    known = None if prediction.intrinsics is None else prediction.intrinsics.detach().cpu().double()
+    both = replace(prediction, pose_enc=prediction.pose_enc.detach().cpu().double(), intrinsics=known).cameras
+    found = Cameras(both.extrinsics[0], both.intrinsics[0])
     original = frames.intrinsics_in_original(found.intrinsics)
     return SceneCameras(found.extrinsics.numpy(), found.intrinsics.numpy(), original.numpy())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from ..errors import InputError
 
@@ -55,12 +56,13 @@ class Chunking:
             return value
         try:
             numbers = (
-                [int(word) for word in value.split(",")] if isinstance(value, str) else [value] if isinstance(value, int) else [*value]
+                [int(word) for word in value.split(",")] if isinstance(value, str) else [*value] if isinstance(value, Iterable) else [value]
             )
-        except (TypeError, ValueError):
+        except ValueError:
             numbers = []
-        if len(numbers) not in (1, 2) or not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        if len(numbers) not in (1, 2) or not all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers):
             raise InputError(f"chunk {value!r} does not work: give a number of frames such as 60, or with the overlap such as 60,15")
+        numbers = [int(number) for number in numbers]
         size = numbers[0]
         return cls(size, numbers[1] if len(numbers) == 2 else max(1, size // SHARE))
 

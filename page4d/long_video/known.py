@@ -65,14 +65,18 @@ def _entries(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _ours(entries: list[dict[str, Any]], path: Path) -> Known:
+    """Cameras that are not finite, which are null in the file, are left out; intrinsics may be missing."""
     try:
-        extrinsics, intrinsics = (
-            torch.tensor([[[np.nan if x is None else x for x in row] for row in entry[name]] for entry in entries], dtype=torch.float64)
-            for name in ("extrinsics", "intrinsics")
-        )
-        names = [str(entry["name"]) for entry in entries]
+        kept = [entry for entry in entries if not any(x is None for row in entry["extrinsics"] for x in row)]
+        extrinsics = torch.tensor([entry["extrinsics"] for entry in kept], dtype=torch.float64)
+        nothing = [[np.nan] * 3] * 3
+        rows = [entry.get("intrinsics") or nothing for entry in kept]
+        intrinsics = torch.tensor([[[np.nan if x is None else x for x in row] for row in k] for k in rows], dtype=torch.float64)
+        names = [str(entry["name"]) for entry in kept]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{str(path)!r} is damaged ({error}): write it again with --export trajectory") from None
+    if not kept:
+        raise InputError(f"{str(path)!r} has no camera that is finite: write it again with --export trajectory")
     return _checked(Known(names, extrinsics, intrinsics), path)
 
 
@@ -93,6 +97,8 @@ def _tum(path: Path) -> Known:
     if not rows:
         raise InputError(f"{str(path)!r} has no cameras: give timestamp tx ty tz qx qy qz qw in each line")
     table = torch.tensor(sorted(rows), dtype=torch.float64)
+    if not bool(table.isfinite().all()):
+        raise InputError(f"{str(path)!r} has a number that is not finite: write the trajectory again")
     rotation = quaternion_to_matrix(table[:, 4:]).mT
     extrinsics = torch.cat([rotation, -(rotation @ table[:, 1:4, None])], -1)
     return _checked(Known(table[:, 0], extrinsics, None), path)
@@ -129,7 +135,8 @@ def anchor(predicted: Tensor, known: Tensor) -> tuple[Similarity, float]:
     try:
         found = from_cameras(predicted, known)
     except AlignmentError:
-        raise AlignmentError("the predicted cameras stand still or go another way than the known ones: leave out --cameras") from None
+        words = "the predicted cameras stand still or go another way than the known ones"
+        raise AlignmentError(f"{words}: leave out --cameras (with --resume, if the run was in chunks)") from None
     there, true = (Cameras(x[None], x[None]).centers[0].double() for x in (found.cameras(predicted.double()), known))
     return found, float((there - true).norm() / (true - true.mean(0)).norm())
 

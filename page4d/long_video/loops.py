@@ -163,5 +163,6 @@ def _home(chunks: Sequence[Chunk], frame: int) -> int:
 
 
 def _around(chunk: Chunk, frame: int) -> range:
-    """Frames of the chunk about one of them, as many as there are up to `AROUND` on each side."""
-    return range(max(chunk.start, frame - AROUND), min(chunk.end, frame + AROUND + 1))
+    """Frames of the chunk about one of them, up to `AROUND` on each side, but so that two visits are no more frames than a chunk."""
+    reach = min(AROUND, max(0, (len(chunk) // 2 - 1) // 2))
+    return range(max(chunk.start, frame - reach), min(chunk.end, frame + reach + 1))

@@ -60,6 +60,7 @@ def predict_in_chunks(
     attention: AttentionPlan,
     loops: bool = True,
     known: tuple[list[int], Cameras] | None = None,
+    valid: Tensor | None = None,
     advance: Callable[[Chunk], None] = lambda chunk: None,
     **options: Any,
 ) -> LongVideo:
@@ -67,7 +68,8 @@ def predict_in_chunks(
     check_outputs(model)
     passes = Passes(model, {**options, "outputs": {*outputs, *needed(model)}, "attention": attention})
     anchors = None if known is None else (known[0], known[1].extrinsics)
-    found = run(images, chunking.divide(len(images)), passes, store, allocate, loops=loops, known=anchors, advance=advance)
+    chunks = chunking.divide(len(images))
+    found = run(images, chunks, passes, store, allocate, loops=loops, known=anchors, valid=valid, advance=advance)
     prediction = replace(found.prediction, attention=None if attention.exact else attention.to_json())
     return replace(found, prediction=prediction if known is None else with_intrinsics(prediction, *known))
 

@@ -29,8 +29,8 @@ def as_json(found: LongVideo) -> dict[str, Any]:
                 "chunks": [loop.edge.i, loop.edge.j],
                 "likeness": loop.likeness,
                 "abs_rel": [seam.error for seam in loop.seams],
-                "residual_before": before,
-                "residual_after": after,
+                "residual_before": _finite(before),
+                "residual_after": _finite(after),
             }
             for loop, before, after in found.loops or []
         ],
@@ -43,11 +43,12 @@ def in_words(found: LongVideo) -> list[str]:
     drift = [abs(float(seam.similarity.scale.log())) for seam in found.seams]
     worst = max(range(len(errors)), key=errors.__getitem__)
     first, last = _common(found.chunks[worst + 1])
+    where = f"frames {first} to {last}" if last > first else f"frame {first}"
     cameras = sum(seam.method == "cameras" for seam in found.seams)
     median = sorted(errors)[len(errors) // 2]
     lines = [
         f"{len(found.chunks)} chunks: depths of common frames differ by {_percent(median)} (AbsRel, median of the seams), "
-        f"at worst by {_percent(errors[worst])} at frames {first} to {last}; the scale drifts by "
+        f"at worst by {_percent(errors[worst])} at {where}; the scale drifts by "
         f"{_percent(math.expm1(sum(drift) / len(drift)))} per seam, at most by {_percent(math.expm1(max(drift)))}"
         + (f"; {cameras} of {len(found.seams)} are aligned by cameras alone" if cameras else "")
     ]

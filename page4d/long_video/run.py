@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from .seams import Seam, seam
 from .store import Store
 
 LOOP_SIGMA = 2.0  # of a loop, in that of the worst seam: one pass over two visits says less of their places than common frames do
+UNKNOWN_SIGMA = 1.0  # of a seam by cameras alone, where no depth is common
 LEAST_SIGMA = 0.01  # of a seam, see `pose_graph.Edge`: the error that even a seam of equal depths may have
 DESCRIBED = "described"  # beside the fields of a prediction
 JOINED = ("mask", "pose_enc", "depth", "depth_conf", "world_points", "world_points_conf")
@@ -55,6 +57,7 @@ def run(
     loops: bool = True,
     mask: bool = True,
     known: tuple[Sequence[int], Tensor] | None = None,
+    valid: Tensor | None = None,
     advance: Callable[[Chunk], None] = lambda chunk: None,
 ) -> LongVideo:
     """Run the chunks that the store does not have, align them and join them.
@@ -66,13 +69,14 @@ def run(
         loops: look for places that the video comes back to.
         mask: whether what moves is left out of the alignment.
         known: frames whose cameras are known, and these (n, 3, 4). The result is in their world then, else in that of the first chunk.
+        valid: (S, H, W) bool, pixels that show the scene and not padding. None: all.
         advance: called after each chunk.
 
     Raises:
         AlignmentError: neither points nor cameras of two neighbours can be aligned, or the known cameras cannot be aligned with any chunk.
         InputError: the disk is full.
     """
-    pieces = Pieces(images, chunks, predict, store)
+    pieces = Pieces(images, chunks, predict, store, valid)
     seams: list[Seam] = []
     described: list[Tensor] = []
     before: Prediction | None = None
@@ -111,22 +115,23 @@ def run(
 class Pieces:
     """The passes of a run: from the store, or made and stored."""
 
-    def __init__(self, images: Tensor, chunks: Sequence[Chunk], predict: Predict, store: Store):
-        self.images, self.chunks, self._predict, self._store = images, chunks, predict, store
+    def __init__(self, images: Tensor, chunks: Sequence[Chunk], predict: Predict, store: Store, valid: Tensor | None = None):
+        self.images, self.chunks, self.valid, self._predict, self._store = images, chunks, valid, predict, store
 
     def chunk(self, k: int) -> tuple[Prediction, Tensor]:
-        return self._pass(f"chunk_{k:05d}", self.images[self.chunks[k].start : self.chunks[k].end])
+        return self._pass(f"chunk_{k:05d}", slice(self.chunks[k].start, self.chunks[k].end))
 
     def together(self, frames: Sequence[int]) -> Prediction:
         """One pass over frames of two visits to a place."""
-        return self._pass(f"loop_{frames[0]:06d}_{frames[-1]:06d}", self.images[list(frames)])[0]
+        return self._pass(f"loop_{frames[0]:06d}_{frames[-1]:06d}", list(frames))[0]
 
     def units(self) -> list[float]:
         """The median depth of each chunk, which counts as one in the pose graph."""
         found = []
         for k in range(len(self.chunks)):
-            depth = self.chunk(k)[0].depth
-            found.append(float(depth[depth > 0].median()) if depth is not None and bool((depth > 0).any()) else 1.0)
+            one = self.chunk(k)[0]
+            depth = torch.zeros(0) if one.depth is None else one.depth[..., 0] if one.valid is None else one.depth[..., 0][one.valid]
+            found.append(float(depth[depth > 0].median()) if bool((depth > 0).any()) else 1.0)
         return found
 
     def extrinsics(self, where: Sequence[Similarity]) -> Tensor:
@@ -137,13 +142,16 @@ class Pieces:
         ]
         return torch.cat(parts)
 
-    def _pass(self, name: str, images: Tensor) -> tuple[Prediction, Tensor]:
+    def _pass(self, name: str, frames: slice | list[int]) -> tuple[Prediction, Tensor]:
+        images = self.images[frames]
         found = self._store.read(name)
         if found is None:
             prediction, described = self._predict(images)
             found = {key: value for key, value in {**prediction.tensors(), DESCRIBED: described}.items() if key in STORED}
             self._store.write(name, found)
         fields: dict[str, Any] = {key: value for key, value in found.items() if key != DESCRIBED}
+        if self.valid is not None:
+            fields["valid"] = self.valid[None, frames]
         return Prediction(images=images[None], **fields), found[DESCRIBED]
 
 
@@ -156,7 +164,7 @@ def _seam(before: Prediction, now: Prediction, chunk: Chunk, mask: bool) -> Seam
 
 
 def _sigma(one: Seam) -> float:
-    return max(LEAST_SIGMA, one.error)
+    return max(LEAST_SIGMA, one.error) if math.isfinite(one.error) else UNKNOWN_SIGMA
 
 
 def _loops(pieces: Pieces, sigma: float, described: Tensor, mask: bool) -> list[Loop]:
@@ -171,7 +179,7 @@ def _anchors(pieces: Pieces, unanchored: Tensor, frames: Sequence[int], cameras:
     number = {frame: n for n, frame in enumerate(frames)}
     anchors = []
     for k, chunk in enumerate(pieces.chunks):
-        inside = [frame for frame in range(chunk.start, chunk.end) if frame in number]
+        inside = [frame for frame in range(chunk.start + chunk.overlap, chunk.end) if frame in number]  # which are taken from this chunk
         predicted = pieces.chunk(k)[0].cameras.extrinsics[0, [frame - chunk.start for frame in inside]]
         with suppress(AlignmentError):
             similarity, error = anchor(predicted, cameras[[number[frame] for frame in inside]])

@@ -47,6 +47,8 @@ def match(first: Prediction, second: Prediction, mask: bool = True) -> Seam:
     assert first.depth is not None and second.depth is not None
     depth_a, depth_b = second.depth[..., 0], first.depth[..., 0]
     confidence = torch.where((conf_a > _least(conf_a)) & (conf_b > _least(conf_b)), (conf_a * conf_b).sqrt(), 0.0)
+    if first.valid is not None:  # the same frames have the same padding
+        confidence = torch.where(first.valid, confidence, 0.0)
     still = torch.ones_like(confidence)
     if mask and first.mask is not None and second.mask is not None:
         still = _still(first) * _still(second)

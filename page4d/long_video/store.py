@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +28,8 @@ RECORD = "run.json"
 LOCK = "lock"
 CHECKSUM = "crc32"  # of a file's tensors, in its metadata
 UNREADABLE = (safetensors.SafetensorError, OSError, ValueError)
+RUN = "run"  # the record's hash, there too
+OURS = re.compile(r"(chunk_\d{5,}|loop_\d{6,}_\d{6,})\.safetensors")
 TEMPORARY = re.compile(r"\.[0-9a-f]{8}(\.\w+)?")  # what `AtomicFiles` leaves behind when the process is killed
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Store:
 
     def __init__(self, folder: Path, record: Mapping[str, Any], resume: bool = False):
         self.folder = folder
+        self._run = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         self._checked: set[str] = set()
         before = recorded(folder)
         if before is None:
@@ -68,7 +71,7 @@ class Store:
         whole = {key: value.contiguous() for key, value in tensors.items()}
         try:
             with AtomicFiles() as files:
-                safetensors.torch.save_file(whole, files.add(self._path(name)), {CHECKSUM: _checksum(whole)})
+                safetensors.torch.save_file(whole, files.add(self._path(name)), {CHECKSUM: _checksum(whole), RUN: self._run})
         except (OSError, safetensors.SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{str(self.folder)!r}: {name} cannot be written ({reason}): make room, then go on with --resume") from None
@@ -83,17 +86,25 @@ class Store:
             found = safetensors.torch.load_file(path)
             if name not in self._checked:
                 with safetensors.safe_open(path, "pt") as file:
-                    if (file.metadata() or {}).get(CHECKSUM) != _checksum(found):
-                        raise ValueError("its checksum is wrong")
+                    metadata = file.metadata() or {}
+                if metadata.get(RUN) != self._run:
+                    raise ValueError("it is of another run")
+                if metadata.get(CHECKSUM) != _checksum(found):
+                    raise ValueError("its checksum is wrong")
                 self._checked.add(name)
             return found
         except UNREADABLE as error:
-            log.warning("%s is damaged (%s): it is made again", path, error)
+            log.warning("%s cannot be used (%s): it is made again", path, error)
             return None
 
     def remove(self) -> None:
-        """Remove the folder with all that lies in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what was written, and the folder if nothing else lies in it."""
+        self._lock.close()
+        with suppress(OSError):
+            names = [path for path in self.folder.iterdir() if OURS.fullmatch(path.name) or TEMPORARY.fullmatch(path.name)]
+            for path in [*names, self.folder / LOCK, self.folder / RECORD]:  # the record last: until then the rest is known to be ours
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

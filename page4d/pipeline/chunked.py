@@ -24,7 +24,7 @@ from ..evaluation.pose import pose_metrics
 from ..long_video.chunks import Chunk, Chunking
 from ..long_video.known import Known, matched
 from ..long_video.passes import chosen_chunking
-from ..long_video.store import RECORD, recorded
+from ..long_video.store import RECORD, Store, recorded
 from ..model import Page4D
 from ..prediction import Cameras
 
@@ -120,6 +120,22 @@ def distance(predicted: Cameras, which: Sequence[int], known: Cameras) -> dict[s
     ratio = _focal(predicted.intrinsics[0, list(which)].double()) / _focal(known.intrinsics)
     off = (ratio - 1).abs()[ratio.isfinite()]
     return {**found, "focal": float(off.mean()) if len(off) else float("nan"), "frames": float(len(which))}
+
+
+def apart(cameras: Cameras, which: Sequence[int], known: Cameras) -> float:
+    """RMS distance of the camera centres of some frames to the known ones, as they are."""
+    centres, true = cameras.centers[0, list(which)].double(), Cameras(known.extrinsics[None], known.intrinsics).centers[0]
+    return float((centres - true).square().sum(1).mean().sqrt())
+
+
+@contextmanager
+def kept(store: Store, say: Callable[[str], None]) -> Iterator[None]:
+    """Say how to go on if the block is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"the chunks that are done lie in {str(store.folder)!r}: go on with --resume")
+        raise
 
 
 def _focal(intrinsics: Tensor) -> Tensor:

@@ -187,6 +187,10 @@ def reconstruct(
             budget = wish.record["memory_budget"]  # other plans would round otherwise
         job = _Job(model, read, queries, outputs, plan, attention_check, strength, budget, opened, say, progress)
         chunking = job.decide(wish)
+        if wish.record is not None and chunking is None:
+            raise InputError(
+                f"the run in {str(folder)!r} had more frames: resume with the same options, or remove its folder {chunked.FOLDER}"
+            )
         if chunking is not None:
             check_outputs(model)
             work = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="page4d-")))
@@ -218,6 +222,7 @@ def reconstruct(
                 off = chunked.distance(alone, *known)
                 if found is None:
                     prediction = _in_known_world(prediction, *known)
+                off["after"] = chunked.apart(prediction.cameras, *known)
             seconds = time.perf_counter() - start
         files: list[Path] = []
         if folder is not None:
@@ -292,7 +297,8 @@ class _Job:
     def in_chunks(
         self, chunking: Chunking, store: Store, allocate: Allocate, loops: bool, known: tuple[list[int], Cameras] | None
     ) -> LongVideo:
-        with chunked.frame_bar(len(self.frames), self.device, self.progress) as advance:
+        inside = self.frames.inside()
+        with chunked.frame_bar(len(self.frames), self.device, self.progress) as advance, chunked.kept(store, self.say):
             return predict_in_chunks(
                 self.model,
                 self.frames.images,
@@ -303,6 +309,7 @@ class _Job:
                 attention=self.attention,
                 loops=loops,
                 known=known,
+                valid=None if bool(inside.all()) else inside,
                 advance=advance,
                 **self.options,
             )

@@ -208,7 +208,10 @@ def test_known_cameras_give_world_unit_and_intrinsics(video, tmp_path, chunk):
     own = reconstruct(video, **options)
     there = TURN.cameras(own.prediction.cameras.extrinsics[0].double())
     path = write_known(tmp_path / "cameras.json", there, own, 1.2)
-    found = reconstruct(video, cameras=path, **options)
+    found = reconstruct(video, tmp_path / "out", cameras=path, formats=["trajectory", "npz"], **options)
+    written = json.loads((tmp_path / "out" / "cameras.json").read_text())["frames"]
+    assert torch.allclose(torch.tensor(written[3]["intrinsics"]), found.cameras.intrinsics[0, 3], rtol=1e-4), "files say the same"
+    assert found.known["after"] < 1e-3, "a chunk is aligned by the frames that are taken from it"
     near = 1e-3 if chunk == "off" else 0.1  # chunks do not say quite the same of the frames that they share
     assert (found.prediction.cameras.extrinsics[0] - there).abs().max() < near
     assert (found.prediction.depth / own.prediction.depth / 2.5 - 1).abs().max() < near
@@ -248,3 +251,26 @@ def test_known_cameras_of_some_frames_carry_the_others(video, tmp_path):
     )
     with pytest.raises(AlignmentError, match="stand still or go another way"):
         reconstruct(video, cameras=path, frames=COUNT, chunk="off", **NANO)
+
+
+def test_padding_does_not_align(video):
+    """White bars above and below fill a third of the picture."""
+    found = reconstruct(video, weights="nano", chunk="8,2", size=84, fit="pad", loops=False)
+    inside = found.frames.inside()
+    assert 0.5 < inside.float().mean() < 0.9
+    pieces = found.long_video
+    assert all(seam.static <= 1 and seam.error > 0 for seam in pieces.seams)
+
+
+def test_a_run_of_more_frames_is_not_forgotten(video, tmp_path):
+    (tmp_path / "chunks").mkdir()
+    (tmp_path / "chunks" / "run.json").write_text('{"chunk": [60, 15], "memory_budget": null}')
+    with pytest.raises(InputError, match="had more frames: resume with the same options"):
+        reconstruct(video, tmp_path, resume=True, **SMALL)
+
+
+def test_a_folder_of_ones_own_is_left_alone(video, tmp_path):
+    (tmp_path / "chunks").mkdir()
+    (tmp_path / "chunks" / "mine.txt").write_text("precious")
+    reconstruct(video, tmp_path, chunk=(8, 2), formats=["trajectory"], **SMALL)
+    assert [path.name for path in (tmp_path / "chunks").iterdir()] == ["mine.txt"]

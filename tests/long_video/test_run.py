@@ -122,6 +122,19 @@ def test_a_damaged_chunk_is_made_again(closed, truth, random_similarity, tmp_pat
     assert oracle.calls == 1
 
 
+def test_what_a_store_leaves_alone_and_what_it_does_not_trust(tmp_path, caplog):
+    (tmp_path / "mine.txt").write_text("precious")
+    store = Store(tmp_path, {"a": 1})
+    store.write("chunk_00000", {"a": torch.ones(3)})
+    (tmp_path / "run.json").unlink()  # as after a kill in the midst of `remove`
+    assert Store(tmp_path, {"a": 2}).read("chunk_00000") is None and "of another run" in caplog.text
+    (tmp_path / "run.json").unlink()
+    again = Store(tmp_path, {"a": 1})
+    assert again.read("chunk_00000") is not None
+    again.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_what_a_store_refuses(tmp_path):
     Store(tmp_path, {"size": [28, 42]}, resume=True)  # there is nothing yet, so it starts
     with pytest.raises(InputError, match="a run that was not finished: go on with it with --resume"):
@@ -148,7 +161,7 @@ def test_a_changed_byte_is_seen(tmp_path, caplog, place):
     data[int(place * len(data))] ^= 1
     path.write_bytes(data)
     assert Store(tmp_path, {}, resume=True).read("chunk") is None
-    assert "is damaged" in caplog.text and "made again" in caplog.text
+    assert "cannot be used" in caplog.text and "made again" in caplog.text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock")
