@@ -60,3 +60,19 @@ def test_pixels_of_no_confidence_do_not_count(pieces, random_similarity):
     true = random_similarity(0).after(random_similarity(1).inverse())
     found = seam(first, second, OVERLAP)
     assert error(found.similarity, true) < 1e-3 and found.error < 1e-3
+
+
+def test_padding_does_not_count(pieces, random_similarity):
+    """Its depth is whatever the network makes of white bars, with high confidence."""
+    first, second = pieces(Chunking(12, OVERLAP).divide(20))
+    valid = torch.ones(first.depth_conf.shape, dtype=torch.bool)
+    valid[:, :, :20] = valid[:, :, -20:] = False
+    first, second = (
+        replace(part, depth=torch.where(valid[..., None], part.depth, d), depth_conf=torch.where(valid, 1.0, 9.0), valid=valid)
+        for part, d in ((first, 1.0), (second, 4.0))
+    )
+    true = random_similarity(0).after(random_similarity(1).inverse())
+    found = seam(first, second, OVERLAP)
+    assert error(found.similarity, true) < 1e-3 and found.error < 1e-3
+    wrong = seam(replace(first, valid=None), replace(second, valid=None), OVERLAP)
+    assert error(wrong.similarity, true) > 0.05
