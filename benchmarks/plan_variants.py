@@ -10,7 +10,7 @@ from torch import Tensor
 
 from page4d.execution.attention_plan import AttentionPlan, checked_rows, kept_patches
 from page4d.layers import Sparsity
-from page4d.layers.attention import deviation
+from page4d.layers.attention import deviation_parts
 from page4d_kernels import KeySelection, TokenLayout, mask_attention
 from page4d_kernels.reference.block_sparse import block_sparse_attention
 
@@ -114,4 +114,4 @@ class _Blocks(Sparsity):
         )
         plan.computed.append(float(computed))
         dense = mask_attention(q.index_select(2, self.checked), k, v, backend=backend) if len(self.checked) else None
-        return out, deviation(out.index_select(2, self.checked), dense) if isinstance(dense, Tensor) else None
+        return out, deviation_parts(out.index_select(2, self.checked), dense) if isinstance(dense, Tensor) else None

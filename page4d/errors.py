@@ -30,3 +30,11 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A weights file that is missing, damaged, holds something else, or does not fit the model."""
+
+
+class RankError(UserError):
+    """Another process of a group failed, ended, or did not come. `rank`: which, None if nobody knows. `reason`: what it said."""
+
+    def __init__(self, rank: int | None, reason: str) -> None:
+        super().__init__(reason if rank is None or reason.startswith("rank") else f"rank {rank}: {reason}")
+        self.rank, self.reason = rank, reason

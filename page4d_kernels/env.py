@@ -12,6 +12,7 @@ VARIABLES: dict[str, str] = {
     "PAGE4D_AUTOTUNE": "time tile sizes of the Triton kernels on first use: off (default), fast (what no table has), full",
     "PAGE4D_AUTOTUNE_TABLE": "file of tile sizes, read before the shipped one; new timings are added to it",
     "PAGE4D_QUALIFY": "auto (default): `page4d infer` judges the backends once per device, and auto follows the record; off: neither",
+    "PAGE4D_DEADLINE": "several processes: seconds that one of them waits for another before all end (default 300)",
     "PAGE4D_NVTX": "1: mark every stage with an NVTX range for Nsight (default 0)",
     "PAGE4D_DEBUG": "1: check the promises of callers (finite bias, gate zero outside special tokens); synchronises the device (default 0)",
 }

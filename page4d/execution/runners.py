@@ -7,8 +7,8 @@ output of one layer's attention, and the saved layers that the heads read. Every
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from einops import pack, rearrange
@@ -17,14 +17,22 @@ from torch import Tensor, nn
 from page4d_kernels.reference import accumulation_dtype
 
 from ..layers import Block, Modulation, Rope, Sparsity
+from ..layers.attention import deviation
 from .memory import MemoryPlan, Workload, for_each_chunk, is_out_of_memory, with_bytes, with_half_chunks, with_offload
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+Heads: TypeAlias = Callable[[slice], Tensor]  # rows -> the heads' outputs (B, H, rows, D)
+
+
 class TrunkRunner(Protocol):
-    """The parts of a forward pass, in the order in which the aggregator calls them. Tokens are x (B, S, P, C)."""
+    """The parts of a forward pass, in the order in which the aggregator calls them. Tokens are x (B, S, P, C) of the frames given here."""
+
+    def span(self, frames: int) -> tuple[int, int]:
+        """Of the sequence that these frames belong to: which one is the first of them, and how many there are."""
+        ...
 
     def embed(self, encoder: nn.Module, normalise: Callable[[Tensor], Tensor], images: Tensor, special: Tensor) -> Tensor:
         """Tokens x: the special tokens (B, S, n, C), then the encoder's patch tokens of images (B, S, 3, H, W)."""
@@ -36,6 +44,10 @@ class TrunkRunner(Protocol):
 
     def mask_head(self, head: nn.Module, x: Tensor, grid: tuple[int, int], special_tokens: int) -> Tensor:
         """Key bias (B, S*P)."""
+        ...
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """x (B, S, P) of all frames of the sequence."""
         ...
 
     def save_frame_half(self, x: Tensor) -> None:
@@ -59,7 +71,26 @@ class TrunkRunner(Protocol):
         ...
 
 
-class EagerRunner:
+class _Alone:
+    """The sequence has no other frames than those that are given."""
+
+    measured: list[Tensor]  # `deviation_parts` of each sparse global block
+
+    def span(self, frames: int) -> tuple[int, int]:
+        return 0, frames
+
+    def gathered(self, x: Tensor) -> Tensor:
+        return x
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum over all that share the sequence."""
+        return x
+
+    def deviations(self) -> list[Tensor]:
+        return list(deviation(self.summed(torch.stack(self.measured)))) if self.measured else []
+
+
+class EagerRunner(_Alone):
     """Whole tensors, nothing in place: for gradients and for compilers.
 
     `call(block, *inputs)` returns the block's output. It may recompute the block in the backward pass (activation checkpointing).
@@ -68,10 +99,8 @@ class EagerRunner:
     def __init__(self, call: Callable[..., Tensor]):
         self.call = call
         self.saved: list[Tensor] = []
+        self.measured = []  # with gradients nothing is checked
         self.frame_half: Tensor
-
-    def deviations(self) -> list[Tensor]:
-        return []  # with gradients nothing is checked
 
     def embed(self, encoder: nn.Module, normalise: Callable[[Tensor], Tensor], images: Tensor, special: Tensor) -> Tensor:
         frames = rearrange(images.to(special.device), "b s c h w -> (b s) c h w")
@@ -97,7 +126,7 @@ class EagerRunner:
         return self.saved
 
 
-class StreamedRunner:
+class StreamedRunner(_Alone):
     """Chunks of frames by a memory plan, without gradients. Tokens x are contiguous and change in place.
 
     A chunk that runs out of memory is retried with half as many frames. Global attention that runs out of memory is retried once,
@@ -107,7 +136,7 @@ class StreamedRunner:
     def __init__(self, plan: MemoryPlan, workload: Workload, device: torch.device, dtype: torch.dtype):
         self.plan, self.workload, self.device, self.dtype = plan, workload, device, dtype
         self.saved: list[Tensor] = []  # (2, B, S, P, C) each
-        self.measured: list[Tensor] = []
+        self.measured = []
         self.offload_stream: torch.cuda.Stream | None = None  # copies to the host run beside the matmuls
 
     def embed(self, encoder: nn.Module, normalise: Callable[[Tensor], Tensor], images: Tensor, special: Tensor) -> Tensor:
@@ -141,36 +170,49 @@ class StreamedRunner:
 
     def global_block(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None, sparsity: Sparsity | None) -> Tensor:
         attention, frames, per_frame = block.attn, x.shape[1], x.shape[2]
-
-        def attend() -> tuple[Tensor, Tensor | None]:
-            q, k, v = self._project(block, x, rope)
-            return attention.attend(q, k, v, modulation, sparsity)
-
-        out, measured = self._retry_with_offload(attend)  # (B, H, S*P, D)
-        self.measured += [] if measured is None else [measured]
+        heads = self._attend(block, x, rope, modulation, sparsity)
 
         def step(chunk: slice) -> None:
             rows = slice(chunk.start * per_frame, chunk.stop * per_frame)
-            y = block.finish(rearrange(x[:, chunk], "b s p c -> b (s p) c"), attention.merge(out[:, :, rows]))
+            y = block.finish(rearrange(x[:, chunk], "b s p c -> b (s p) c"), attention.merge(heads(rows)))
             x[:, chunk] = rearrange(y, "b (s p) c -> b s p c", p=per_frame)
 
         self._for_each_chunk(frames, step)
         return x
 
+    def _attend(self, block: Block, x: Tensor, rope: Rope, modulation: Modulation | None, sparsity: Sparsity | None) -> Heads:
+        """The heads' outputs of all rows."""
+
+        def attend() -> tuple[Tensor, Tensor | None]:
+            q, k, v = self._project(block, x, rope)
+            return block.attn.attend(q, k, v, modulation, sparsity)
+
+        out, measured = self._retry_with_offload(attend)  # (B, H, S*P, D)
+        self.measured += [] if measured is None else [measured]
+        return lambda rows: out[:, :, rows]
+
     def _project(self, block: Block, x: Tensor, rope: Rope) -> list[Tensor]:
         """q, k, v (B, H, S*P, D) of the normalised tokens."""
         batch, frames, per_frame, dim = x.shape
-        attention = block.attn
-        shape = (batch, attention.num_heads, frames * per_frame, dim // attention.num_heads)
-        qkv = [x.new_empty(shape, dtype=self.dtype) for _ in range(3)]
+        heads = block.attn.num_heads
+        qkv = [x.new_empty((batch, heads, frames * per_frame, dim // heads), dtype=self.dtype) for _ in range(3)]
+
+        def store(rows: slice, parts: Sequence[Tensor]) -> None:
+            for whole, part in zip(qkv, parts, strict=True):
+                whole[:, :, rows] = part
+
+        self._project_chunks(block, x, rope, store)
+        return qkv
+
+    def _project_chunks(self, block: Block, x: Tensor, rope: Rope, store: Callable[[slice, Sequence[Tensor]], None]) -> None:
+        """Give q, k, v (B, H, rows, D) of some rows at a time to `store`."""
+        per_frame = x.shape[2]
 
         def step(chunk: slice) -> None:
-            parts = attention.project(block.norm1(rearrange(x[:, chunk], "b s p c -> b (s p) c")), rope)
-            for whole, part in zip(qkv, parts, strict=True):
-                whole[:, :, chunk.start * per_frame : chunk.stop * per_frame] = part
+            parts = block.attn.project(block.norm1(rearrange(x[:, chunk], "b s p c -> b (s p) c")), rope)
+            store(slice(chunk.start * per_frame, chunk.stop * per_frame), parts)
 
-        self._for_each_chunk(frames, step)
-        return qkv
+        self._for_each_chunk(x.shape[1], step)
 
     def save_frame_half(self, x: Tensor) -> None:
         def allocate() -> Tensor:
@@ -188,9 +230,6 @@ class StreamedRunner:
         if self.offload_stream is not None:
             self.offload_stream.synchronize()  # the host may read the layers next, for example to make a slice contiguous
         return [rearrange(layer, "half b s p c -> b s p half c") for layer in self.saved]
-
-    def deviations(self) -> list[Tensor]:
-        return self.measured
 
     def _store(self, half: Tensor, x: Tensor) -> None:
         if half.device == x.device or x.device.type != "cuda":

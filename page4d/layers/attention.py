@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from einops import rearrange
@@ -52,7 +54,7 @@ class Sparsity:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, bias: Tensor | None, backend: str | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The heads' outputs (B, H, N, D), and their relative deviation from dense attention over the checked rows, if there are any."""
+        """The heads' outputs (B, H, N, D), and `deviation_parts` of the checked rows, if there are any."""
         rows = self.checked if len(self.checked) else None
         if self.keys is None:
             found = frame_attention(q, k, v, self.layout, gate, bias, backend=backend, dense_rows=rows)
@@ -61,12 +63,21 @@ class Sparsity:
         if isinstance(found, Tensor):
             return found, None
         out, dense = found
-        return out, deviation(out.index_select(2, self.checked), dense)
+        return out, deviation_parts(out.index_select(2, self.checked), dense)
 
 
-def deviation(sparse: Tensor, dense: Tensor) -> Tensor:
-    """|sparse - dense| / |dense|, a number."""
-    return (sparse.float() - dense.float()).norm() / dense.float().norm()
+def deviation_parts(sparse: Tensor, dense: Tensor) -> Tensor:
+    """|sparse - dense|^2 and |dense|^2, (2,): parts of several heads and rows can be added. See `deviation`."""
+    sparse, dense = sparse.float(), dense.float()
+    return torch.stack([(sparse - dense).square().sum(), dense.square().sum()])
+
+
+def deviation(parts: Tensor) -> Tensor:
+    """|sparse - dense| / |dense| of parts (..., 2)."""
+    return (parts[..., 0] / parts[..., 1]).sqrt()
+
+
+Attend: TypeAlias = Callable[["Attention", Tensor, Tensor, Tensor, Modulation | None, Sparsity | None], Tensor]
 
 
 class Attention(nn.Module):
@@ -82,11 +93,18 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None, sparsity: Sparsity | None = None
+        self,
+        x: Tensor,
+        rope: Rope | None = None,
+        modulation: Modulation | None = None,
+        sparsity: Sparsity | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        out, _ = self.attend(*self.project(x, rope), modulation, sparsity)
-        return self.merge(out)
+        """(B, N, C) -> (B, N, C). `attend` replaces the method, for tokens that are not all here."""
+        q, k, v = self.project(x, rope)
+        if attend is not None:
+            return self.merge(attend(self, q, k, v, modulation, sparsity))
+        return self.merge(self.attend(q, k, v, modulation, sparsity)[0])
 
     def project(self, x: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, H, N, D) of tokens (B, N, C). N may be all frames or some of them."""
@@ -110,15 +128,20 @@ class Attention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, modulation: Modulation | None = None, sparsity: Sparsity | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The heads' outputs (B, H, N, D), and their deviation from dense attention if the sparsity has rows to check."""
+        """The heads' outputs (B, H, N, D), and `deviation_parts` if the sparsity has rows to check."""
         gate = bias = None
         if modulation is not None:
-            gate, bias = (vector.to(accumulation_dtype(q.dtype)) for vector in (modulation.query_gate, modulation.key_bias))
+            gate, bias = (vector.to(self.bias_dtype(q)) for vector in (modulation.query_gate, modulation.key_bias))
         if sparsity is not None:
             return sparsity.attend(q, k, v, gate, bias, self.backend)
         out = mask_attention(q, k, v, gate, bias, layout=None if modulation is None else modulation.layout, backend=self.backend)
         assert isinstance(out, Tensor)  # a pair only with return_lse
         return out, None
+
+    @staticmethod
+    def bias_dtype(q: Tensor) -> torch.dtype:
+        """Of the query gate and the key bias."""
+        return accumulation_dtype(q.dtype)
 
     def merge(self, out: Tensor) -> Tensor:
         """The output projection of the heads' outputs: (B, H, N, D) -> (B, N, C)."""

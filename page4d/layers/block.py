@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from page4d_kernels import residual_norm
 
-from .attention import Attention, Modulation, Rope, Sparsity
+from .attention import Attend, Attention, Modulation, Rope, Sparsity
 from .linear import LayerNorm
 from .mlp import Mlp
 
@@ -42,9 +42,14 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, scale_init)
 
     def forward(
-        self, x: Tensor, rope: Rope | None = None, modulation: Modulation | None = None, sparsity: Sparsity | None = None
+        self,
+        x: Tensor,
+        rope: Rope | None = None,
+        modulation: Modulation | None = None,
+        sparsity: Sparsity | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
-        return self.finish(x, self.attn(self.norm1(x), rope, modulation, sparsity))
+        return self.finish(x, self.attn(self.norm1(x), rope, modulation, sparsity, attend))
 
     def finish(self, x: Tensor, branch: Tensor) -> Tensor:
         """The rest of the block after attention. Tokens x and the attention output `branch` are (B, N, C)."""

@@ -64,9 +64,10 @@ class Aggregator(nn.Module):
         for token in (self.camera_token, self.register_token):
             nn.init.normal_(token, std=1e-6)
 
-    def _per_frame(self, token: Tensor, batch: int, frames: int) -> Tensor:
-        """(1, 2, n, C) -> (B, S, n, C): the first variant for frame 0, the second for the rest."""
-        return torch.cat([token[:, :1], token[:, 1:].expand(-1, frames - 1, -1, -1)], 1).expand(batch, -1, -1, -1)
+    def _per_frame(self, token: Tensor, batch: int, first: int, frames: int) -> Tensor:
+        """(1, 2, n, C) -> (B, S, n, C): the first variant for frame 0 of the sequence, the second for the rest."""
+        leading = int(first == 0)
+        return torch.cat([token[:, :leading], token[:, 1:].expand(-1, frames - leading, -1, -1)], 1).expand(batch, -1, -1, -1)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -93,26 +94,27 @@ class Aggregator(nn.Module):
         """Run the trunk.
 
         Args:
-            images: (B, S, 3, H, W) in [0, 1].
+            images: (B, S, 3, H, W) in [0, 1], of the whole sequence or, as the runner knows, of a part of it.
             mask_strength: query gate of the special tokens. 0 switches the modulation off.
             layers: which layers to save. The trunk stops after the last of them.
             want_mask: whether to compute the mask even if it does not modulate.
             runner: how to run the blocks without gradients. `EagerRunner` by default.
             plan: what the patches of each global layer see. None: everything.
-            checked: patch rows of each sparse layer that are computed densely too.
+            checked: patch rows of each sparse layer that are computed densely too. 0 with gradients.
         """
         config = self.config
         batch, frames, _, height, width = images.shape
         grid = (height // config.patch_size, width // config.patch_size)
         special = config.special_tokens
         checked = 0 if runner is None else checked  # with gradients nothing is measured
-        runner = runner or EagerRunner(self._call)
+        runner = runner or EagerRunner(self.call)
+        first, total = runner.span(frames)
         with stage("encoder"):
-            tokens = [self._per_frame(token, batch, frames) for token in (self.camera_token, self.register_token)]
+            tokens = [self._per_frame(token, batch, first, frames) for token in (self.camera_token, self.register_token)]
             x = runner.embed(self.patch_embed, self.normalise, images, torch.cat(tokens, 2))
         per_frame = x.shape[2]
         table = rope(grid, special, config.embed_dim // config.num_heads, config.rope_base, x.device, accumulation_dtype(x.dtype))
-        layout = TokenLayout(frames, per_frame, special)
+        layout = TokenLayout(total, per_frame, special)
         use_mask = mask_strength > 0 and config.masked_blocks[0] < config.masked_blocks[1]
 
         key_bias, modulation = None, None
@@ -126,7 +128,8 @@ class Aggregator(nn.Module):
                 with stage("mask head"):
                     key_bias = runner.mask_head(self.spatial_mask_head, x, grid, special)
                 if use_mask:
-                    modulation = Modulation(self._gate(layout, batch, mask_strength, x), key_bias, layout)
+                    everywhere = runner.gathered(key_bias.unflatten(1, (frames, per_frame))).flatten(1, 2)
+                    modulation = Modulation(self._gate(layout, batch, mask_strength, x), everywhere, layout)
             if not layers and index == last:
                 break  # only the mask was asked for
             if index in layers:
@@ -149,7 +152,8 @@ class Aggregator(nn.Module):
         found[sparse] = torch.stack(measured)
         return found
 
-    def _call(self, block: nn.Module, *inputs) -> Tensor:
+    def call(self, block: nn.Module, *inputs) -> Tensor:
+        """The block's output, with activation checkpointing if it is on. For `EagerRunner`."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
-from page4d_kernels.ops import _checks
 from page4d_kernels.profiling import stage
 
 from ..config import Layer, Page4DConfig
-from ..errors import InputError
-from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan, check_rows, kept_share
+from ..execution.across import Across, agreed
+from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan, kept_share
 from ..execution.memory import HEAD_FRAMES, MemoryPlan, Workload, budget_of, can_offload, make_plan
+from ..execution.parallel import ParallelEagerRunner, ParallelRunner
+from ..execution.ranks import Ranks
 from ..execution.runners import StreamedRunner
 from ..files import Allocate
 from ..layers import Conv2d, Linear
 from ..prediction import Prediction
 from .aggregator import Aggregator
+from .call import OUTPUTS, Call, checked_call, wanted_outputs
 from .cuda_graph import take_graph
 from .heads import CameraHead, DenseHead, TrackHead
 from .heads.track import UpdateFormer
-
-RANGE_SLACK = 0.5
-MOST_STRENGTH = 1e9
-OUTPUTS = ("camera", "depth", "points", "mask")  # tracks come with query points
 
 
 class Page4D(nn.Module):
@@ -129,6 +126,7 @@ class Page4D(nn.Module):
         allocate: Allocate | None = None,
         attention: AttentionPlan | str | Path | Sequence[Layer] | None = None,
         attention_check: int = CHECKED_ROWS,
+        group: dist.ProcessGroup | None = None,
     ) -> Prediction:
         """Run the trunk once and the heads that are asked for.
 
@@ -146,55 +144,62 @@ class Page4D(nn.Module):
             attention: what the patches of each global layer see, see `AttentionPlan.of`. Default: everything, in all layers.
             attention_check: patch rows of each layer that is not dense which are computed densely as well. `attention_deviation` of the
                 result is then |sparse - dense| / |dense| over these rows, for each layer. 0, or gradients: nothing is measured.
+            group: processes that share the sequence, each of which calls this with its own frames, in the order of their ranks, and with
+                all else equal. The result is the same as in one process, of this rank's frames (docs/several_gpus.md).
 
         Raises:
             InputError (a ValueError): images or query points do not fit or are not finite, images are far out of [0, 1], or the model has
                 no head for an output.
+            RankError: another process of the group failed, ended, or did not come in time.
         """
-        if memory_budget is not None and memory_budget < 0:
-            raise InputError(f"memory_budget must be a number of bytes, at least 0, not {memory_budget}")
-        images = _tensor(images, "images")
-        query_points = None if query_points is None else _tensor(query_points, "query_points")
-        if images.dim() == 4:
-            images = images.unsqueeze(0)
-        if query_points is not None and query_points.dim() == 2:
-            query_points = query_points.unsqueeze(0)
-        strength = self.config.mask_strength if mask_strength is None else mask_strength
-        wanted = self._wanted(outputs, query_points)
-        self._check(images, query_points)
-        self._check_mask(images, strength, "mask" in wanted)
-        plan = None if attention is None else AttentionPlan.of(attention, self.config)
-        plan = None if plan is None or plan.exact else plan
-        check_rows(attention_check)
-        if memory_budget is None and allocate is None and plan is None:
-            given = {"images": images} if query_points is None else {"images": images, "query_points": query_points}
-            graphed = take_graph(self, given, {"outputs": sorted(wanted & set(OUTPUTS)), "mask_strength": strength})
+        given = (images, query_points, outputs, mask_strength, memory_budget, allocate, attention, attention_check)
+        if group is not None:
+            ranks = Ranks.of(group, self.aggregator.camera_token.device)
+            with ranks.refusing():
+                call = checked_call(self, *given)
+            across = agreed(ranks, call.images.shape[1], self.config.num_heads, call.facts)
+            with ranks.guard():
+                return self._run(call, across)
+        call = checked_call(self, *given)
+        if memory_budget is None and allocate is None and call.plan is None:
+            tensors = {"images": call.images}
+            if call.query_points is not None:
+                tensors["query_points"] = call.query_points
+            graphed = take_graph(self, tensors, {"outputs": sorted(call.wanted & set(OUTPUTS)), "mask_strength": call.strength})
             if graphed is not None:
                 return graphed
+        return self._run(call, None)
 
+    def _run(self, call: Call, across: Across | None) -> Prediction:
+        """The pass. `across`: the sequence of which the images are a part."""
+        wanted, plan, allocate, aggregator = call.wanted, call.plan, call.allocate, self.aggregator
         kept = self.config.kept_layers
         layers = kept if wanted & {"depth", "points", "track"} else kept[-1:] if "camera" in wanted else ()
-        images = images.to(self.aggregator.camera_token.dtype)
-        device = self.aggregator.camera_token.device
+        images = call.images.to(aggregator.camera_token.dtype)
+        device = aggregator.camera_token.device
         runner: StreamedRunner | None = None
+        eager: ParallelEagerRunner | None = None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            points = 0 if query_points is None else query_points.shape[1]
-            workload = self._workload(images.shape, wanted, images.device == device, allocate is None, points, plan)
-            runner = StreamedRunner(self._plan(workload, memory_budget), workload, device, self.aggregator.compute_dtype)
+            points = 0 if call.query_points is None else call.query_points.shape[1]
+            workload = self._workload(images.shape, wanted, images.device == device, allocate is None, points, plan, across)
+            made = (self._plan(workload, call.memory_budget), workload, device, aggregator.compute_dtype)
+            runner = StreamedRunner(*made) if across is None else ParallelRunner(*made, across=across)
             if allocate is not None:
                 allocate = self._allocated(workload, allocate)
-        features = self.aggregator(
+        elif across is not None:
+            eager = ParallelEagerRunner(aggregator.call, across)
+        features = aggregator(
             images,
-            mask_strength=strength,
+            mask_strength=call.strength,
             layers=layers,
             want_mask="mask" in wanted,
-            runner=runner,
+            runner=runner or eager,
             plan=plan,
-            checked=attention_check,
+            checked=0 if runner is None else call.checked,
         )
         frames_per_chunk = HEAD_FRAMES if runner is None else runner.plan.head_frames
         with torch.autocast(device.type, enabled=False):
-            found = self._heads(wanted, features.layers, images, query_points, frames_per_chunk, allocate)
+            found = self._heads(wanted, features.layers, images, call.query_points, frames_per_chunk, allocate, across)
         if "mask" in wanted and features.key_bias is not None:
             bias = rearrange(features.key_bias, "b (s p) -> b s p", s=images.shape[1])[:, :, features.special_tokens :]
             found["mask"] = rearrange(bias, "b s (h w) -> b s h w", h=images.shape[-2] // self.config.patch_size)
@@ -220,7 +225,7 @@ class Page4D(nn.Module):
             points: how many points are tracked per sequence.
             attention: what the patches of each global layer see.
         """
-        wanted = self._wanted(outputs, None) | ({"track"} if points else set())
+        wanted = wanted_outputs(self, outputs, None) | ({"track"} if points else set())
         workload = self._workload(shape, wanted, images_on_device, results_on_device, points, attention)
         return self._plan(workload, memory_budget)
 
@@ -245,6 +250,7 @@ class Page4D(nn.Module):
         results_on_device: bool,
         points: int,
         attention: AttentionPlan | None,
+        across: Across | None = None,
     ) -> Workload:
         batch, frames, _, height, width = shape
         item = self.aggregator.compute_dtype.itemsize
@@ -265,61 +271,6 @@ class Page4D(nn.Module):
         }
         return {name for name, head in heads.items() if head is not None}
 
-    def _wanted(self, outputs: Collection[str] | None, query_points: Tensor | None) -> set[str]:
-        if isinstance(outputs, str):
-            raise InputError(f"outputs must be a collection of names, such as [{outputs!r}], not one string")
-        wanted = self.available & set(OUTPUTS) if outputs is None else set(outputs)
-        unknown = sorted(wanted - set(OUTPUTS))
-        if unknown:
-            raise InputError(
-                f"unknown output {', '.join(map(repr, unknown))}: choose from {', '.join(OUTPUTS)} (tracks come with query points)"
-            )
-        if query_points is not None:
-            wanted.add("track")
-        absent = sorted(wanted - self.available)
-        if absent:
-            raise InputError(
-                f"this model has no {' and no '.join(absent)} head: its weights came without one, so do not ask for that output"
-            )
-        if not wanted:
-            raise InputError("no output is asked for")
-        return wanted
-
-    def _check(self, images: Tensor, query_points: Tensor | None) -> None:
-        if images.dim() != 5 or images.shape[2] != 3:
-            raise InputError(f"images must be (B, S, 3, H, W) or (S, 3, H, W), not {tuple(images.shape)}")
-        if images.layout != torch.strided:
-            raise InputError(f"images must be a dense tensor, not {images.layout}")
-        if not images.is_floating_point():
-            raise InputError(f"images must be floating point in [0, 1], not {images.dtype}: convert and divide by 255")
-        _check_values(images)
-        batch, frames, _, height, width = images.shape
-        if batch == 0 or frames == 0:
-            raise InputError(f"there is no frame in images of shape {tuple(images.shape)}")
-        patch = self.config.patch_size
-        if height % patch or width % patch or not height or not width:
-            nearest = tuple(max(round(size / patch), 1) * patch for size in (height, width))
-            raise InputError(
-                f"image height and width must be multiples of {patch}, not {height} x {width}: resize to {nearest[0]} x {nearest[1]}"
-            )
-        if query_points is None or self.track_head is None:
-            return
-        if query_points.dim() != 3 or query_points.shape[0] != batch or query_points.shape[2] != 2 or not query_points.shape[1]:
-            raise InputError(f"query_points must be ({batch}, N, 2) or (N, 2) with N >= 1, not {tuple(query_points.shape)}")
-        smallest = self.track_head.smallest_image
-        if min(height, width) < smallest:
-            raise InputError(f"tracking needs images of at least {smallest} x {smallest} pixels, not {height} x {width}: use a larger size")
-
-    def _check_mask(self, images: Tensor, strength: float, wanted: bool) -> None:
-        if not 0 <= strength <= MOST_STRENGTH:
-            raise InputError(f"mask_strength must be at least 0 and finite, at most {MOST_STRENGTH:g}, not {strength}")
-        if strength > 0 and self.aggregator.spatial_mask_head is None:
-            raise InputError(f"mask_strength {strength} needs a mask head, and this model has none: use 0")
-        if strength > 0 and self.config.masked_blocks[0] == self.config.masked_blocks[1]:
-            raise InputError(f"mask_strength {strength} has no effect: this configuration masks no block; use 0")
-        if (strength > 0 or wanted) and images.shape[-2:] == (self.config.patch_size, self.config.patch_size):
-            raise InputError("the dynamics mask needs at least two patches, and the image is a single one: use a larger size")
-
     def _heads(
         self,
         wanted: set[str],
@@ -328,6 +279,7 @@ class Page4D(nn.Module):
         query_points: Tensor | None,
         frames_per_chunk: int,
         allocate: Allocate | None,
+        across: Across | None,
     ) -> dict[str, Tensor]:
         """Run the heads: dense ones `frames_per_chunk` frames at a time. The kept layers are cast to the heads' dtype."""
         size, device = (images.shape[-2], images.shape[-1]), self.aggregator.camera_token.device
@@ -335,7 +287,11 @@ class Page4D(nn.Module):
         found: dict[str, Tensor] = {}
         if "camera" in wanted and self.camera_head is not None:
             with stage("camera head"):
-                found["pose_enc_list"] = self.camera_head(layers[-1][:, :, 0].to(device).flatten(-2))
+                tokens = layers[-1][:, :, 0].to(device).flatten(-2)
+                if across is None:
+                    found["pose_enc_list"] = self.camera_head(tokens)
+                else:  # a token per frame: every rank computes all cameras
+                    found["pose_enc_list"] = self.camera_head(across.gather(tokens, "camera"))[:, :, across.own]
                 found["pose_enc"] = found["pose_enc_list"][-1]
         if "depth" in wanted and self.depth_head is not None:
             with stage("depth head"):
@@ -349,36 +305,9 @@ class Page4D(nn.Module):
             with stage("track head"):
                 queries = query_points.to(device, images.dtype)
                 found["query_points"] = queries
-                found["track_list"], found["vis"], found["conf"] = self.track_head(layers, special, size, queries, frames_per_chunk)
+                found["track_list"], found["vis"], found["conf"] = self.track_head(layers, special, size, queries, frames_per_chunk, across)
                 found["track"] = found["track_list"][-1]
         return found
-
-
-def _tensor(value: object, name: str) -> Tensor:
-    """A tensor of an array. The caller's tensor itself if it is one."""
-    if isinstance(value, Tensor):
-        return value
-    try:
-        if not isinstance(value, np.ndarray):
-            raise TypeError("give an array")
-        return torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))  # a copy, of any strides
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} must be a tensor or a numpy array, not {type(value).__name__} ({error})") from None
-
-
-def _check_values(images: Tensor) -> None:
-    """InputError unless images on the CPU are finite and about in [0, 1], as resampling may overshoot.
-
-    Values on a GPU are looked at with PAGE4D_DEBUG=1 alone, as that waits for the device.
-    """
-    if not images.numel() or not _checks.values_can_be_read(images):
-        return
-    least, most = (float(x) for x in torch.aminmax(images.detach()))  # NaN if any value is
-    if not math.isfinite(least) or not math.isfinite(most):
-        raise InputError(f"images must be finite, in [0, 1]: found values from {least:g} to {most:g}")
-    if least < -RANGE_SLACK or most > 1 + RANGE_SLACK:
-        advice = "divide them by 255" if least >= 0 and most <= 256 else "give them without mean and standard deviation applied"
-        raise InputError(f"images must be in [0, 1], found values from {least:g} to {most:g}: {advice}")
 
 
 def default_device() -> torch.device:

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...config import TrackHeadConfig
+from ...execution.across import Across
 from ...execution.memory import HEAD_FRAMES, SAMPLES_IN_FLIGHT
 from ...layers import LayerNorm, Linear, Mlp, cache_tensors
 from .dense import DensePredictor, map_frames
@@ -179,14 +180,23 @@ class Tracker(nn.Module):
             levels.append(torch.cat(chunks))
         return torch.cat(levels, -1).unflatten(0, (batch, frames))
 
-    def forward(self, maps: Tensor, query_points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, maps: Tensor, query_points: Tensor, across: Across | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Feature maps (B, S, L, h, w), normalised over L by `fmap_norm`, query points (B, N, 2) in pixels of frame 0.
+
+        `across`: the sequence of which the maps are a part. Each rank correlates with its own maps and computes all tracks from these.
 
         Returns tracks of all iterations (iterations, B, S, N, 2) in image pixels, visibility and confidence (B, S, N).
         """
         frames, latent, height, width = maps.shape[1:]
         query = query_points / STRIDE
-        features = _sample(maps[:, 0], query.unsqueeze(2), "border").squeeze(3).transpose(1, 2)
+        features: Tensor | None = None  # (B, N, L)
+        if across is None or across.start == 0:
+            features = _sample(maps[:, 0], query.unsqueeze(2), "border").squeeze(3).transpose(1, 2)
+        own = slice(0, frames)
+        if across is not None:
+            features = across.from_first(features, (*query.shape[:2], latent), maps, "tracks")
+            frames, own = across.total, across.own
+        assert features is not None
         features = features.unsqueeze(1).expand(-1, frames, -1, -1)  # (B, S, N, L)
         positions = query.unsqueeze(1).expand(-1, frames, -1, -1)
         pyramid = [maps.flatten(0, 1)]
@@ -199,7 +209,8 @@ class Tracker(nn.Module):
         tracks = []
         for _ in range(self.config.iterations):
             positions = positions.detach()
-            correlation = self.corr_mlp(self._correlation(pyramid, features, positions))
+            correlation = self.corr_mlp(self._correlation(pyramid, features[:, own], positions[:, own]))
+            correlation = correlation if across is None else across.gather(correlation, "tracks")
             flow = positions - positions[:, :1]
             scaled = flow / FLOW_SCALE
             x = torch.cat([_flow_embedding(flow, latent // 2), scaled, scaled, correlation, features], -1) + constant
@@ -221,7 +232,13 @@ class TrackHead(nn.Module):
         self.smallest_image = -(-coarsest // patch_size) * patch_size
 
     def forward(
-        self, layers: list[Tensor], special_tokens: int, image_size: tuple[int, int], query_points: Tensor, frames: int = HEAD_FRAMES
+        self,
+        layers: list[Tensor],
+        special_tokens: int,
+        image_size: tuple[int, int],
+        query_points: Tensor,
+        frames: int = HEAD_FRAMES,
+        across: Across | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Tracker.forward`; layers as for the dense heads, images of at least `smallest_image` pixels a side."""
         size = (image_size[0] // STRIDE, image_size[1] // STRIDE)
@@ -233,4 +250,7 @@ class TrackHead(nn.Module):
             return (rearrange(self.tracker.fmap_norm(rearrange(maps, "n c h w -> n h w c")), "n h w c -> n c h w"),)
 
         (maps,) = map_frames(shape.numel(), frames, normalised, lambda index, shape, like: like.new_empty(shape))
-        return self.tracker(maps.unflatten(0, shape), query_points)
+        tracks, visibility, confidence = self.tracker(maps.unflatten(0, shape), query_points, across)
+        if across is None:
+            return tracks, visibility, confidence
+        return tracks[:, :, across.own], visibility[:, across.own], confidence[:, across.own]
