@@ -7,11 +7,14 @@ oracle is float64, on inputs upcast from the tested dtype.
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .backends.registry import BackendError, registries
 from .layout import TokenLayout
@@ -166,3 +169,27 @@ def attention_gradients(out: Tensor, inputs: AttentionInputs, d_out: Tensor) -> 
     present = {name: x for name, x in zip(NAMES, inputs.tensors(), strict=True) if x is not None}
     gradients = torch.autograd.grad(out, list(present.values()), d_out.to(out.dtype), materialize_grads=True)
     return dict(zip(present, gradients, strict=True))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are made inside and still alive; kernels' own working space is not seen."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known = {x.untyped_storage()._cdata for x in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.known:
+                storage = x.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..errors import InputError
+from .memory import Share
 from .ranks import Pending, Ranks
 
 
@@ -68,6 +68,13 @@ def agreed(ranks: Ranks, frames: int, num_heads: int, facts: dict[str, Any]) -> 
     return Across(ranks, tuple(other["frames"] for other in found), Mesh.of(ranks.size, num_heads, ranks_of_a_node()))
 
 
+def largest_share(frames: int, ranks: int, num_heads: int) -> tuple[int, Share]:
+    """The frames of the first rank, which has the most, and its share, before there is a group. See `shares`."""
+    counts, mesh = shares(frames, ranks), Mesh.of(ranks, num_heads, ranks_of_a_node())
+    row = sum(counts[: mesh.heads])
+    return counts[0], Share(frames, row, row, mesh.heads, mesh.rings)
+
+
 def ranks_of_a_node() -> int | None:
     """As torchrun tells it."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
@@ -100,6 +107,12 @@ class Across:
         """The ranks with which this one divides the heads."""
         first = self.ranks.rank // self.mesh.heads * self.mesh.heads
         return list(range(first, first + self.mesh.heads))
+
+    @property
+    def share(self) -> Share:
+        rows = self.frames_of_rows()
+        mine = rows[self.ranks.rank // self.mesh.heads]
+        return Share(self.total, mine, max(rows), self.mesh.heads, self.mesh.rings)
 
     def frames_of_rows(self) -> list[int]:
         """How many frames each row of the mesh has."""
@@ -159,9 +172,9 @@ class Across:
             ones = [1] * self.ranks.size
             return self.ranks.start(kind, send, ones, torch.empty_like(send), ones).wait().sum(0)
 
-    def from_first(self, x: Tensor | None, shape: Sequence[int], like: Tensor, kind: str) -> Tensor:
-        """x of the rank with frame 0, on all ranks. Differentiable. The other ranks give None."""
-        return _FromFirst.apply(like.new_zeros(shape) if x is None else x, self, kind)
+    def from_first(self, x: Tensor, kind: str) -> Tensor:
+        """x of the rank with frame 0, on all ranks. Differentiable; all ranks give an x, so that all of them take part in the backward."""
+        return _FromFirst.apply(x, self, kind)
 
     def start_gather(self, x: Tensor, kind: str) -> Pending:
         """x (S of this rank, ...) contiguous; wait for (S of all ranks, ...)."""
@@ -226,4 +239,4 @@ class _FromFirst(torch.autograd.Function):
         receive = d_out.new_empty(ranks.size if first else 0, *d_out.shape)
         sizes = [1] + [0] * (ranks.size - 1)
         found = ranks.start(ctx.kind, d_out.unsqueeze(0).contiguous(), sizes, receive, [int(first)] * ranks.size).wait()
-        return found.sum(0), None, None
+        return found.sum(0), None, None  # zeros on the other ranks, from which nothing was taken

@@ -22,8 +22,19 @@ FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a rank has to do with the frames of others, see `across.Mesh`."""
+
+    total: int  # frames of the sequence
+    row: int  # of this rank's row of the mesh
+    largest: int  # of the largest row
+    heads: int  # ranks of a row, which divide the heads
+    rings: int  # rows
+
+
+@dataclass(frozen=True)
 class Workload:
-    """The sizes of a forward pass and the outputs that it computes."""
+    """The sizes of a forward pass and the outputs that it computes. On several ranks, those of one rank."""
 
     config: Page4DConfig
     batch: int
@@ -35,6 +46,7 @@ class Workload:
     results_on_device: bool = True  # False: depth and point maps are written elsewhere
     points: int = 0  # tracked per sequence
     kept_keys: float = 0.0  # largest share of the keys that a global layer copies, see `attention_plan.kept_share`
+    share: Share | None = None  # None: one rank has all frames
 
     @property
     def per_frame(self) -> int:
@@ -160,11 +172,26 @@ def _trunk_bytes(workload: Workload, plan: MemoryPlan) -> int:
     item, cast = workload.itemsize, _cast_bytes(workload)
     row, chunk = _token_values(workload, workload.frames), _token_values(workload, plan.trunk_frames)
     residual = FP32 * row
-    attending = round((4 + 2 * workload.kept_keys) * item * row)  # q, k, v, out of all frames, and the kept keys and values
+    attending = _attention_bytes(workload)
     qkv, qkv_norm_rope = 3 * item, 2 * item  # of a chunk: the packed projection, q and k after QK-norm + RoPE
     projecting = 3 * item * row + chunk * (FP32 + cast + qkv + qkv_norm_rope)
     finishing = item * row + _block_bytes(workload, plan)
     return residual + max(attending, projecting, finishing)
+
+
+def _attention_bytes(workload: Workload) -> int:
+    """Global attention: q, k, v, out of all frames, and the kept keys and values. On several ranks also what is exchanged."""
+    item, share, own = workload.itemsize, workload.share, _token_values(workload, workload.frames)
+    if share is None:
+        return round((4 + 2 * workload.kept_keys) * item * own)
+    there = _token_values(workload, share.row) // share.heads  # this rank's heads of all frames of its row
+    exchanging = item * max(3 * own + there, 2 * own + 2 * there, own + 3 * there)  # one of q, k, v after the other
+    if share.rings == 1:
+        return max(exchanging, round((4 + 2 * workload.kept_keys) * item * there))
+    block = _token_values(workload, share.largest) // share.heads
+    on_the_way = 2 * item * block * min(share.rings - 1, 2)  # keys and values that are used and that arrive
+    ring = (3 + 1 + 1) * item * there + FP32 * there + on_the_way  # q, k, v, the rows of q by kind, their output for a block, their sum
+    return max(exchanging, ring)
 
 
 def _encoder_bytes(workload: Workload, plan: MemoryPlan) -> int:
@@ -223,12 +250,13 @@ def track_bytes(workload: Workload, track: TrackHeadConfig, frames: int) -> int:
     frame = _fusion_bytes(workload, track.out_channels, track.features, track.features, pixels)
     rest = min(frames, workload.all_frames - frames)  # the second chunk, when the maps of all frames are allocated
     extracting = max(frames * frame, maps + rest * frame)
-    window, rows = (2 * track.radius + 1) ** 2, workload.all_frames * workload.points
+    frames = workload.all_frames if workload.share is None else workload.batch * workload.share.total  # tracks are those of all ranks
+    window, rows = (2 * track.radius + 1) ** 2, frames * workload.points
     sampled = workload.points * window * track.features
     sampled *= min(workload.all_frames, max(1, SAMPLES_IN_FLIGHT // sampled))
     inputs = 3 * track.features + 4
-    correlating = 2 * sampled + 2 * rows * track.levels * window
-    updating = 3 * rows * inputs + 12 * workload.all_frames * (workload.points + track.virtual_tracks) * track.hidden
+    correlating = 2 * sampled + 2 * workload.all_frames * workload.points * track.levels * window
+    updating = 3 * rows * inputs + 12 * frames * (workload.points + track.virtual_tracks) * track.hidden
     tracking = maps * 4 // 3 + 4 * (max(correlating, updating) + rows * (inputs + track.features))
     return max(extracting, tracking)
 

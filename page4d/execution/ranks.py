@@ -212,9 +212,7 @@ class Ranks:
                 silent = [rank for rank in silent if not self.store.check([f"here/{rank}"])]
                 time.sleep(10 * SLEEP)
             if silent:
-                reason = (
-                    f"{_named(silent)} ended without a word or stands still: it was killed (by the system, if memory ran out) or stopped"
-                )
+                reason = f"{_named(silent)} ended without a word, or stands still: killed (by the system, if memory ran out) or stopped"
             first = (silent or absent or [None])[0]  # type: ignore[list-item]
             self.fail(reason, first)
             self._failure = self.told() or RankError(first, reason)

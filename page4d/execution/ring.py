@@ -20,6 +20,8 @@ from page4d_kernels.reference import accumulation_dtype
 from .across import Across
 from .ranks import Pending
 
+ROWS = 4096  # merged at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -110,8 +112,8 @@ class _Ring(torch.autograd.Function):
         ctx.circle, ctx.rows, ctx.scale = circle, rows, q.shape[-1] ** -0.5
         ctx.names, ctx.gradients = [""] * len(rows), any(ctx.needs_input_grad)
         dtype = accumulation_dtype(q.dtype)
-        outs: list[Tensor | None] = [None] * len(rows)
-        lses: list[Tensor | None] = [None] * len(rows)
+        outs: list[Tensor] = []
+        lses: list[Tensor] = []
         parts = [each.of(q, 2) for each in rows]
 
         def use(block: int, keys: Tensor, values: Tensor) -> None:
@@ -119,10 +121,14 @@ class _Ring(torch.autograd.Function):
                 kv, vectors = _seen(each, block, circle, by_head(keys), by_head(values), gate, bias)
                 ctx.names[i] = ctx.names[i] or _choose(parts[i], *kv, *vectors, backend, ctx.gradients)
                 out, lse = _forward(parts[i], *kv, *vectors, ctx.scale, ctx.names[i])
-                outs[i], lses[i] = _merged(outs[i], lses[i], out.to(dtype), lse)
+                if i == len(outs):
+                    outs.append(out.to(dtype))
+                    lses.append(lse)
+                else:
+                    _merge(outs[i], lses[i], out, lse)
 
         _go_round(circle, [by_token(k), by_token(v)], use)
-        merged = [out.to(q.dtype) for out in outs if out is not None]
+        merged = [out.to(q.dtype) for out in outs]
         ctx.save_for_backward(q, k, v, gate, bias, *merged, *lses)
         return tuple(merged)
 
@@ -198,13 +204,14 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, bias: Tensor |
     return BACKENDS.choose(replace(problem, needs_grad=frozenset("qkv") if gradients else frozenset()), backend).name
 
 
-def _merged(out: Tensor | None, lse: Tensor | None, more: Tensor, its_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The result over two sets of keys. A row that saw nothing in either has log-sum-exp -inf and stays 0."""
-    if out is None or lse is None:
-        return more, its_lse
+def _merge(out: Tensor, lse: Tensor, more: Tensor, its_lse: Tensor) -> None:
+    """Add the result over more keys, in place. A row that saw nothing in either has log-sum-exp -inf and stays 0."""
     both = torch.logaddexp(lse, its_lse)
     shift = both.masked_fill(both == -torch.inf, 0)
-    return out * (lse - shift).exp().unsqueeze(-1) + more * (its_lse - shift).exp().unsqueeze(-1), both
+    weights = ((x - shift).exp().unsqueeze(-1) for x in (lse, its_lse))
+    for whole, part, before, now in zip(*(x.split(ROWS, 2) for x in (out, more, *weights)), strict=True):  # copies of some rows only
+        whole.mul_(before).add_(part.to(whole.dtype).mul_(now))
+    lse.copy_(both)
 
 
 def _add(whole: Tensor, dim: int, index: Tensor | None, part: Tensor) -> None:

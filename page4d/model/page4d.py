@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from page4d_kernels.profiling import stage
 
 from ..config import Layer, Page4DConfig
-from ..execution.across import Across, agreed
+from ..execution.across import Across, agreed, largest_share
 from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan, kept_share
-from ..execution.memory import HEAD_FRAMES, MemoryPlan, Workload, budget_of, can_offload, make_plan
+from ..execution.memory import HEAD_FRAMES, MemoryPlan, Share, Workload, budget_of, can_offload, make_plan
 from ..execution.parallel import ParallelEagerRunner, ParallelRunner
 from ..execution.ranks import Ranks
 from ..execution.runners import StreamedRunner
@@ -181,7 +181,8 @@ class Page4D(nn.Module):
         eager: ParallelEagerRunner | None = None
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             points = 0 if call.query_points is None else call.query_points.shape[1]
-            workload = self._workload(images.shape, wanted, images.device == device, allocate is None, points, plan, across)
+            share = None if across is None else across.share
+            workload = self._workload(images.shape, wanted, images.device == device, allocate is None, points, plan, share)
             made = (self._plan(workload, call.memory_budget), workload, device, aggregator.compute_dtype)
             runner = StreamedRunner(*made) if across is None else ParallelRunner(*made, across=across)
             if allocate is not None:
@@ -217,6 +218,7 @@ class Page4D(nn.Module):
         results_on_device: bool = True,
         points: int = 0,
         attention: AttentionPlan | None = None,
+        ranks: int = 1,
     ) -> MemoryPlan:
         """The memory plan of a pass without gradients over images of shape (B, S, 3, H, W), see `forward`.
 
@@ -224,9 +226,14 @@ class Page4D(nn.Module):
             images_on_device, results_on_device: whether images, and depth and points, lie on the model's device.
             points: how many points are tracked per sequence.
             attention: what the patches of each global layer see.
+            ranks: among how many processes the frames are divided. The plan is that of the one that has the most.
         """
         wanted = wanted_outputs(self, outputs, None) | ({"track"} if points else set())
-        workload = self._workload(shape, wanted, images_on_device, results_on_device, points, attention)
+        share: Share | None = None
+        if ranks > 1:
+            frames, share = largest_share(shape[1], ranks, self.config.num_heads)
+            shape = (shape[0], frames, *shape[2:])
+        workload = self._workload(shape, wanted, images_on_device, results_on_device, points, attention, share)
         return self._plan(workload, memory_budget)
 
     def _allocated(self, workload: Workload, allocate: Allocate) -> Allocate:
@@ -250,14 +257,14 @@ class Page4D(nn.Module):
         results_on_device: bool,
         points: int,
         attention: AttentionPlan | None,
-        across: Across | None = None,
+        share: Share | None,
     ) -> Workload:
         batch, frames, _, height, width = shape
         item = self.aggregator.compute_dtype.itemsize
         size = (height, width)
-        kept = kept_share(attention, self.config, frames, size)
+        kept = kept_share(attention, self.config, frames if share is None else share.total, size)
         where = {"images_on_device": images_on_device, "results_on_device": results_on_device}
-        return Workload(self.config, batch, frames, size, item, frozenset(outputs), **where, points=points, kept_keys=kept)
+        return Workload(self.config, batch, frames, size, item, frozenset(outputs), **where, points=points, kept_keys=kept, share=share)
 
     @property
     def available(self) -> set[str]:

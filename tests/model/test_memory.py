@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from page4d.config import preset
 from page4d.errors import InputError
@@ -18,30 +15,7 @@ from page4d.execution.memory import MemoryPlan, Workload, budget_of, can_offload
 from page4d.execution.runners import StreamedRunner
 from page4d.model import Page4D
 from page4d_kernels import use_backend
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are made inside and still alive; kernels' own working space is not seen."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self.known = {x.untyped_storage()._cdata for x in known}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
-                storage = x.untyped_storage()
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return out
-
-    def _gone(self, key, size):
-        self.known.discard(key)
-        self.now -= size
+from page4d_kernels.testing import LiveBytes
 
 
 @pytest.fixture(scope="module")

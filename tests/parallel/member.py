@@ -1,4 +1,4 @@
-"""A process of a team, see conftest.py. Runs functions of test files, which get its process group first."""
+"""A process of a team, see conftest.py. It runs functions of test files, which get its process group first."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import sys
 import traceback
 from multiprocessing.connection import Client
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 
 
-def load(path: str):
+def load(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"team_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -27,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     groups = {count: dist.new_group(list(range(count))) for count in range(1, size + 1)}
-    modules: dict[str, object] = {}
+    modules: dict[str, ModuleType] = {}
     with Client(address) as pipe:
         pipe.send_bytes(pickle.dumps(rank))
         while True:
@@ -36,9 +37,10 @@ def main() -> None:
             except EOFError:
                 os._exit(0)
             try:
-                module = modules.setdefault(path, None) or modules.__setitem__(path, load(path)) or modules[path]
+                if path not in modules:
+                    modules[path] = load(path)
                 torch.manual_seed(0)
-                answer = getattr(module, name)(groups[count], *args), None
+                answer = getattr(modules[path], name)(groups[count], *args), None
             except Exception:
                 answer = None, traceback.format_exc()
             pipe.send_bytes(pickle.dumps(answer))

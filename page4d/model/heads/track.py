@@ -189,14 +189,11 @@ class Tracker(nn.Module):
         """
         frames, latent, height, width = maps.shape[1:]
         query = query_points / STRIDE
-        features: Tensor | None = None  # (B, N, L)
-        if across is None or across.start == 0:
-            features = _sample(maps[:, 0], query.unsqueeze(2), "border").squeeze(3).transpose(1, 2)
+        features = _sample(maps[:, 0], query.unsqueeze(2), "border").squeeze(3).transpose(1, 2)  # (B, N, L)
         own = slice(0, frames)
         if across is not None:
-            features = across.from_first(features, (*query.shape[:2], latent), maps, "tracks")
+            features = across.from_first(features, "tracks")
             frames, own = across.total, across.own
-        assert features is not None
         features = features.unsqueeze(1).expand(-1, frames, -1, -1)  # (B, S, N, L)
         positions = query.unsqueeze(1).expand(-1, frames, -1, -1)
         pyramid = [maps.flatten(0, 1)]

@@ -1,0 +1,92 @@
+"""A rank fails, is killed, stopped or hangs in the middle of a pass: all others end within a deadline, with its reason."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from page4d import Page4D, preset
+from page4d.errors import RankError
+from page4d.execution.ranks import Ranks
+
+LATE = 15.0  # seconds: three of waiting for the deadline, five for an answer to the roll call, and the rest of the pass
+
+
+def spoil(kind):
+    """What the failing rank does in the middle of an exchange."""
+    if kind == "exception":
+        raise ValueError("something is wrong\nin detail")
+    if kind == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if kind == "interrupt":
+        raise KeyboardInterrupt
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1000)  # hangs
+
+
+def broken_pass(group, kind, who, backward):
+    """How the pass ends on this rank, and after how many seconds."""
+    model = Page4D(preset("small").replace(depth=4, masked_blocks=(1, 3), mask_after=1, kept_layers=(0, 1, 2, 3), track=None))
+    start = time.monotonic()
+    ranks = Ranks.of(group, torch.device("cpu"))
+    if group.rank() == who:
+        real, count = ranks.start, 0
+
+        def start_exchange(*args):
+            nonlocal count
+            count += 1
+            if count == (40 if backward else 6):
+                spoil(kind)
+            return real(*args)
+
+        ranks.start = start_exchange
+    images = torch.rand(1, 2, 3, 56, 84)
+    try:
+        with torch.set_grad_enabled(backward), ranks.guard():
+            prediction = model(images, group=group, outputs=["camera", "depth"])
+            if backward:
+                (prediction.depth.sum() + prediction.pose_enc.sum()).backward()
+    except (Exception, KeyboardInterrupt) as error:
+        again = ""
+        try:
+            model(images, group=group)
+        except RankError as later:
+            again = str(later)
+        return type(error).__name__, str(error), time.monotonic() - start, again
+    return "none", "", time.monotonic() - start, ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "who", "reason"),
+    [
+        ("exception", 1, "rank 1: something is wrong"),
+        ("memory", 0, "rank 0: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)"),
+        ("interrupt", 2, "rank 2: interrupted"),
+        ("killed", 1, "rank 1 ended without a word, or stands still"),
+        ("stopped", 2, "rank 2 ended without a word, or stands still"),
+        ("hangs", 1, "rank 1 did not come to the exchange of ring within 3 s: it hangs, or is much slower"),
+        ("killed", 0, "the process that keeps the common store has ended"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_all_end_with_the_reason_of_the_first(fresh_team, kind, who, reason, backward):
+    """Rank 0 keeps the store here. The group is of no use afterwards, and says so."""
+    found = fresh_team.outlive(
+        broken_pass, kind, who, backward, seconds=60, without=who if kind in ("killed", "stopped", "hangs") else None
+    )
+    for rank, answer in enumerate(found):
+        if rank == who:
+            if kind in ("exception", "memory", "interrupt"):
+                assert answer[0] == {"exception": "ValueError", "memory": "OutOfMemoryError", "interrupt": "KeyboardInterrupt"}[kind]
+            continue
+        name, message, seconds, again = answer
+        assert name == "RankError" and message.startswith(reason), answer
+        assert seconds < LATE, answer
+        assert again.startswith(reason), answer
