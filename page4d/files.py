@@ -7,10 +7,11 @@ import math
 import os
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,24 +85,87 @@ def on_disk(folder: Path) -> Allocate:
     The file is deleted with the last reference to the tensor. Where such files are not supported, the tensors are ordinary ones. The
     function raises InputError if the disk has no space left.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    existing = existing_folder(folder)
 
     def allocate(name: str, shape: tuple[int, ...]) -> Tensor:
-        count = math.prod(shape)
-        if not hasattr(os, "posix_fallocate"):
-            return torch.empty(shape)
         with tempfile.NamedTemporaryFile(dir=existing) as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, 4 * count)  # a full disk fails here, not with a signal later
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the file system cannot reserve space
-                    return torch.empty(shape)
-                raise InputError(
-                    f"{existing} has no room for {name}, {4 * count / 1e9:.1f} GB ({error.strerror}): make room, or choose another --out"
-                ) from None
-            return torch.from_file(file.name, shared=True, size=count).view(shape)
+            if not _reserve(file.fileno(), name, math.prod(shape), existing):
+                return torch.empty(shape)
+            return torch.from_file(file.name, shared=True, size=math.prod(shape)).view(shape)
 
     return allocate
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+
+def _reserve(file: int, name: str, count: int, folder: Path) -> bool:
+    """Reserve the space of so many fp32 values, as a full disk would be a signal later. False: the file system cannot. InputError: full."""
+    if not hasattr(os, "posix_fallocate"):
+        return False
+    try:
+        os.posix_fallocate(file, 0, 4 * count)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return False
+        raise InputError(
+            f"{folder} has no room for {name}, {4 * count / 1e9:.1f} GB ({error.strerror}): make room, or choose another --out"
+        ) from None
+    return True
+
+
+class SharedArrays:
+    """fp32 arrays that several processes map, each in a file of a folder that all of them see. Only the process that makes them has one.
+
+    The files go with `release` or `close`. What is mapped stays until it is let go.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = existing_folder(folder).absolute()
+        self._arrays: dict[Path, Tensor] = {}
+
+    def allocate(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """An array of this shape. InputError if the disk is full."""
+        path, count = self.folder / f".{uuid.uuid4().hex[:8]}", math.prod(shape)
+        try:
+            with open(path, "xb") as file:
+                if not _reserve(file.fileno(), name, count, self.folder):
+                    file.truncate(4 * count)
+            self._arrays[path] = torch.from_file(str(path), shared=True, size=count)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return self._arrays[path].view(shape)
+
+    def place(self, x: Tensor) -> dict[str, Any]:
+        """Where another process finds x, as JSON for `open_shared`. An x that lies elsewhere is copied into an array first."""
+        if x.dtype == torch.float32 and x.is_contiguous():
+            for path, array in self._arrays.items():
+                offset = x.data_ptr() - array.data_ptr()
+                if offset >= 0 and offset + x.nbytes <= array.nbytes:
+                    return {"path": str(path), "values": array.numel(), "first": offset // 4, "shape": list(x.shape)}
+        return self.place(self.allocate("a copy", tuple(x.shape)).copy_(x))
+
+    def release(self, place: Mapping[str, Any]) -> None:
+        """Remove the file. The tensors that are mapped stay."""
+        path = Path(place["path"])
+        self._arrays.pop(path, None)
+        path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for path in list(self._arrays):
+            self.release({"path": path})
+
+
+def open_shared(place: Mapping[str, Any]) -> Tensor:
+    """The array that `SharedArrays.place` described. InputError if this process does not see the file."""
+    path = Path(place["path"])
+    if not path.is_file():
+        raise InputError(f"{str(path.parent)!r} is not the same folder here as on rank 0: give an --out that all nodes share")
+    whole = torch.from_file(str(path), shared=True, size=place["values"])
+    return whole[place["first"] :][: math.prod(place["shape"])].view(place["shape"])
 
 
 def check_writable(out_dir: Path) -> None:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
+
 from page4d_kernels.profiling import peak_bytes
 
 from ..config import DENSE
@@ -16,11 +18,12 @@ from ..execution.attention_plan import CHECKED_ROWS
 from ..export import DEFAULT, FORMATS
 from ..export.options import CHOICES
 from ..long_video.report import in_words
-from ..model.opening import DEFAULT_WEIGHTS, DTYPES
-from ..pipeline import Reconstruction, reconstruct
+from ..model.opening import DEFAULT_WEIGHTS, DTYPES, own_device
+from ..pipeline import Reconstruction, reconstruct, serve
 from ..pipeline.inputs import DEFAULT_FRAMES, count
 from ..viewer import Page, ViewOptions
 from .common import CHUNK_HELP, PLAN_HELP, WEIGHTS_HELP, parse_bytes, parse_folder, parse_names, parse_size, run_command, say
+from .launch import first_speaks, launched, run_on_ranks
 from .parser import Parser
 from .view import check_view, open_page, run_pages
 
@@ -101,15 +104,19 @@ def _formats(text: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    args = build_parser(prog).parse_args(argv)
+    with first_speaks():
+        args = build_parser(prog).parse_args(argv)
     pages: list[Page] = []
-    code = run_command(lambda: run(args, pages))
+    if launched() is None:
+        code = run_command(lambda: run(args, pages))
+    else:
+        code = run_on_ranks(args.device, lambda group: run(args, pages, group), serve)
     run_pages(pages)
     return code
 
 
-def run(args: argparse.Namespace, pages: list[Page]) -> str:
-    """Run inference by the options and return the report. With --view, add the page to `pages`."""
+def run(args: argparse.Namespace, pages: list[Page], group: dist.ProcessGroup | None = None) -> str:
+    """Run inference by the options and return the report. With --view, add the page to `pages`. `group`: see `reconstruct`."""
     if args.view:
         check_view(args.export)
     scene = reconstruct(
@@ -127,7 +134,7 @@ def run(args: argparse.Namespace, pages: list[Page]) -> str:
         size=args.size,
         fit=args.fit,
         value_range=args.range,
-        device=args.device,
+        device=own_device(args.device),
         dtype=DTYPES[args.dtype] if args.dtype else None,
         memory_budget=args.memory_budget,
         attn=args.attn,
@@ -141,6 +148,7 @@ def run(args: argparse.Namespace, pages: list[Page]) -> str:
         loops=args.loops,
         cameras=args.cameras,
         profile=args.profile,
+        group=group,
         say=say,
         progress=True,
     )

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..model.opening import open_device
+from ..model.opening import open_device, own_device
 from ..training.config import load_config
-from ..training.trainer import WEIGHTS, Trainer, own_device
+from ..training.trainer import WEIGHTS, Trainer
 from .common import run_command, say
 from .parser import Parser
 

@@ -30,6 +30,7 @@ from .memory import is_out_of_memory
 DEADLINE = 300.0  # seconds
 LOOK = 0.5  # seconds between looks at the store while waiting
 GRACE = 5.0  # seconds in which a living process answers
+PATIENCE = 30.0  # the same, where nobody waits in an exchange: a process that loads weights may be deaf for a while
 SLEEP = 0.002
 
 
@@ -56,7 +57,7 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.group, self.device, self.deadline = group, device, _deadline()
+        self.group, self.device, self.deadline = group, device, deadline()
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise InputError("this process is not in the group that was given")
@@ -67,7 +68,7 @@ class Ranks:
         base = dist.distributed_c10d._get_default_store()
         self.store = dist.PrefixStore(f"page4d/{group.group_name}", base)
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
-        self._round = 0
+        self._round = self._command = 0
         stop = threading.Event()
         watcher = threading.Thread(target=_watch, args=(weakref.ref(self), stop), name="page4d-watch", daemon=True)
         watcher.start()
@@ -76,16 +77,17 @@ class Ranks:
     @classmethod
     def of(cls, group: dist.ProcessGroup, device: torch.device) -> Ranks:
         """The same object for the same group, as the count of rounds belongs to the group."""
-        found = _known.get(group)
-        if found is None or found.device != device:
-            found = _known[group] = cls(group, device)
-        return found
+        if group not in _known:
+            _known[group] = cls(group, device)
+        if _known[group].device.type != device.type:
+            raise InputError(f"the process group is already in use with {_known[group].device.type}: make another one for {device.type}")
+        return _known[group]
 
     # --- agreement -------------------------------------------------------------------------------------------------------------------
 
-    def agree(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
-        """The facts of all ranks, in their order. They must be JSON."""
-        return [message["facts"] for message in self._meet({"facts": facts})]
+    def agree(self, facts: dict[str, Any], patient: bool = False) -> list[dict[str, Any]]:
+        """The facts of all ranks, in their order. They must be JSON. `patient`: without the deadline, where a rank may have much to do."""
+        return [message["facts"] for message in self._meet({"facts": facts}, math.inf if patient else None)]
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
@@ -97,14 +99,14 @@ class Ranks:
                 self._meet({"error": reason_of(error)})
             raise
 
-    def _meet(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+    def _meet(self, message: dict[str, Any], deadline: float | None = None) -> list[dict[str, Any]]:
         number, self._round = self._round, self._round + 1
         with self._store_is_there():
             self.store.set(f"round {number}/{self.rank}", json.dumps(message))
             if number > 1:  # nobody reads it any more: all have left round `number` - 1
                 self.store.delete_key(f"round {number - 2}/{self.rank}")
         keys = [f"round {number}/{rank}" for rank in range(self.size)]
-        self.wait_until(lambda: all(self.store.check([key]) for key in keys), "the next pass", lambda: self._absent(keys))
+        self.wait_until(lambda: all(self.store.check([key]) for key in keys), "the next pass", lambda: self._absent(keys), deadline)
         with self._store_is_there():
             found = [json.loads(self.store.get(key)) for key in keys]
         for rank, other in enumerate(found):
@@ -114,6 +116,22 @@ class Ranks:
 
     def _absent(self, keys: Sequence[str]) -> list[int]:
         return [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+
+    # --- commands --------------------------------------------------------------------------------------------------------------------
+
+    def tell(self, command: dict[str, Any]) -> None:
+        """Rank 0 tells all others what to do next, as JSON."""
+        with self._store_is_there():
+            self.store.set(f"command {self._command}", json.dumps(command))
+        self._command += 1
+
+    def listen(self) -> dict[str, Any]:
+        """The next command. Rank 0 may have other work meanwhile: there is no deadline."""
+        key = f"command {self._command}"
+        self.wait_until(lambda: self.store.check([key]), "the next command", lambda: [0], math.inf)
+        self._command += 1
+        with self._store_is_there():
+            return json.loads(self.store.get(key))
 
     # --- exchange --------------------------------------------------------------------------------------------------------------------
 
@@ -163,22 +181,40 @@ class Ranks:
         if not self.store.check(["failed"]):
             return None
         rank, reason = json.loads(self.store.get("failed"))
+        if self.rank == 0:
+            self.store.set("heard", "1")
         return RankError(rank, reason)
 
+    def heard(self, seconds: float) -> bool:
+        """Whether rank 0 has heard what failed, or hears it soon."""
+        with contextlib.suppress(RuntimeError):
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                if self.store.check(["heard"]):
+                    return True
+                time.sleep(10 * SLEEP)
+        return False
+
     def wait_until(self, done: Callable[[], bool], what: str, absent: Callable[[], list[int]], deadline: float | None = None) -> None:
-        """Poll until `done`. RankError if a process fails meanwhile, or after the deadline: `absent` says who was waited for."""
-        end = time.monotonic() + (self.deadline if deadline is None else deadline)
-        look = time.monotonic() + LOOK
+        """Poll until `done`. RankError if a process fails or ends meanwhile, or after the deadline: `absent` says who was waited for."""
+        start = look = roll_call = time.monotonic()
+        end = start + (self.deadline if deadline is None else deadline)
         while True:
+            now = time.monotonic()
             with self._store_is_there():
                 if done():
                     return
-                if time.monotonic() > look:
-                    look = time.monotonic() + LOOK
+                if now > look + LOOK:
+                    look = now
                     self._raise_told()
-            if time.monotonic() > end:
+            if now > end:
                 raise self._late(what, absent())
-            time.sleep(SLEEP)
+            if now > roll_call + PATIENCE:
+                roll_call = now
+                silent = self._silent(PATIENCE)
+                if silent:
+                    raise self._ended(silent)
+            time.sleep(min(max(SLEEP, (now - start) / 50), 25 * SLEEP))
 
     def _raise_told(self) -> None:
         self._failure = self._failure or self.told()
@@ -201,22 +237,35 @@ class Ranks:
 
     def _lost(self, reason: str, absent: list[int]) -> RankError:
         """The error after a broken connection, or after the deadline: what somebody told, or who does not answer any more."""
+        silent = self._silent(GRACE)
+        if silent:
+            return self._ended(silent)
+        return self._failure or self._first(reason, absent[0] if absent else None)
+
+    def _ended(self, silent: list[int]) -> RankError:
+        reason = f"{_named(silent)} ended without a word, or stands still: killed (by the system, if memory ran out) or stopped"
+        return self._first(reason, silent[0])
+
+    def _first(self, reason: str, rank: int | None) -> RankError:
+        """The error that all raise: this one, unless another was told before."""
         with self._store_is_there():
-            self.store.set("roll call", "1")
-            self.store.set(f"here/{self.rank}", "1")
-            end, silent = time.monotonic() + GRACE, list(range(self.size))
+            self.fail(reason, rank)
+            self._failure = self._failure or self.told() or RankError(rank, reason)
+        return self._failure
+
+    def _silent(self, seconds: float) -> list[int]:
+        """The ranks whose watcher does not answer in this time. Nobody is called silent once a failure has been told."""
+        with self._store_is_there():
+            call = self.store.add("roll calls", 1)
+            end = time.monotonic() + seconds
+            silent = [rank for rank in range(self.size) if rank != self.rank]
             while silent and time.monotonic() < end:
                 self._failure = self._failure or self.told()
                 if self._failure is not None:
-                    return self._failure
-                silent = [rank for rank in silent if not self.store.check([f"here/{rank}"])]
+                    return []
+                silent = [rank for rank in silent if not self.store.check([f"here {call}/{rank}"])]
                 time.sleep(10 * SLEEP)
-            if silent:
-                reason = f"{_named(silent)} ended without a word, or stands still: killed (by the system, if memory ran out) or stopped"
-            first = (silent or absent or [None])[0]  # type: ignore[list-item]
-            self.fail(reason, first)
-            self._failure = self.told() or RankError(first, reason)
-        return self._failure
+        return silent
 
 
 @dataclass
@@ -281,7 +330,8 @@ def _named(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {shown}"
 
 
-def _deadline() -> float:
+def deadline() -> float:
+    """Seconds that one rank waits for another: PAGE4D_DEADLINE, or 300."""
     text = env.get("PAGE4D_DEADLINE", f"{DEADLINE:g}")
     try:
         seconds = float(text)
@@ -294,13 +344,16 @@ def _deadline() -> float:
 
 def _watch(reference: weakref.ref[Ranks], stop: threading.Event) -> None:
     """Answer roll calls, and end what waits on a GPU for a process that has failed."""
+    answered = 0
     while not stop.wait(LOOK):
         ranks = reference()
         if ranks is None:
             return
         try:
-            if ranks.store.check(["roll call"]):
-                ranks.store.set(f"here/{ranks.rank}", "1")
+            calls = int(ranks.store.get("roll calls")) if ranks.store.check(["roll calls"]) else 0
+            for call in range(answered + 1, calls + 1):
+                ranks.store.set(f"here {call}/{ranks.rank}", "1")
+            answered = calls
             told = ranks.told()
         except RuntimeError:  # the store has gone
             return

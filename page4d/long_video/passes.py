@@ -17,7 +17,7 @@ from ..model import Page4D
 from ..prediction import Cameras, Prediction
 from .chunks import Chunk, Chunking
 from .loops import describe
-from .run import LongVideo, run
+from .run import LongVideo, Predict, run
 from .store import Store
 
 NEEDED = ("camera", "depth")  # outputs by which chunks are aligned
@@ -62,14 +62,15 @@ def predict_in_chunks(
     known: tuple[list[int], Cameras] | None = None,
     valid: Tensor | None = None,
     advance: Callable[[Chunk], None] = lambda chunk: None,
+    passes: Callable[[Page4D, Mapping[str, Any]], Predict] = Passes,
     **options: Any,
 ) -> LongVideo:
     """`run` with a model. `options` are those of `Page4D.forward`. Known intrinsics replace those of the cameras."""
     check_outputs(model)
-    passes = Passes(model, {**options, "outputs": {*outputs, *needed(model)}, "attention": attention})
+    predict = passes(model, {**options, "outputs": {*outputs, *needed(model)}, "attention": attention})
     anchors = None if known is None else (known[0], known[1].extrinsics)
     chunks = chunking.divide(len(images))
-    found = run(images, chunks, passes, store, allocate, loops=loops, known=anchors, valid=valid, advance=advance)
+    found = run(images, chunks, predict, store, allocate, loops=loops, known=anchors, valid=valid, advance=advance)
     prediction = replace(found.prediction, attention=None if attention.exact else attention.to_json())
     return replace(found, prediction=prediction if known is None else with_intrinsics(prediction, *known))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,16 @@ def open_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def own_device(name: str | None) -> str | None:
+    """The device to use. Under `torchrun` "cuda" becomes this process' own GPU, so that not all processes allocate on the first one.
+
+    None is treated as "cuda" if a GPU is available, and is returned unchanged otherwise.
+    """
+    local = os.environ.get("LOCAL_RANK")
+    any_gpu = name == "cuda" or (name is None and torch.cuda.is_available())
+    return f"cuda:{local}" if local is not None and any_gpu else name
 
 
 def check_weights(weights: str) -> Page4DConfig:

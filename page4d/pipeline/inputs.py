@@ -18,7 +18,7 @@ from ..data.preprocess import DEFAULT_SIZE, Size
 from ..data.sources import Source, resolve
 from ..errors import InputError
 from ..export import FOLDERS
-from ..files import on_disk
+from ..files import Allocate
 
 DEFAULT_FRAMES = 32
 BUNDLED_SIZE = 336  # the bundled clip's own width
@@ -27,13 +27,13 @@ BUNDLED_SIZE = 336  # the bundled clip's own width
 def read_inputs(
     inputs: list[str | Path],
     out: Path | None,
-    work: Path | None,
+    allocate: Allocate | None,
     config: Page4DConfig,
     sampling: dict[str, Any],
     say: Callable[[str], None],
     progress: bool,
 ) -> Frames:
-    """The frames. Their images are mapped from a file in the folder `work`, if there is one."""
+    """The frames. `allocate` gives the memory of their images. None: ordinary memory."""
     default: Size = DEFAULT_SIZE
     if not inputs:
         inputs = [bundled_clip()]
@@ -45,7 +45,7 @@ def read_inputs(
     if sampling["size"] is None:
         sampling = sampling | {"size": config.image_size or default}
     with stage("preprocess"):
-        frames = load_frames(source, **sampling, progress=progress, allocate=None if work is None else on_disk(work))
+        frames = load_frames(source, **sampling, progress=progress, allocate=allocate)
     if frames.known is not None:
         say(f"{len(frames)} cameras were read with the pictures; the network does not see them, and Frames.known keeps them")
     height, width = frames.images.shape[-2:]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,12 +27,13 @@ from ..data.preprocess import Size
 from ..errors import InputError
 from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan, check_rows
 from ..execution.memory import MemoryPlan, budget_of
+from ..execution.ranks import Ranks
 from ..export import DEFAULT, FOLDERS, FORMATS, ExportOptions, check_formats, expanded, export, export_chunks
 from ..files import Allocate, AtomicFiles, check_writable, on_disk
 from ..long_video.chunks import Chunking
 from ..long_video.join import moved
 from ..long_video.known import anchor, read_cameras
-from ..long_video.passes import check_outputs, needed, predict_in_chunks, with_intrinsics
+from ..long_video.passes import Passes, check_outputs, needed, predict_in_chunks, with_intrinsics
 from ..long_video.report import as_json
 from ..long_video.run import LongVideo
 from ..long_video.store import Store, sweep
@@ -40,6 +42,7 @@ from ..model.opening import DEFAULT_WEIGHTS, check_weights, open_device, open_mo
 from ..prediction import Cameras, Prediction
 from . import chunked
 from .inputs import DEFAULT_FRAMES, count, query_tensor, read_inputs
+from .parallel import Leader
 
 FIELDS = {"camera": {"pose_enc"}, "depth": {"depth", "depth_conf"}, "points": {"world_points"}, "mask": {"mask"}}  # by output
 
@@ -97,6 +100,7 @@ def reconstruct(
     loops: bool = True,
     cameras: str | Path | None = None,
     profile: bool = False,
+    group: dist.ProcessGroup | None = None,
     say: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> Reconstruction:
@@ -134,44 +138,54 @@ def reconstruct(
         cameras: a file with known cameras: cameras.json, a TUM trajectory, a COLMAP model or a transforms.json. The result is brought into
             their world and unit, and known intrinsics replace predicted ones. The network does not see them.
         profile: also write trace.json into `out`.
+        group: processes that share the work. This one is its rank 0, and the others call `serve` (docs/several_gpus.md).
         say: called with each line of progress, such as `print`.
         progress: show progress bars.
 
     Raises:
         UserError: of one line, for what the caller can mend. Options are checked before the work starts, as far as possible.
+        RankError: another process of the group failed.
         BackendError: the attention backend cannot serve.
     """
     say = say or (lambda text: None)
-    opened = open_device(device)
-    for registry in registries().values():
-        registry.requested()
-    env.flag("PAGE4D_NVTX"), env.flag("PAGE4D_DEBUG"), qualification_mode()
-    written_as = ExportOptions(moving=moving, glb=glb, depth_size=depth_size, depth_type=depth_type)
-    checked = check_formats([DEFAULT] if formats is None else formats, written_as)
-    formats = None if formats is None else checked
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        check_writable(folder)
-    elif profile:
-        raise InputError("profile writes trace.json: give a folder for it with out")
-    config = check_weights(weights)
-    plan = AttentionPlan.of(attention, config)
-    check_rows(attention_check)
-    wish = chunked.Wish.of(chunk, query_points is not None or track_grid is not None, folder, resume)
-    known_file = None if cameras is None else read_cameras(cameras)
-    paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     with contextlib.ExitStack() as stack:
+        opened = open_device(device)
+        if group is not None:
+            stack.enter_context(Ranks.of(group, opened).guard())
+        for registry in registries().values():
+            registry.requested()
+        env.flag("PAGE4D_NVTX"), env.flag("PAGE4D_DEBUG"), qualification_mode()
+        written_as = ExportOptions(moving=moving, glb=glb, depth_size=depth_size, depth_type=depth_type)
+        checked = check_formats([DEFAULT] if formats is None else formats, written_as)
+        formats = None if formats is None else checked
+        folder = None if out is None else Path(out)
+        if folder is not None:
+            check_writable(folder)
+        elif profile:
+            raise InputError("profile writes trace.json: give a folder for it with out")
+        config = check_weights(weights)
+        plan = AttentionPlan.of(attention, config)
+        check_rows(attention_check)
+        wish = chunked.Wish.of(chunk, query_points is not None or track_grid is not None, folder, resume)
+        known_file = None if cameras is None else read_cameras(cameras)
+        paths = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+        dtype = dtype or default_dtype(opened)
         recording = stack.enter_context(record(opened))
         stack.enter_context(use_backend(attn) if attn else contextlib.nullcontext())
         work = folder
-        if folder is None and wish.chunking is not None:
+        if folder is None and (wish.chunking is not None or group is not None):
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="page4d-")))
+        leader: Leader | None = None
+        if group is not None and work is not None:
+            leader = Leader(group, opened, work, weights, dtype, attn)
+            stack.callback(leader.arrays.close)
         if frames is None and stride is None and fps is None and wish.chunking is None:
             frames = DEFAULT_FRAMES
         sampling = {"max_frames": frames, "stride": stride, "fps": fps, "size": size, "mode": fit, "value_range": value_range}
-        read = read_inputs(paths, folder, work, config, sampling, say, progress)
+        images = leader.arrays.allocate if leader is not None else None if work is None else on_disk(work)
+        read = read_inputs(paths, folder, images, config, sampling, say, progress)
         known = None if known_file is None else chunked.known_cameras(known_file, read)
-        model = open_model(weights, opened, dtype or default_dtype(opened), say=say)
+        model = open_model(weights, opened, dtype, say=say)
         queries = query_tensor(read, query_points, track_grid)
         if registries()["mask_attention"].requested() == "auto":
             judged = first_run(opened, model.aggregator.compute_dtype)
@@ -182,10 +196,11 @@ def reconstruct(
         calls = registries()["mask_attention"].calls
         mask_attention(*torch.zeros(3, 1, 1, 1, 8), backend="chunked")  # the first call of an operator imports what it needs
         calls.clear()
-        budget = budget_of(opened) if memory_budget is None else memory_budget
+        common = budget_of(opened) if leader is None else leader.budget()
+        budget = common if memory_budget is None else memory_budget
         if wish.record is not None and memory_budget is None:
             budget = wish.record["memory_budget"]  # other plans would round otherwise
-        job = _Job(model, read, queries, outputs, plan, attention_check, strength, budget, opened, say, progress)
+        job = _Job(model, read, queries, outputs, plan, attention_check, strength, budget, opened, say, progress, leader)
         chunking = job.decide(wish)
         if wish.record is not None and chunking is None:
             raise InputError(
@@ -195,7 +210,7 @@ def reconstruct(
             check_outputs(model)
             work = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="page4d-")))
             options = {"mask_strength": strength, "outputs": sorted({*outputs, *needed(model)})}
-            options |= {"attention": plan.to_json(), "attention_check": attention_check}
+            options |= {"attention": plan.to_json(), "attention_check": attention_check, "processes": job.ranks}
             store = Store(
                 work / chunked.FOLDER,
                 chunked.record(weights, model, read, chunking, budget, opened, options),
@@ -231,6 +246,8 @@ def reconstruct(
                 files += export_chunks(folder, None if found is None else as_json(found))
         if chunking is not None:
             store.remove()
+        if leader is not None:
+            leader.end()
     if folder is not None and profile:
         files.append(folder / "trace.json")
     if opened.type == "cuda":
@@ -253,6 +270,11 @@ class _Job:
     device: torch.device
     say: Callable[[str], None]
     progress: bool
+    leader: Leader | None  # of several processes
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.leader is None else self.leader.size
 
     @property
     def options(self) -> dict[str, Any]:
@@ -263,7 +285,7 @@ class _Job:
         """Of a pass over so many frames."""
         shape, points = (1, frames, *self.frames.images.shape[1:]), 0 if self.queries is None else len(self.queries)
         where = {"images_on_device": self.device.type == "cpu", "results_on_device": False}
-        return self.model.plan(shape, outputs, self.budget, **where, points=points, attention=self.attention)
+        return self.model.plan(shape, outputs, self.budget, **where, points=points, attention=self.attention, ranks=self.ranks)
 
     def decide(self, wish: chunked.Wish) -> Chunking | None:
         """The chunks, None for one pass. Say which, and what it needs."""
@@ -281,7 +303,9 @@ class _Job:
                 why = f" ({short}; --chunk off forbids it)"
             self.say(f"chunks: {count(self.frames)} in {number} passes over {chosen}{why}")
         plan = self.plan(total, self.outputs) if chosen is None else self.plan(chosen.size, {*self.outputs, *needed(self.model)})
-        self.say(f"memory: {plan}")
+        if self.leader is not None:
+            self.say(self.leader.in_words(self.model.config, total if chosen is None else chosen.size))
+        self.say(f"memory: {plan}{'' if self.leader is None else ', in each process'}")
         if self.budget is not None and plan.bytes > self.budget:
             self.say(f"memory: this is over the budget of {self.budget / 2**30:.2f} GiB, but no smaller plan exists")
         if self.device.type == "cuda":
@@ -292,6 +316,8 @@ class _Job:
         stages = 2 + 2 * self.model.config.depth + len(self.outputs)
         with _stage_bar(recording, stages, self.progress):
             options = {**self.options, "outputs": self.outputs, "attention": self.attention, "allocate": allocate}
+            if self.leader is not None:
+                return self.leader.predict(self.model, self.frames.images, {**options, "query_points": self.queries}, False)[0]
             return self.model(self.frames.images[None], self.queries, **options).to("cpu")
 
     def in_chunks(
@@ -311,6 +337,7 @@ class _Job:
                 known=known,
                 valid=None if bool(inside.all()) else inside,
                 advance=advance,
+                passes=Passes if self.leader is None else self.leader.passes,
                 **self.options,
             )
 

@@ -26,6 +26,7 @@ from ..execution.attention_plan import AttentionPlan
 from ..files import AtomicFiles, check_writable
 from ..model import Page4D
 from ..model.checkpoint import save_pretrained, stored_config
+from ..model.opening import own_device
 from .batches import Batches, loader
 from .config import LossConfig, RunConfig, flatten
 from .init_from_scratch import start_from_scratch
@@ -41,16 +42,6 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 class TrainingError(UserError):
     """The run cannot continue: a loss or gradient is not finite, or the model has no head for a loss."""
-
-
-def own_device(name: str | None) -> str | None:
-    """The device to use. Under `torchrun` "cuda" becomes this process' own GPU, so that not all processes allocate on the first one.
-
-    None is treated as "cuda" if a GPU is available, and is returned unchanged otherwise.
-    """
-    local = os.environ.get("LOCAL_RANK")
-    any_gpu = name == "cuda" or (name is None and torch.cuda.is_available())
-    return f"cuda:{local}" if local is not None and any_gpu else name
 
 
 def check_fits(weights: str, name: str) -> Page4DConfig:

@@ -247,8 +247,7 @@ def test_memory_is_that_of_the_plan(team, ranks, heads, attention, dtype, output
     """Bound by global attention, by the layers that are kept, by the heads. The first rank has the most frames: the plan is made for it."""
     found = team.run(ranks, measured, dtype, budget, outputs, 32, heads, attention)
     peak, planned = found[0]
-    print(
-        f"{ranks} ranks, {heads} heads, {attention}, {dtype}, {outputs}: planned {planned / 2**20:.1f} MiB, measured {peak / 2**20:.1f}: {planned / peak:.3f}"
-    )
+    case = f"{ranks} ranks, {heads} heads, {attention}, {dtype}, {outputs}"
+    print(f"{case}: planned {planned / 2**20:.1f} MiB, measured {peak / 2**20:.1f}: {planned / peak:.3f}")
     assert 0.9 <= planned / peak <= 1.1
     assert all(peak <= planned * 1.1 for peak, _ in found)

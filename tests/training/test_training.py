@@ -17,10 +17,11 @@ from page4d.config import PlansConfig, preset
 from page4d.errors import ConfigError, InputError
 from page4d.model import Page4D
 from page4d.model.checkpoint import save_official, save_pretrained, stored_config
+from page4d.model.opening import own_device
 from page4d.training import Trainer, load_config
 from page4d.training.batches import Batches
 from page4d.training.parameters import choose_trainable, learning_rate, make_optimizers
-from page4d.training.trainer import TrainingError, own_device
+from page4d.training.trainer import TrainingError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 QUICK = [
