@@ -154,8 +154,13 @@ class SharedArrays:
         self._arrays.pop(path, None)
         path.unlink(missing_ok=True)
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that are there."""
+        return list(self._arrays)
+
     def close(self) -> None:
-        for path in list(self._arrays):
+        for path in self.paths:
             self.release({"path": path})
 
 

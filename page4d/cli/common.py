@@ -56,8 +56,8 @@ def parse_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def run_command(run: Callable[[], str], save_memory: str = "use fewer --frames or a smaller --size") -> int:
-    """Print the report that `run` returns, and return the exit code. A user's mistake is one line, never a traceback."""
+def run_command(run: Callable[[], str | None], save_memory: str = "use fewer --frames or a smaller --size") -> int:
+    """Print the report that `run` returns, if any, and return the exit code. A user's mistake is one line, never a traceback."""
     accept_all_names()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -75,7 +75,8 @@ def run_command(run: Callable[[], str], save_memory: str = "use fewer --frames o
         print("interrupted", file=sys.stderr)
         return 130
     try:
-        print(report, flush=True)
+        if report is not None:
+            print(report, flush=True)
     except BrokenPipeError:  # the reader has gone, but the files are written
         forget_output()
     except OSError as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeAlias
+from types import FrameType
+from typing import NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from .parser import accept_all_names
 
 Follow: TypeAlias = Callable[[dist.ProcessGroup, torch.device], None]
 
+SIGTERM = "ended by SIGTERM: torchrun sends it when another process has ended, and says which below"
 HEARD = 3.0  # seconds in which rank 0 may take over what failed here
 
 
@@ -49,6 +52,7 @@ def run_on_ranks(device: str | None, lead: Callable[[dist.ProcessGroup], str], f
     """
     there = launched()
     assert there is not None
+    signal.signal(signal.SIGTERM, _terminated)
     code = run_command(lambda: lead(_join(device)[0])) if there[0] == 0 else _follow(device, there[0], follow)
     if code:
         for stream in (sys.stdout, sys.stderr):
@@ -57,6 +61,15 @@ def run_on_ranks(device: str | None, lead: Callable[[dist.ProcessGroup], str], f
         os._exit(code)
     dist.destroy_process_group()
     return code
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """End as by an error, so that no temporary files stay."""
+    if dist.is_initialized() and dist.group.WORLD is not None:
+        told = Ranks.failure_of(dist.group.WORLD)
+        if told is not None:
+            raise told
+    raise RankError(None, SIGTERM)
 
 
 def _join(device: str | None) -> tuple[dist.ProcessGroup, torch.device]:
@@ -80,7 +93,8 @@ def _follow(device: str | None, rank: int, follow: Follow) -> int:
         follow(group, opened)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        if ranks is None or not ranks.heard(HEARD):
+        its_own = isinstance(error, RankError) and (error.rank == 0 or error.reason == SIGTERM)  # or torchrun speaks
+        if not its_own and (ranks is None or not ranks.heard(HEARD)):
             print(f"error: {error}" if isinstance(error, RankError) else f"error: rank {rank}: {reason_of(error)}", file=sys.stderr)
         if not isinstance(error, (UserError, BackendError, VariableError, KeyboardInterrupt, OSError)) and not is_out_of_memory(error):
             traceback.print_exc()

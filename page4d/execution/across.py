@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
@@ -48,6 +49,12 @@ class Mesh:
 def shares(frames: int, ranks: int) -> list[int]:
     """How many frames each rank has, as equal as possible, the larger shares first."""
     return [frames // ranks + (rank < frames % ranks) for rank in range(ranks)]
+
+
+def divided(group: dist.ProcessGroup, device: torch.device, frames: int, num_heads: int) -> Across:
+    """A sequence of so many frames that is divided as `shares` says."""
+    ranks = Ranks.of(group, device)
+    return Across(ranks, tuple(shares(frames, ranks.size)), Mesh.of(ranks.size, num_heads, ranks_of_a_node()))
 
 
 def agreed(ranks: Ranks, frames: int, num_heads: int, facts: dict[str, Any]) -> Across:

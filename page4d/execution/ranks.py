@@ -83,6 +83,16 @@ class Ranks:
             raise InputError(f"the process group is already in use with {_known[group].device.type}: make another one for {device.type}")
         return _known[group]
 
+    @staticmethod
+    def failure_of(group: dist.ProcessGroup) -> RankError | None:
+        """What a process of the group has told, if it is in use."""
+        ranks = _known.get(group)
+        if ranks is None:
+            return None
+        with contextlib.suppress(RuntimeError):
+            ranks._failure = ranks._failure or ranks.told()
+        return ranks._failure
+
     # --- agreement -------------------------------------------------------------------------------------------------------------------
 
     def agree(self, facts: dict[str, Any], patient: bool = False) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -137,12 +137,12 @@ def _locked(path: Path) -> IO[bytes]:
     return file
 
 
-def sweep(out: Path, folders: Sequence[str]) -> None:
-    """Remove the temporary files that a killed run left in some folders of an output folder."""
+def sweep(out: Path, folders: Sequence[str], used: Collection[Path] = ()) -> None:
+    """Remove the temporary files that a killed run left in some folders of an output folder, but not those that are in use."""
     for folder in folders:
         with suppress(OSError):
             for path in (out / folder).iterdir():
-                if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                if TEMPORARY.fullmatch(path.name) and path.absolute() not in used and path.is_file() and not path.is_symlink():
                     path.unlink()
 
 

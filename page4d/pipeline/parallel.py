@@ -5,6 +5,7 @@ Images and dense results lie in files that all ranks map, so that each touches o
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,7 +48,7 @@ class Leader:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, folder: Path, weights: str, dtype: torch.dtype, attn: str | None):
         self.group, self.device, self.ranks, self.arrays = group, device, Ranks.of(group, device), SharedArrays(folder)
-        self._passes = 0
+        self._passes, self._parts = 0, list[Path]()
         self.ranks.tell({"do": "open", "weights": weights, "dtype": str(dtype).removeprefix("torch."), "attn": attn})
 
     @property
@@ -86,12 +87,13 @@ class Leader:
             "query_points": None if queries is None else queries.tolist(),
             "attention": None if plan is None else plan.to_json(),
         }
-        parts = self.arrays.folder / f".{given['path'][-8:]}"
+        parts = self.arrays.folder / f".{uuid.uuid4().hex[:8]}"
+        self._parts = [_part_file(parts, rank) for rank in range(1, self.size)]
         command = {"do": "pass", "images": given, "results": places, "options": sent, "describe": describe, "parts": str(parts)}
         self.ranks.tell({**command, "number": number})
         mine = _own_part(model, self.group, images, whole, options, describe)
         self.ranks.agree({"pass": number}, patient=True)  # all have written
-        found = [mine, *(_read(_part_file(parts, rank)) for rank in range(1, self.size))]
+        found = [mine, *map(_read, self._parts)]
         for place in places.values():
             self.arrays.release(place)
         fields: dict[str, Any] = {name: array[None] for name, array in whole.items()}
@@ -115,6 +117,12 @@ class Leader:
     def end(self) -> None:
         """The others are done."""
         self.ranks.tell({"do": "end"})
+
+    def close(self) -> None:
+        """Remove all temporary files."""
+        self.arrays.close()
+        for path in self._parts:
+            path.unlink(missing_ok=True)
 
     def _results(self, model: Page4D, images: Tensor, outputs: list[str]) -> Outputs:
         """The arrays for depth and points of all frames."""

@@ -178,7 +178,7 @@ def reconstruct(
         leader: Leader | None = None
         if group is not None and work is not None:
             leader = Leader(group, opened, work, weights, dtype, attn)
-            stack.callback(leader.arrays.close)
+            stack.callback(leader.close)
         if frames is None and stride is None and fps is None and wish.chunking is None:
             frames = DEFAULT_FRAMES
         sampling = {"max_frames": frames, "stride": stride, "fps": fps, "size": size, "mode": fit, "value_range": value_range}
@@ -220,7 +220,7 @@ def reconstruct(
                 say(f"nothing to go on with in {str(store.folder)!r}: starting from the beginning")
             if wish.record is not None:
                 say(f"going on with the run in {str(store.folder)!r}")
-                sweep(work, FOLDERS)
+                sweep(work, FOLDERS, () if leader is None else leader.arrays.paths)
         weights_bytes = peak_bytes(opened)
         found: LongVideo | None = None
         with _profile(folder if profile else None, opened), torch.inference_mode():

@@ -90,6 +90,7 @@ class RunConfig:
     attention: str = "exact"  # or balanced, fast or a .json file: what the patches of each global layer see
     average: float = 0.0  # save a running mean of the weights with this decay per step; 0 = save the last weights
     checkpoint_activations: bool = False
+    context: int = 1  # processes that share each sequence, by its frames; the number of processes is a multiple of it
     log_every: int = 10
     save_every: int = 500
     out: str = "runs/run"
@@ -110,7 +111,7 @@ class RunConfig:
         expect(kind in ("adamw", "muon"), f"optimizer.kind: {kind!r} must be adamw or muon")
         expect(0 <= self.average < 1, f"average: {self.average} must be at least 0 and less than 1")
         values = flatten(self.to_dict())
-        for name in ("steps", "accumulation", "log_every", "save_every", "data.supersample"):
+        for name in ("steps", "accumulation", "log_every", "save_every", "data.supersample", "context"):
             expect(values[name] >= 1, f"{name}: {values[name]} must be at least 1")
         for name in ("seed", "data.seed"):
             expect(0 <= values[name] < 1 << 32, f"{name}: {values[name]} must be at least 0 and less than 2^32")
@@ -122,6 +123,8 @@ class RunConfig:
         expect(fits, f"data.size: {self.data.size} must be [height, width] in multiples of {PATCH}")
         least, most = self.data.frames
         expect(1 <= least <= most, f"data.frames: {self.data.frames} must be [minimum, maximum] with 1 <= minimum <= maximum")
+        expect(least >= self.context, f"data.frames: {least} frames are too few for a context of {self.context} processes")
+        expect(self.context == 1 or not self.loss.match, "loss.match needs whole sequences: set it to 0, or context to 1")
         expect(self.data.images >= most, f"data.images: {self.data.images} is too small for a sequence of {most} frames")
         for name, value in values.items():
             if name.startswith(("loss.", "optimizer.", "mask.")) and name != "optimizer.kind":

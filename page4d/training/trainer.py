@@ -22,11 +22,14 @@ from tqdm import tqdm
 from ..config import Page4DConfig, preset
 from ..data.sample import Sample
 from ..errors import ConfigError, InputError, UserError
+from ..execution.across import Across, divided
 from ..execution.attention_plan import AttentionPlan
+from ..execution.ranks import Ranks
 from ..files import AtomicFiles, check_writable
 from ..model import Page4D
 from ..model.checkpoint import save_pretrained, stored_config
 from ..model.opening import own_device
+from ..prediction import Prediction
 from .batches import Batches, loader
 from .config import LossConfig, RunConfig, flatten
 from .init_from_scratch import start_from_scratch
@@ -72,12 +75,29 @@ def averaged(model: Page4D, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=update)
 
 
-class Objective(nn.Module):
-    """Maps images and ground truth to losses. This is the module that `DistributedDataParallel` wraps."""
+def gathered(prediction: Prediction, across: Across) -> Prediction:
+    """The prediction of all frames, on all ranks that share the sequence. Differentiable."""
+    whole: dict[str, Any] = {}
+    for name, value in prediction.tensors().items():
+        if name in ("images", "query_points", "attention_deviation"):
+            continue
+        if name.endswith("_list"):  # (iterations, B, S, ...)
+            whole[name] = across.gather(value.flatten(0, 1), "training").unflatten(0, value.shape[:2])
+        else:
+            whole[name] = across.gather(value, "training")
+    return replace(prediction, **whole)
 
-    def __init__(self, model: Page4D, weights: LossConfig, attention: AttentionPlan | None = None):
+
+class Objective(nn.Module):
+    """Maps images and ground truth to losses. This is the module that `DistributedDataParallel` wraps.
+
+    The ranks of `group` share each sequence. All of them are given all of it, run the model on their own frames, and compute the same loss
+    of all frames. The mean of their gradients is that of one process.
+    """
+
+    def __init__(self, model: Page4D, weights: LossConfig, attention: AttentionPlan | None = None, group: dist.ProcessGroup | None = None):
         super().__init__()
-        self.model, self.weights, self.attention = model, weights, attention
+        self.model, self.weights, self.attention, self.group = model, weights, attention, group
         heads = {"camera": model.camera_head, "depth": model.depth_head, "points": model.point_head, "track": model.track_head,
                  "mask": model.aggregator.spatial_mask_head}  # fmt: skip
         for name, head in heads.items():
@@ -89,7 +109,12 @@ class Objective(nn.Module):
         """The losses of a normalised batch (B, S, ...), as fp32 scalars by name; "loss" is the weighted sum."""
         outputs = [name for name in ("camera", "depth", "points", "mask") if getattr(self.weights, name)]
         queries = batch.tracks[:, 0] if self.weights.track and batch.tracks is not None else None
-        prediction = self.model(batch.images, queries, outputs=outputs, mask_strength=mask_strength, attention=self.attention)
+        options = {"outputs": outputs, "mask_strength": mask_strength, "attention": self.attention}
+        if self.group is None:
+            prediction = self.model(batch.images, queries, **options)
+        else:
+            across = divided(self.group, batch.images.device, batch.images.shape[1], self.model.config.num_heads)
+            prediction = gathered(self.model(batch.images[:, across.own], queries, **options, group=self.group), across)
         with torch.autocast(batch.images.device.type, enabled=False):
             losses = total_loss(prediction, batch, self.weights)
             if self.matching is not None:
@@ -101,7 +126,8 @@ class Objective(nn.Module):
 class Trainer:
     """A run in the folder `config.out`, which gets log.csv, state.pt (to resume) and model.safetensors (to use).
 
-    Under `torchrun` every process trains on its own batches, and gradients are averaged.
+    Under `torchrun` every process trains on its own batches, and gradients are averaged. With `context` processes for each sequence, these
+    share a batch.
 
     Raises:
         InputError: the folder cannot be written, already holds a run without `resume`, or holds none that `resume` could continue.
@@ -118,6 +144,8 @@ class Trainer:
             torch.cuda.set_device(self.device)
         if self.ranks > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.context = self._context()
+        self.replica, self.replicas = self.rank // config.context, self.ranks // config.context  # of the data
         self._check_writable()
         state_file = self.out / STATE
         if state_file.exists() and not resume:
@@ -139,7 +167,7 @@ class Trainer:
         exact = AttentionPlan.of(None, self.model.config)
         if state is not None and state.get("attention", exact.to_json()) != self.attention.to_json():
             raise InputError(f"{state_file} belongs to a run with another attention plan: resume with the same one")
-        objective = Objective(self.model, config.loss, self.attention).to(self.device)
+        objective = Objective(self.model, config.loss, self.attention, self.context).to(self.device)
         self.trained = choose_trainable(self.model, config.trainable)
         self.model.aggregator.checkpoint_activations = config.checkpoint_activations
         extra = objective.matching.named_parameters() if objective.matching is not None else ()
@@ -158,6 +186,16 @@ class Trainer:
         self.matching = objective.matching
         wrapped = DistributedDataParallel(objective, find_unused_parameters=True) if self.ranks > 1 else objective
         self.objective: nn.Module = wrapped
+
+    def _context(self) -> dist.ProcessGroup | None:
+        """The processes that share this one's sequences. None: it has them for itself."""
+        size = self.config.context
+        if self.ranks % size:
+            raise InputError(f"context: {size} processes share a sequence, and {self.ranks} are not a multiple of that: start as many")
+        if size == 1:
+            return None
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.ranks, size)]  # all must make all of them
+        return groups[self.rank // size]
 
     def _check_writable(self) -> None:
         """Only rank 0 tests the folder and tells the others. Concurrent tests would remove each other's folders."""
@@ -205,13 +243,14 @@ class Trainer:
         if self.rank == 0:
             self._trim_log()
         tracks = TRACKS if config.loss.track or config.loss.match else 0
-        batches = Batches(config.data, self.step * config.accumulation, self.rank, self.ranks, tracks)
+        batches = Batches(config.data, self.step * config.accumulation, self.replica, self.replicas, tracks)
         stream = loader(batches, config.data.workers)
         values: dict[str, float] = {}
         bar = tqdm(total=end, initial=self.step, desc="training", unit="step", disable=True if self.rank > 0 else None)
         started, images = time.perf_counter(), 0
         while self.step < end:
-            values, count = self._optimizer_step(stream)
+            with nullcontext() if self.context is None else Ranks.of(self.context, self.device).guard():
+                values, count = self._optimizer_step(stream)
             images += count
             self.step += 1
             bar.update()
@@ -233,7 +272,7 @@ class Trainer:
         set_learning_rates(self.optimizers, self.step / config.steps, config.optimizer.floor)
         for micro in range(config.accumulation):
             batch = next(stream).to(self.device)
-            images += batch.images.shape[0] * batch.images.shape[1] * self.ranks
+            images += batch.images.shape[0] * batch.images.shape[1] * self.replicas
             last = micro == config.accumulation - 1
             sync = nullcontext() if last or self.ranks == 1 else self.objective.no_sync()  # type: ignore[operator]
             with sync:
