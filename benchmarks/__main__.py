@@ -20,7 +20,7 @@ from page4d.cli.parser import Parser, interruptible
 from page4d_kernels.profiling import peak_bytes, reset_peak
 from page4d_kernels.timing import interleaved
 
-from . import report
+from . import ranks, report
 from .cases import QUICK, Case, cases, gate, make_inputs, prepare, variants
 from .measure import CHECKOUT, limits, provenance, startup
 from .model import MODELS, OUTPUTS, ours
@@ -118,6 +118,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     run.add_argument("--quick", action="store_true", help="measure only two small cases, to see the output format")
     run.add_argument("--official", type=Path, metavar="CLONE", help="also time a clone of the official release, in the cases `model-*`")
     run.add_argument("--official-class", default=CLASS, metavar="MODULE:CLASS", help=f"the model class in the clone (default: {CLASS})")
+    run.add_argument("--ranks", type=int, metavar="N", help="one sequence on N processes against one, instead of the cases of `list`")
     run.add_argument("--out", type=Path, metavar="FILE.json", help="write the results to this file")
     peak = commands.add_parser("peak", help="print the peak resident memory in bytes of one call of a variant on the CPU")
     peak.add_argument("case")
@@ -151,6 +152,8 @@ def _main(argv: Sequence[str] | None, prog: str | None) -> int:
 
 
 def _run(args: argparse.Namespace, prog: str, command: str) -> int:
+    if args.ranks is not None:
+        return _run_ranks(args, prog, command)
     chosen = QUICK if args.quick else [case for case in cases() if any(fnmatch.fnmatch(case.name, p) for p in args.cases)]
     if not chosen:
         print(f"error: no case matches {' '.join(args.cases)}: see `{prog} list`", file=sys.stderr)
@@ -176,6 +179,24 @@ def _run(args: argparse.Namespace, prog: str, command: str) -> int:
         print(report.table(results))
         raise
     print(report.table(results))
+    return 0
+
+
+def _run_ranks(args: argparse.Namespace, prog: str, command: str) -> int:
+    devices = torch.cuda.device_count() if args.device == "cuda" else args.ranks
+    if not 2 <= args.ranks <= devices:
+        have = f"2 to {devices} GPUs" if args.device == "cuda" and devices > 1 else "at least 2 processes, and a GPU for each on cuda"
+        print(f"error: --ranks {args.ranks}: it needs {have}", file=sys.stderr)
+        return 2
+    names = [name for name in (ranks.CASES if args.device == "cuda" else ranks.ON_CPU) if any(fnmatch.fnmatch(name, p) for p in args.cases)]
+    if not names:
+        print(f"error: no case matches {' '.join(args.cases)}: choose from {', '.join(ranks.CASES)}", file=sys.stderr)
+        return 2
+    rows = ranks.run(args.ranks, args.device, args.seconds, names[: 1 if args.quick else None])
+    results = {"provenance": provenance(args.device, command), "ranks": args.ranks, "rows": rows}
+    if args.out:
+        save(results, args.out)
+    print(ranks.table(results))
     return 0
 
 

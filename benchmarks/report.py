@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from . import ranks
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE / "RESULTS.md"
@@ -67,6 +69,9 @@ def page() -> str:
             lines += ["", f"    {made['command']}", ""]
             if "startup" in results:
                 lines += ["Starting: " + ", ".join(f"{what} {value:.2f} s" for what, value in results["startup"].items()), ""]
+            if "ranks" in results:
+                lines += [ranks.table(results)]
+                continue
             lines += [", ".join(f"{key} {value:.3g}/s" for key, value in results["limits"].items()), ""]
             lines += [f"![by frames]({path.relative_to(HERE)})" for path in plots(machine, name, results)]
             lines += ["", table(results)]

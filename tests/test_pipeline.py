@@ -63,7 +63,7 @@ def test_every_option_of_the_command_line_is_an_argument():
     options = {action.dest for action in build_parser()._actions} - {"help", "view"}  # a page is served until Ctrl-C: not in a call
     named = {"input": "inputs", "range": "value_range", "export": "formats"}
     arguments = reconstruct.__kwdefaults__.keys() | {"inputs", "out", "weights"}
-    assert {named.get(option, option) for option in options} == arguments - {"say", "progress"}
+    assert {named.get(option, option) for option in options} == arguments - {"say", "progress", "group"}
 
 
 @pytest.mark.parametrize(
