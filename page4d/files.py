@@ -119,7 +119,7 @@ def _reserve(file: int, name: str, count: int, folder: Path) -> bool:
 class SharedArrays:
     """fp32 arrays that several processes map, each in a file of a folder that all of them see. Only the process that makes them has one.
 
-    The files go with `release` or `close`. What is mapped stays until it is let go.
+    The files go with `unlink` or `close`. What is mapped stays until it is let go.
     """
 
     def __init__(self, folder: Path):
@@ -148,20 +148,23 @@ class SharedArrays:
                     return {"path": str(path), "values": array.numel(), "first": offset // 4, "shape": list(x.shape)}
         return self.place(self.allocate("a copy", tuple(x.shape)).copy_(x))
 
-    def release(self, place: Mapping[str, Any]) -> None:
-        """Remove the file. The tensors that are mapped stay."""
-        path = Path(place["path"])
-        self._arrays.pop(path, None)
-        path.unlink(missing_ok=True)
+    def unlink(self, place: Mapping[str, Any]) -> None:
+        """Remove the file, which other processes have mapped."""
+        Path(place["path"]).unlink(missing_ok=True)
+
+    def forget(self, place: Mapping[str, Any]) -> None:
+        """Remove the file, and do not find the array any more."""
+        self._arrays.pop(Path(place["path"]), None)
+        self.unlink(place)
 
     @property
     def paths(self) -> list[Path]:
-        """The files that are there."""
+        """The files, some of which may have been removed."""
         return list(self._arrays)
 
     def close(self) -> None:
         for path in self.paths:
-            self.release({"path": path})
+            self.forget({"path": path})
 
 
 def open_shared(place: Mapping[str, Any]) -> Tensor:
@@ -169,8 +172,12 @@ def open_shared(place: Mapping[str, Any]) -> Tensor:
     path = Path(place["path"])
     if not path.is_file():
         raise InputError(f"{str(path.parent)!r} is not the same folder here as on rank 0: give an --out that all nodes share")
-    whole = torch.from_file(str(path), shared=True, size=place["values"])
-    return whole[place["first"] :][: math.prod(place["shape"])].view(place["shape"])
+    return part_of(torch.from_file(str(path), shared=True, size=place["values"]), place)
+
+
+def part_of(array: Tensor, place: Mapping[str, Any]) -> Tensor:
+    """What `SharedArrays.place` described, of the whole array."""
+    return array[place["first"] :][: math.prod(place["shape"])].view(place["shape"])
 
 
 def check_writable(out_dir: Path) -> None:

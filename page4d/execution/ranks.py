@@ -57,7 +57,8 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.group, self.device, self.deadline = group, device, deadline()
+        self._group = weakref.ref(group)  # `_known` must not keep it
+        self.device, self.deadline = device, deadline()
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise InputError("this process is not in the group that was given")
@@ -73,6 +74,13 @@ class Ranks:
         watcher = threading.Thread(target=_watch, args=(weakref.ref(self), stop), name="page4d-watch", daemon=True)
         watcher.start()
         weakref.finalize(self, _stop, stop, watcher)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise InputError("the process group has been destroyed: make another one")
+        return group
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, device: torch.device) -> Ranks:
@@ -160,6 +168,12 @@ class Ranks:
         except RuntimeError as error:
             raise self._lost(str(error), []) from error
         return Pending(self, kind, work, receive, send)
+
+    def finish(self) -> None:
+        """At the end of a pass: RankError if some process has failed in it. On a GPU, first wait: exchanges may have been aborted."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        self.check()
 
     def check(self) -> None:
         """RankError if some process has failed. This costs no message."""

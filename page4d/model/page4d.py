@@ -159,7 +159,9 @@ class Page4D(nn.Module):
                 call = checked_call(self, *given)
             across = agreed(ranks, call.images.shape[1], self.config.num_heads, call.facts)
             with ranks.guard():
-                return self._run(call, across)
+                found = self._run(call, across)
+                ranks.finish()
+                return found
         call = checked_call(self, *given)
         if memory_budget is None and allocate is None and call.plan is None:
             tensors = {"images": call.images}

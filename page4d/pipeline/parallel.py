@@ -5,8 +5,9 @@ Images and dense results lie in files that all ranks map, so that each touches o
 
 from __future__ import annotations
 
+import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..execution.across import Mesh, ranks_of_a_node, shares
 from ..execution.attention_plan import AttentionPlan
 from ..execution.memory import budget_of
 from ..execution.ranks import Ranks
-from ..files import Allocate, SharedArrays, open_shared
+from ..files import Allocate, SharedArrays, open_shared, part_of
 from ..long_video.passes import Passes
 from ..long_video.run import DESCRIBED
 from ..model import Page4D
@@ -48,7 +49,7 @@ class Leader:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, folder: Path, weights: str, dtype: torch.dtype, attn: str | None):
         self.group, self.device, self.ranks, self.arrays = group, device, Ranks.of(group, device), SharedArrays(folder)
-        self._passes, self._parts = 0, list[Path]()
+        self._passes, self._parts, self._one_host = 0, list[Path](), False
         self.ranks.tell({"do": "open", "weights": weights, "dtype": str(dtype).removeprefix("torch."), "attn": attn})
 
     @property
@@ -57,7 +58,22 @@ class Leader:
 
     def budget(self) -> int | None:
         """The smallest memory budget of all ranks, whose models are open then. InputError if their devices differ."""
-        return _common_budget(self.ranks, self.device)
+        budget, self._one_host = _introduced(self.ranks, self.device)
+        return budget
+
+    def share(self, images: Tensor) -> None:
+        """All map the images of the passes to come."""
+        given = self.arrays.place(images)
+        self.ranks.tell({"do": "map", "array": given})
+        self._all_have_mapped([given])
+
+    def _all_have_mapped(self, places: Iterable[dict[str, Any]]) -> None:
+        """Wait for it. Then the files lose their names, so that nothing stays if all are killed. Not so with several hosts: those that read
+        from a network would lose the files.
+        """
+        self.ranks.agree({}, patient=True)
+        for place in places if self._one_host else ():
+            self.arrays.unlink(place)
 
     def in_words(self, config: Page4DConfig, frames: int) -> str:
         """Who does what in a pass over so many frames."""
@@ -91,11 +107,14 @@ class Leader:
         self._parts = [_part_file(parts, rank) for rank in range(1, self.size)]
         command = {"do": "pass", "images": given, "results": places, "options": sent, "describe": describe, "parts": str(parts)}
         self.ranks.tell({**command, "number": number})
+        self._all_have_mapped([given, *places.values()])
         mine = _own_part(model, self.group, images, whole, options, describe)
         self.ranks.agree({"pass": number}, patient=True)  # all have written
         found = [mine, *map(_read, self._parts)]
+        if not self._one_host:
+            whole = {name: open_shared(place) for name, place in places.items()}  # what the other hosts wrote is seen once it is opened
         for place in places.values():
-            self.arrays.release(place)
+            self.arrays.forget(place)
         fields: dict[str, Any] = {name: array[None] for name, array in whole.items()}
         for name in mine:
             dim = 2 if name in ITERATED else 0 if name == DESCRIBED else 1
@@ -149,14 +168,24 @@ def serve(group: dist.ProcessGroup, device: torch.device) -> None:
         dtype = getattr(torch, command["dtype"])
         model = open_model(command["weights"], device, dtype, say=lambda text: None)
         with use_backend(command["attn"]) if command["attn"] else nullcontext():
-            _common_budget(ranks, device)
-            while (command := ranks.listen())["do"] == "pass":
-                _serve_pass(model, group, ranks, command)
+            _introduced(ranks, device)
+            mapped: dict[str, Tensor] = {}  # whole arrays by path
+            while (command := ranks.listen())["do"] != "end":
+                if command["do"] == "map":
+                    place = command["array"]
+                    mapped[place["path"]] = open_shared(place | {"first": 0, "shape": [place["values"]]})
+                    ranks.agree({}, patient=True)
+                else:
+                    _serve_pass(model, group, ranks, command, mapped)
+                    ranks.agree({"pass": command["number"]}, patient=True)  # what was mapped for the pass alone is let go
 
 
-def _serve_pass(model: Page4D, group: dist.ProcessGroup, ranks: Ranks, command: dict[str, Any]) -> None:
-    images = open_shared(command["images"])
+def _serve_pass(model: Page4D, group: dist.ProcessGroup, ranks: Ranks, command: dict[str, Any], mapped: dict[str, Tensor]) -> None:
+    given = command["images"]
+    array = mapped.get(given["path"])
+    images = open_shared(given) if array is None else part_of(array, given)
     whole = {name: open_shared(place) for name, place in command["results"].items()}
+    ranks.agree({}, patient=True)
     options = dict(command["options"])
     if options["query_points"] is not None:
         options["query_points"] = torch.tensor(options["query_points"])
@@ -164,7 +193,6 @@ def _serve_pass(model: Page4D, group: dist.ProcessGroup, ranks: Ranks, command: 
         options["attention"] = AttentionPlan.from_json(options["attention"])
     part = _own_part(model, group, images, whole, options, command["describe"])
     safetensors.torch.save_file({name: x.contiguous() for name, x in part.items()}, _part_file(Path(command["parts"]), ranks.rank))
-    ranks.agree({"pass": command["number"]}, patient=True)
 
 
 def _own_part(model: Page4D, group: dist.ProcessGroup, images: Tensor, whole: Outputs, options: dict[str, Any], describe: bool) -> Outputs:
@@ -194,14 +222,14 @@ def _read(path: Path) -> Outputs:
     return found
 
 
-def _common_budget(ranks: Ranks, device: torch.device) -> int | None:
-    """The smallest budget of all ranks. Those of a node share its memory, if that is where they compute."""
+def _introduced(ranks: Ranks, device: torch.device) -> tuple[int | None, bool]:
+    """The smallest budget of all ranks, and whether all are on one host. On CPUs, the ranks of a node share its memory."""
     own = budget_of(device)
     if own is not None and device.type == "cpu":
         own //= ranks_of_a_node() or ranks.size
-    found = ranks.agree({"device": device.type, "budget": own}, patient=True)
+    found = ranks.agree({"device": device.type, "budget": own, "host": socket.gethostname()}, patient=True)
     for rank, other in enumerate(found):
         if other["device"] != found[0]["device"]:
             raise InputError(f"all ranks need devices of one kind: rank 0 has {found[0]['device']}, rank {rank} has {other['device']}")
     known = [other["budget"] for other in found if other["budget"] is not None]
-    return min(known, default=None)
+    return min(known, default=None), len({other["host"] for other in found}) == 1

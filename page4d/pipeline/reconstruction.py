@@ -197,6 +197,8 @@ def reconstruct(
         mask_attention(*torch.zeros(3, 1, 1, 1, 8), backend="chunked")  # the first call of an operator imports what it needs
         calls.clear()
         common = budget_of(opened) if leader is None else leader.budget()
+        if leader is not None:
+            leader.share(read.images)
         budget = common if memory_budget is None else memory_budget
         if wish.record is not None and memory_budget is None:
             budget = wish.record["memory_budget"]  # other plans would round otherwise

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from page4d import Page4D, preset
 from page4d.data import bundled_clip, load_frames
@@ -182,6 +183,33 @@ def test_a_trunk_in_bf16(team, ranks, oracle):
     exact = oracle(4, torch.float64, None, None)
     for name in ("pose_enc", "depth", "mask"):
         assert_within_budget(name, found[name], exact[name], alone[name])
+
+
+def run_on_gpus(group, images, backend):
+    size, rank = group.size(), group.rank()
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        group = dist.new_group(list(range(size)), backend="nccl", use_local_synchronization=True)
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    model = Page4D.from_pretrained("nano", device=device, dtype=torch.float32)
+    with torch.no_grad():
+        return {name: value.cpu() for name, value in numbers(model(own(images, group, 0).to(device), group=group)).items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_on_gpus(team, oracle, ranks, backend):
+    """gloo also on a single one; nccl wants one for each process."""
+    if backend == "nccl" and torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} GPUs are needed")
+    found = together(team.run(ranks, run_on_gpus, clip(7), backend))
+    exact = oracle(7, torch.float64, None, None)
+    model = Page4D.from_pretrained("nano", device="cuda", dtype=torch.float32)
+    with torch.no_grad():
+        plain = numbers(model(clip(7).cuda()))
+    for name in ("pose_enc", "depth", "mask"):
+        assert_within_budget(name, found[name], exact[name], plain[name].cpu())
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------------------------
