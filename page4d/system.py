@@ -1,4 +1,4 @@
-"""How much memory is free on this machine."""
+"""How much memory is free on this machine, and how many processes share it."""
 
 from __future__ import annotations
 
@@ -42,3 +42,9 @@ def free_of_container(group: Path) -> int | None:
             continue
         return max(0, most - used + int(stat.get(cache, 0)))
     return None
+
+
+def ranks_of_a_node() -> int | None:
+    """As torchrun tells it."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdecimal() and int(text) > 0 else None

@@ -7,7 +7,6 @@ num_heads / heads heads of all frames of its row (all-to-all, "Ulysses"). Rows p
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..errors import InputError
+from ..system import ranks_of_a_node
 from .memory import Share
 from .ranks import Pending, Ranks
 
@@ -66,6 +66,7 @@ def agreed(ranks: Ranks, frames: int, num_heads: int, facts: dict[str, Any]) -> 
     Raises:
         InputError: on all ranks, if it is not.
     """
+    facts = {"kind of device": ranks.device.type, **facts}
     found = ranks.agree({"frames": frames, **facts})
     for name in facts:
         for rank, other in enumerate(found):
@@ -80,12 +81,6 @@ def largest_share(frames: int, ranks: int, num_heads: int) -> tuple[int, Share]:
     counts, mesh = shares(frames, ranks), Mesh.of(ranks, num_heads, ranks_of_a_node())
     row = sum(counts[: mesh.heads])
     return counts[0], Share(frames, row, row, mesh.heads, mesh.rings)
-
-
-def ranks_of_a_node() -> int | None:
-    """As torchrun tells it."""
-    text = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import torch
 from ..config import DenseHeadConfig, Page4DConfig, TrackHeadConfig
 from ..system import budget_of as budget_of
 from ..system import free_of_container as free_of_container
+from ..system import ranks_of_a_node
 
 CHUNK_TOKENS = 8192  # enough rows to fill a GPU, few enough for the caches of a CPU
 HEAD_FRAMES = 8
@@ -263,8 +264,10 @@ def track_bytes(workload: Workload, track: TrackHeadConfig, frames: int) -> int:
 
 def can_offload(workload: Workload, device: torch.device) -> bool:
     """Whether saved layers may move to the host: only from a GPU, and if twice their size is free, as pinned memory is rounded up to a
-    power of two.
+    power of two. The ranks of a node share its memory.
     """
     room = budget_of(torch.device("cpu"))
+    if room is not None and workload.share is not None:
+        room //= ranks_of_a_node() or workload.share.heads * workload.share.rings
     tokens = workload.all_frames * workload.per_frame * workload.config.embed_dim
     return device.type == "cuda" and (room is None or workload.saved_layers * 2 * workload.itemsize * tokens * 2 <= room)

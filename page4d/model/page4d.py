@@ -157,7 +157,8 @@ class Page4D(nn.Module):
             ranks = Ranks.of(group, self.aggregator.camera_token.device)
             with ranks.refusing():
                 call = checked_call(self, *given)
-            across = agreed(ranks, call.images.shape[1], self.config.num_heads, call.facts)
+            facts = {"dtype of the trunk": str(self.aggregator.compute_dtype), **call.facts}
+            across = agreed(ranks, call.images.shape[1], self.config.num_heads, facts)
             with ranks.guard():
                 found = self._run(call, across)
                 ranks.finish()

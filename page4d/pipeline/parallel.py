@@ -21,7 +21,7 @@ from page4d_kernels import use_backend
 
 from ..config import Page4DConfig
 from ..errors import InputError
-from ..execution.across import Mesh, ranks_of_a_node, shares
+from ..execution.across import Mesh, shares
 from ..execution.attention_plan import AttentionPlan
 from ..execution.memory import budget_of
 from ..execution.ranks import Ranks
@@ -31,6 +31,7 @@ from ..long_video.run import DESCRIBED
 from ..model import Page4D
 from ..model.opening import open_model
 from ..prediction import Prediction
+from ..system import ranks_of_a_node
 
 SAME = ("query_points", "attention_deviation")  # on all ranks
 ITERATED = ("pose_enc_list", "track_list")  # have the frames in their third dimension

@@ -12,7 +12,7 @@ import torch
 from page4d.data import InputError
 from page4d.data.frames import Frames
 from page4d.export import export
-from page4d.files import AtomicFiles, check_writable, on_disk
+from page4d.files import AtomicFiles, SharedArrays, check_writable, on_disk, open_shared
 from page4d.prediction import Prediction
 
 
@@ -28,6 +28,26 @@ def test_tensors_on_disk_work_as_others_and_leave_nothing_behind(tmp_path: Path)
     assert tensor.dtype == torch.float32 and tensor.sum() == 595 and not list(tmp_path.iterdir())
     copy = (tensor * 2).sum()
     assert copy == 1190
+
+
+def test_shared_arrays_are_found_by_their_place(tmp_path: Path) -> None:
+    """Parts of an array without a copy, other tensors with one. Files go when they are told to, what is mapped stays."""
+    arrays = SharedArrays(tmp_path / "not" / "yet")
+    whole = arrays.allocate("images", (6, 4)).copy_(torch.arange(24.0).view(6, 4))
+    part = arrays.place(whole[2:5])
+    assert part["first"] == 8 and part["shape"] == [3, 4]
+    there = open_shared(part)
+    there += 100
+    assert torch.equal(whole[2:5], torch.arange(8.0, 20).view(3, 4) + 100) and whole[1, 3] == 7
+    for other in (whole[[0, 3]], whole[:, 1:3], torch.ones(2, dtype=torch.float64)):
+        assert torch.equal(open_shared(arrays.place(other)), other.float())
+    assert len(list(tmp_path.iterdir())) == 4
+    arrays.unlink(part)
+    assert arrays.place(whole)["path"] == part["path"] and len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(InputError, match="not the same folder here as on rank 0"):
+        open_shared(part)
+    arrays.close()
+    assert not list(tmp_path.iterdir()) and torch.equal(there, whole[2:5])
 
 
 def test_a_disk_that_cannot_reserve_space_gives_ordinary_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

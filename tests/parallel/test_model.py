@@ -225,6 +225,8 @@ def refused(group, kind):
         options = {"mask_strength": 1.0 + rank}
     elif kind == "plan":
         options = {"attention": "balanced" if rank else None}
+    elif kind == "dtype" and rank == 1:
+        model = Page4D.from_pretrained("nano", device="cpu", dtype=torch.bfloat16)
     elif kind == "frames" and rank == 1:
         images = images[:0]
     elif kind == "values" and rank == 1:
@@ -238,7 +240,7 @@ def refused(group, kind):
     except (InputError, RankError) as error:
         problem = f"{type(error).__name__}: {error}"
     with torch.no_grad():
-        model(clip(4)[rank : rank + 1], group=group)
+        nano()(clip(4)[rank : rank + 1], group=group)
     return problem
 
 
@@ -248,6 +250,7 @@ def refused(group, kind):
         ("size", "InputError: all ranks of a group need the same image size: rank 0 has [112, 154], rank 1 has [98, 154]", None),
         ("strength", "InputError: all ranks of a group need the same mask_strength: rank 0 has 1.0, rank 1 has 2.0", None),
         ("plan", "InputError: all ranks of a group need the same attention plan: rank 0 has None, rank 1 has {", None),
+        ("dtype", "InputError: all ranks of a group need the same dtype of the trunk: rank 0 has torch.float32, rank 1 has torch.bf", None),
         ("frames", "RankError: rank 1: there is no frame in images", "InputError: there is no frame in images"),
         ("values", "RankError: rank 1: images must be finite", "InputError: images must be finite"),
         ("outputs", "InputError: unknown output 'nonsense'", "RankError: rank 0: unknown output 'nonsense'"),
