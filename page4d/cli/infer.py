@@ -192,14 +192,14 @@ def summary(scene: Reconstruction) -> str:
     frames, device, seconds, files = scene.frames, scene.device, scene.seconds, scene.files
     served = ", ".join(f"{name} ({calls} calls)" for name, calls in scene.attention.most_common())
     kind = "allocated" if device.type == "cuda" else "resident"
-    lines = [f"{'stage':<16}{'runs':>5}{'seconds':>10}{f'peak so far, GiB {kind}':>30}"]
+    lines = [f"{'stage':<20}{'runs':>5}{'seconds':>10}{f'peak so far, GiB {kind}':>30}"]
     groups: dict[str, list] = {}
     for name, cost in scene.recording.stages.items():
         head, _, index = name.partition(" ")
         groups.setdefault(f"{head} blocks" if index.isdigit() else name, []).append(cost)
     for name, costs in groups.items():
         runs, spent = sum(cost.runs for cost in costs), sum(cost.seconds for cost in costs)
-        lines.append(f"{name:<16}{runs:>5}{spent:>10.2f}{max(cost.peak_bytes for cost in costs) / 2**30:>30.2f}")
+        lines.append(f"{name:<20}{runs:>5}{spent:>10.2f}{max(cost.peak_bytes for cost in costs) / 2**30:>30.2f}")
     peak = peak_bytes(device) / 2**30
     lines.append(f"{count(frames)} in {seconds:.2f} s ({len(frames) / seconds:.2f} frames/s) on {device}, peak {peak:.2f} GiB {kind}")
     lines.append(f"attention by {served}, mask strength {scene.mask_strength:g}" + " (off)" * (scene.mask_strength == 0))

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from page4d_kernels import env
+from page4d_kernels.profiling import stage
 
 from ..errors import InputError, RankError
 from .memory import is_out_of_memory
@@ -32,6 +33,7 @@ LOOK = 0.5  # seconds between looks at the store while waiting
 GRACE = 5.0  # seconds in which a living process answers
 PATIENCE = 30.0  # the same, where nobody waits in an exchange: a process that loads weights may be deaf for a while
 SLEEP = 0.002
+EXCHANGE = "exchange"  # the stages of waiting, inside those of the model
 
 
 @dataclass
@@ -304,6 +306,10 @@ class Pending:
 
     def wait(self) -> Tensor:
         """What was received. On a GPU the current stream waits, elsewhere this process."""
+        with stage(f"{EXCHANGE} {self.kind}"):
+            return self._wait()
+
+    def _wait(self) -> Tensor:
         ranks, start = self.ranks, time.monotonic()
         if ranks.device.type == "cuda":
             self.work.wait()

@@ -27,7 +27,7 @@ from ..data.preprocess import Size
 from ..errors import InputError
 from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan, check_rows
 from ..execution.memory import MemoryPlan, budget_of
-from ..execution.ranks import Ranks
+from ..execution.ranks import EXCHANGE, Ranks
 from ..export import DEFAULT, FOLDERS, FORMATS, ExportOptions, check_formats, expanded, export, export_chunks
 from ..files import Allocate, AtomicFiles, check_writable, on_disk
 from ..long_video.chunks import Chunking
@@ -396,6 +396,8 @@ def _stage_bar(recording: Recording, total: int, progress: bool) -> Iterator[Non
     with tqdm(total=total, desc="model", unit="stage", disable=None if progress else True) as bar:
 
         def advance(name: str) -> None:
+            if name.startswith(EXCHANGE):
+                return
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 
