@@ -67,13 +67,14 @@ def agreed(ranks: Ranks, frames: int, num_heads: int, facts: dict[str, Any]) -> 
         InputError: on all ranks, if it is not.
     """
     facts = {"kind of device": ranks.device.type, **facts}
-    found = ranks.agree({"frames": frames, **facts})
+    found = ranks.agree({"frames": frames, "node": ranks_of_a_node(), **facts})
     for name in facts:
         for rank, other in enumerate(found):
             if other[name] != found[0][name]:
                 shown = f"rank 0 has {found[0][name]!s:.60}, rank {rank} has {other[name]!s:.60}"
                 raise InputError(f"all ranks of a group need the same {name}: {shown}")
-    return Across(ranks, tuple(other["frames"] for other in found), Mesh.of(ranks.size, num_heads, ranks_of_a_node()))
+    nodes = [other["node"] or ranks.size for other in found]
+    return Across(ranks, tuple(other["frames"] for other in found), Mesh.of(ranks.size, num_heads, math.gcd(*nodes)))
 
 
 def largest_share(frames: int, ranks: int, num_heads: int) -> tuple[int, Share]:

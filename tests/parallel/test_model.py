@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,29 @@ def test_two_sequences_and_a_mixture(team, ranks, heads, attention, frames):
     with torch.no_grad():
         whole = numbers(random_model(heads)(images, **options))
     found = together(team.run(ranks, run_random, images, heads, options))
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def run_on_nodes(group, images, sizes):
+    os.environ["LOCAL_WORLD_SIZE"] = str(sizes[group.rank()])
+    Ranks.of(group, images.device).traffic.clear()
+    try:
+        found = run_random(group, images, 4, {"mask_strength": 8.0})
+        return found, {kind for kind, traffic in Ranks.of(group, images.device).traffic.items() if traffic.exchanges}
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+
+
+@pytest.mark.parametrize(("sizes", "rings"), [([2, 2, 2, 2], True), ([3, 3, 3, 1], True), ([4, 4, 4, 4], False)], ids=str)
+def test_rings_go_between_nodes(team, sizes, rings):
+    """Four heads: all-to-all of four ranks on one node, of two on two nodes; nodes of three and one have no number in common."""
+    images = torch.rand(1, 5, 3, 56, 84)
+    with torch.no_grad():
+        whole = numbers(random_model(4)(images, mask_strength=8.0))
+    parts = team.run(4, run_on_nodes, images, sizes)
+    found = together([part for part, _ in parts])
+    assert all(("ring" in kinds) == rings for _, kinds in parts)
     for name, value in whole.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
