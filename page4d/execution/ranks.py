@@ -71,7 +71,7 @@ class Ranks:
         base = dist.distributed_c10d._get_default_store()
         self.store = dist.PrefixStore(f"page4d/{group.group_name}", base)
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
-        self._round = self._command = 0
+        self._round = self._command = self._forgotten = 0
         stop = threading.Event()
         watcher = threading.Thread(target=_watch, args=(weakref.ref(self), stop), name="page4d-watch", daemon=True)
         watcher.start()
@@ -116,19 +116,24 @@ class Ranks:
             yield
         except Exception as error:
             with contextlib.suppress(RankError):
-                self._meet({"error": reason_of(error)})
+                self._post({"error": reason_of(error)})
             raise
 
-    def _meet(self, message: dict[str, Any], deadline: float | None = None) -> list[dict[str, Any]]:
+    def _post(self, message: dict[str, Any]) -> int:
         number, self._round = self._round, self._round + 1
         with self._store_is_there():
             self.store.set(f"round {number}/{self.rank}", json.dumps(message))
-            if number > 1:  # nobody reads it any more: all have left round `number` - 1
-                self.store.delete_key(f"round {number - 2}/{self.rank}")
+        return number
+
+    def _meet(self, message: dict[str, Any], deadline: float | None) -> list[dict[str, Any]]:
+        number = self._post(message)
         keys = [f"round {number}/{rank}" for rank in range(self.size)]
         self.wait_until(lambda: all(self.store.check([key]) for key in keys), "the next pass", lambda: self._absent(keys), deadline)
         with self._store_is_there():
             found = [json.loads(self.store.get(key)) for key in keys]
+            for old in range(self._forgotten, number):  # all have left these rounds
+                self.store.delete_key(f"round {old}/{self.rank}")
+        self._forgotten = number
         for rank, other in enumerate(found):
             if "error" in other and rank != self.rank:
                 raise RankError(rank, other["error"])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from page4d import Page4D, preset
-from page4d.errors import RankError
+from page4d.errors import InputError, RankError
 from page4d.execution.ranks import Ranks
 
 LATE = 15.0  # seconds: three of waiting for the deadline, five for an answer to the roll call, and the rest of the pass
@@ -61,6 +63,53 @@ def broken_pass(group, kind, who, backward):
             again = str(later)
         return type(error).__name__, str(error), time.monotonic() - start, again
     return "none", "", time.monotonic() - start, ""
+
+
+def again(group, file):
+    """Passes in two more groups, in the store of a file: different results, watchers that are alive."""
+    model = Page4D(preset("small").replace(depth=4, masked_blocks=(1, 3), mask_after=1, kept_layers=(0, 1, 2, 3), track=None)).eval()
+    images, found = torch.rand(1, 2, 3, 56, 84), []
+    dist.destroy_process_group()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(file, size)
+    for name in ("first", "second"):
+        dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=size)
+        with torch.no_grad():
+            for _ in range(3):
+                found.append(model(images, group=dist.group.WORLD, outputs=["camera"]).pose_enc.sum().item())
+        threads = [thread.name for thread in threading.enumerate()].count("page4d-watch")
+        dist.destroy_process_group()
+    return len(set(found)), threads
+
+
+def test_groups_one_after_the_other(fresh_team):
+    """The thread of each ends with it."""
+    for answer in fresh_team.run(3, again, str(fresh_team.folder / "store")):
+        assert answer == (1, 1)
+
+
+def refuse_alone(group):
+    """How long a refusal takes on a rank whose peers do not call."""
+    model = Page4D(preset("small").replace(depth=4, masked_blocks=(1, 3), mask_after=1, kept_layers=(0, 1, 2, 3), track=None)).eval()
+    images, seconds = torch.rand(1, 2, 3, 56, 84), 0.0
+    if group.rank() == 1:
+        start = time.monotonic()
+        for _ in range(3):
+            with pytest.raises(InputError):
+                model(images[:, :0], group=group)
+        seconds = time.monotonic() - start
+    else:
+        time.sleep(1)
+        for _ in range(3):
+            with pytest.raises(RankError, match="rank 1: there is no frame"):
+                model(images, group=group)
+    with torch.no_grad():
+        model(images, group=group)
+    return seconds
+
+
+def test_a_refusal_does_not_wait(fresh_team):
+    assert max(fresh_team.run(3, refuse_alone)) < 1
 
 
 @pytest.mark.parametrize(
