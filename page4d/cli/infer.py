@@ -23,8 +23,8 @@ from ..pipeline import Reconstruction, reconstruct, serve
 from ..pipeline.inputs import DEFAULT_FRAMES, count
 from ..viewer import Page, ViewOptions
 from .common import CHUNK_HELP, PLAN_HELP, WEIGHTS_HELP, parse_bytes, parse_folder, parse_names, parse_size, run_command, say
-from .launch import first_speaks, launched, run_on_ranks
-from .parser import Parser
+from .launch import run_on_ranks
+from .parser import Parser, first_speaks, launched
 from .view import check_view, open_page, run_pages
 
 

@@ -24,26 +24,12 @@ from ..execution.memory import is_out_of_memory
 from ..execution.ranks import Ranks, deadline, reason_of
 from ..model.opening import open_device, own_device
 from .common import run_command
-from .parser import accept_all_names
+from .parser import accept_all_names, launched
 
 Follow: TypeAlias = Callable[[dist.ProcessGroup, torch.device], None]
 
 SIGTERM = "ended by SIGTERM: torchrun sends it when another process has ended, and says which below"
 HEARD = 3.0  # seconds in which rank 0 may take over what failed here
-
-
-def launched() -> tuple[int, int] | None:
-    """Rank and number of the processes that `torchrun` started. None for one process."""
-    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() and int(size) > 1 else None
-
-
-def first_speaks() -> contextlib.AbstractContextManager:
-    """Around what all processes would say alike: only rank 0 says it."""
-    there = launched()
-    if there is None or there[0] == 0:
-        return contextlib.nullcontext()
-    return contextlib.redirect_stderr(open(os.devnull, "w"))
 
 
 def run_on_ranks(device: str | None, lead: Callable[[dist.ProcessGroup], str], follow: Follow) -> int:

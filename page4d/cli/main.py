@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .parser import Parser, interruptible
+from .parser import Parser, first_speaks, interruptible, launched
 
 COMMANDS = {  # each is a module of this package with `main(argv, prog)`
     "infer": "cameras, depth, points, tracks and the dynamics mask of a video",
@@ -20,6 +20,9 @@ COMMANDS = {  # each is a module of this package with `main(argv, prog)`
     "eval": "metrics against ground truth",
     "preview": "look at the synthetic training scenes",
 }
+
+
+SHARED = ("infer", "train")  # among several processes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong = parser.parse_args(arguments[:1]).command
         problem = f"unknown command {wrong!r}: choose" if wrong else "no command: give"
         parser.error(f"{problem} one of {', '.join(COMMANDS)} (a video goes to `page4d infer VIDEO`)")
+
+    if name not in SHARED and launched() is not None:
+        with first_speaks():
+            build_parser().error(f"`page4d {name}` runs in one process: start it without torchrun")
 
     def run() -> int:
         return importlib.import_module(f".{name}", __package__).main(rest, prog=f"page4d {name}")

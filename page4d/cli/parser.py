@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from ..errors import UserError
@@ -41,6 +41,23 @@ def interruptible(run: Callable[[], int]) -> int:
     except BrokenPipeError:  # such as `page4d bench list | head -1`
         forget_output()
         return 0
+
+
+def launched() -> tuple[int, int] | None:
+    """Rank and number of the processes that `torchrun` started. None for one process."""
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() and int(size) > 1 else None
+
+
+@contextlib.contextmanager
+def first_speaks() -> Iterator[None]:
+    """Around what all processes would say alike: only rank 0 says it."""
+    there = launched()
+    if there is None or there[0] == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def forget_output() -> None:

@@ -11,8 +11,7 @@ from ..model.opening import open_device, own_device
 from ..training.config import load_config
 from ..training.trainer import WEIGHTS, Trainer
 from .common import run_command, say
-from .launch import first_speaks
-from .parser import Parser
+from .parser import Parser, first_speaks
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
