@@ -79,8 +79,9 @@ def _follow(device: str | None, rank: int, follow: Follow) -> int:
         follow(group, opened)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        its_own = isinstance(error, RankError) and (error.rank == 0 or error.reason == SIGTERM)  # or torchrun speaks
-        if not its_own and (ranks is None or not ranks.heard(HEARD)):
+        # then rank 0 or torchrun speaks
+        said = isinstance(error, KeyboardInterrupt) or (isinstance(error, RankError) and (error.rank == 0 or error.reason == SIGTERM))
+        if not said and (ranks is None or not ranks.heard(HEARD)):
             print(f"error: {error}" if isinstance(error, RankError) else f"error: rank {rank}: {reason_of(error)}", file=sys.stderr)
         if not isinstance(error, (UserError, BackendError, VariableError, KeyboardInterrupt, OSError)) and not is_out_of_memory(error):
             traceback.print_exc()
