@@ -118,6 +118,43 @@ def members(process):
     return found
 
 
+FAILING = """
+import os, sys, torch
+from page4d.execution.ranks import Ranks
+real, count = Ranks.start, 0
+
+def start(*arguments):
+    global count
+    count += 1
+    if count == 20:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return real(*arguments)
+
+if os.environ["RANK"] == sys.argv.pop(1):
+    Ranks.start = start
+from page4d.cli.main import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["0", "1"])
+def test_a_process_without_memory_ends_all(tmp_path, which):
+    """Its reason is said, and no file stays."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    run = [*command(2, [])[:4], str(tmp_path / "failing.py"), which, "infer", *INFER, "--out", str(tmp_path / "out")]
+    start = time.monotonic()
+    result = subprocess.run(run, capture_output=True, text=True, env=os.environ | MORE, timeout=120)
+    assert result.returncode != 0 and time.monotonic() - start < 60
+    said = [text for text in result.stderr.splitlines() if text.startswith("error:")]
+    reason = "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)"
+    wanted = (
+        f"error: rank 1: {reason}" if which == "1" else "error: out of memory: use fewer --frames or a smaller --size (CUDA out of memory"
+    )
+    assert len(said) == 1 and said[0].startswith(wanted), said
+    assert not list((tmp_path / "out").rglob("*")) and not left_behind(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_killed_process_ends_all(tmp_path, which):
