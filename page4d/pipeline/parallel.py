@@ -50,7 +50,9 @@ class Leader:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, folder: Path, weights: str, dtype: torch.dtype, attn: str | None):
         self.group, self.device, self.ranks, self.arrays = group, device, Ranks.of(group, device), SharedArrays(folder)
-        self._passes, self._parts, self._one_host = 0, list[Path](), False
+        self._parts: list[Path] = []  # files of the pass that runs
+        self._mapped: set[str] = set()  # files that all have mapped for all passes
+        self._one_host = False
         self.ranks.tell({"do": "open", "weights": weights, "dtype": str(dtype).removeprefix("torch."), "attn": attn})
 
     @property
@@ -67,6 +69,7 @@ class Leader:
         given = self.arrays.place(images)
         self.ranks.tell({"do": "map", "array": given})
         self._all_have_mapped([given])
+        self._mapped.add(given["path"])
 
     def _all_have_mapped(self, places: Iterable[dict[str, Any]]) -> None:
         """Wait for it. Then the files lose their names, so that nothing stays if all are killed. Not so with several hosts: those that read
@@ -95,8 +98,7 @@ class Leader:
             return _run(model, images, options | {"allocate": allocate}, describe)
         whole = self._results(model, images, options["outputs"])
         places = {name: self.arrays.place(array) for name, array in whole.items()}
-        given, number = self.arrays.place(images), self._passes
-        self._passes += 1
+        given = self.arrays.place(images)
         queries, plan = options.get("query_points"), options.get("attention")
         sent = {
             **{name: options[name] for name in ("mask_strength", "memory_budget", "attention_check")},
@@ -106,15 +108,14 @@ class Leader:
         }
         parts = self.arrays.folder / f".{uuid.uuid4().hex[:8]}"
         self._parts = [_part_file(parts, rank) for rank in range(1, self.size)]
-        command = {"do": "pass", "images": given, "results": places, "options": sent, "describe": describe, "parts": str(parts)}
-        self.ranks.tell({**command, "number": number})
+        self.ranks.tell({"do": "pass", "images": given, "results": places, "options": sent, "describe": describe, "parts": str(parts)})
         self._all_have_mapped([given, *places.values()])
         mine = _own_part(model, self.group, images, whole, options, describe)
-        self.ranks.agree({"pass": number}, patient=True)  # all have written
+        self.ranks.agree({}, patient=True)  # all have written
         found = [mine, *map(_read, self._parts)]
         if not self._one_host:
             whole = {name: open_shared(place) for name, place in places.items()}  # what the other hosts wrote is seen once it is opened
-        for place in places.values():
+        for place in (*places.values(), *([] if given["path"] in self._mapped else [given])):
             self.arrays.forget(place)
         fields: dict[str, Any] = {name: array[None] for name, array in whole.items()}
         for name in mine:
@@ -178,7 +179,7 @@ def serve(group: dist.ProcessGroup, device: torch.device) -> None:
                     ranks.agree({}, patient=True)
                 else:
                     _serve_pass(model, group, ranks, command, mapped)
-                    ranks.agree({"pass": command["number"]}, patient=True)  # what was mapped for the pass alone is let go
+                    ranks.agree({}, patient=True)  # what was mapped for the pass alone is let go
 
 
 def _serve_pass(model: Page4D, group: dist.ProcessGroup, ranks: Ranks, command: dict[str, Any], mapped: dict[str, Tensor]) -> None:
