@@ -72,6 +72,7 @@ class Ranks:
         self.store = dist.PrefixStore(f"page4d/{group.group_name}", base)
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self._round = self._command = self._forgotten = 0
+        self.store.set(f"joined/{self.rank}", "1")
         stop = threading.Event()
         watcher = threading.Thread(target=_watch, args=(weakref.ref(self), stop), name="page4d-watch", daemon=True)
         watcher.start()
@@ -242,7 +243,7 @@ class Ranks:
                 raise self._late(what, absent())
             if now > roll_call + PATIENCE:
                 roll_call = now
-                silent = self._silent(PATIENCE)
+                silent = [rank for rank in self._silent(PATIENCE) if self.store.check([f"joined/{rank}"])]
                 if silent:
                     raise self._ended(silent)
             time.sleep(min(max(SLEEP, (now - start) / 50), 25 * SLEEP))
@@ -269,12 +270,16 @@ class Ranks:
     def _lost(self, reason: str, absent: list[int]) -> RankError:
         """The error after a broken connection, or after the deadline: what somebody told, or who does not answer any more."""
         silent = self._silent(GRACE)
-        if silent:
-            return self._ended(silent)
-        return self._failure or self._first(reason, absent[0] if absent else None)
+        if self._failure is not None:
+            return self._failure
+        with self._store_is_there():
+            never = [rank for rank in silent if not self.store.check([f"joined/{rank}"])]
+        if never:
+            return self._first(f"{_named(never)} did not call the model within {self.deadline:g} s: all ranks of a group must", never[0])
+        return self._ended(silent) if silent else self._first(reason, absent[0] if absent else None)
 
     def _ended(self, silent: list[int]) -> RankError:
-        reason = f"{_named(silent)} ended without a word, or stands still: killed (by the system, if memory ran out) or stopped"
+        reason = f"{_named(silent)} exited unexpectedly or does not respond: killed (by the system, if memory ran out) or stopped"
         return self._first(reason, silent[0])
 
     def _first(self, reason: str, rank: int | None) -> RankError:
@@ -403,4 +408,4 @@ def _watch(reference: weakref.ref[Ranks], stop: threading.Event) -> None:
 def _stop(stop: threading.Event, watcher: threading.Thread) -> None:
     stop.set()
     if watcher is not threading.current_thread():
-        watcher.join(2 * LOOK)
+        watcher.join(30 * LOOK)  # Python must not end while it is in the store

@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from page4d_kernels.backends.mask_attention import BACKENDS
+from page4d_kernels.backends.mask_attention.problem import AttentionProblem
+from page4d_kernels.backends.registry import AUTO
 from page4d_kernels.ops.mask_attention import describe
 from page4d_kernels.reference import accumulation_dtype
 
+from ..config import Page4DConfig
+from ..errors import InputError
 from .across import Across
 from .ranks import Pending
 
@@ -196,6 +200,22 @@ def _count(rows: Rows, circle: _Circle, block: int) -> int:
     """How many rows there are."""
     own = circle.tokens(circle.place)
     return own.stop - own.start if rows.index is None else len(rows.index)
+
+
+def check_backend(across: Across, batch: int, tokens: int, config: Page4DConfig, dtype: torch.dtype) -> None:
+    """InputError if keys go round and the attention backend that was asked for cannot serve that."""
+    mesh, name = across.mesh, BACKENDS.requested()
+    if mesh.rings == 1 or name == AUTO:
+        return
+    heads, head_dim = config.num_heads // mesh.heads, config.embed_dim // config.num_heads
+    problem = AttentionProblem(across.ranks.device.type, dtype, batch, heads, tokens, tokens, head_dim, need_lse=True)
+    reasons = BACKENDS.reasons(name, problem)
+    if reasons:
+        could = ", ".join(BACKENDS.usable(problem))
+        raise InputError(
+            f"{across.ranks.size} ranks are {mesh}, and backend {name!r} cannot serve rings ({'; '.join(reasons)}): use auto, or one of "
+            f"{could}, or a number of ranks that divides the {config.num_heads} heads"
+        )
 
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, bias: Tensor | None, backend: str | None, gradients: bool) -> str:

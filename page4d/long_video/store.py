@@ -62,7 +62,8 @@ class Store:
         now = json.loads(json.dumps(record))
         changed = sorted(key for key in {*now, *before} if before.get(key) != now.get(key))
         if changed:
-            words = f"the run in {str(folder)!r} was made with other options ({', '.join(changed)})"
+            shown = [f"{key}: {before.get(key)}, now {now.get(key)}" if _short(before, now, key) else key for key in changed]
+            words = f"the run in {str(folder)!r} was made with other options ({', '.join(shown)})"
             raise InputError(f"{words}: resume with the same ones, or remove the folder")
         self._lock = _locked(folder / LOCK)
 
@@ -122,6 +123,11 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise InputError(f"{str(path)!r} is damaged: remove the folder and start without --resume")
     return found
+
+
+def _short(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
+    """Whether both values are a number or a short text."""
+    return all(isinstance(each.get(key), str | int | float) and len(str(each.get(key))) < 30 for each in (before, now))
 
 
 def _locked(path: Path) -> IO[bytes]:

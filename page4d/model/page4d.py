@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from page4d_kernels.profiling import stage
 
 from ..config import Layer, Page4DConfig
+from ..errors import InputError
 from ..execution.across import Across, agreed, largest_share
 from ..execution.attention_plan import CHECKED_ROWS, AttentionPlan, kept_share
 from ..execution.memory import HEAD_FRAMES, MemoryPlan, Share, Workload, budget_of, can_offload, make_plan
 from ..execution.parallel import ParallelEagerRunner, ParallelRunner
 from ..execution.ranks import Ranks
+from ..execution.ring import check_backend
 from ..execution.runners import StreamedRunner
 from ..files import Allocate
 from ..layers import Conv2d, Linear
@@ -156,9 +158,12 @@ class Page4D(nn.Module):
         if group is not None:
             ranks = Ranks.of(group, self.aggregator.camera_token.device)
             with ranks.refusing():
+                if len(images) == 0 or (images.dim() == 5 and images.shape[1] == 0):
+                    raise InputError(f"rank {ranks.rank} has no frame: give each rank at least one, or use fewer ranks")
                 call = checked_call(self, *given)
             facts = {"dtype of the trunk": str(self.aggregator.compute_dtype), **call.facts}
             across = agreed(ranks, call.images.shape[1], self.config.num_heads, facts)
+            check_backend(across, len(call.images), across.total, self.config, self.aggregator.compute_dtype)
             with ranks.guard():
                 found = self._run(call, across)
                 ranks.finish()

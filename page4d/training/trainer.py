@@ -191,7 +191,9 @@ class Trainer:
         """The processes that share this one's sequences. None: it has them for itself."""
         size = self.config.context
         if self.ranks % size:
-            raise InputError(f"context: {size} processes share a sequence, and {self.ranks} are not a multiple of that: start as many")
+            raise InputError(
+                f"context: {size} processes share a sequence, and {self.ranks} are not a multiple: start {size}, or {2 * size} and so on"
+            )
         if size == 1:
             return None
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.ranks, size)]  # all must make all of them

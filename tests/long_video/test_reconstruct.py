@@ -153,9 +153,9 @@ def test_a_full_disk_loses_nothing(scene, video, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(InputError, match="a run that was not finished"):
         reconstruct(video, tmp_path, **options)
-    with pytest.raises(InputError, match=r"other options \(chunk\)"):
+    with pytest.raises(InputError, match=r"other options \(chunk"):
         reconstruct(video, tmp_path, **options | {"chunk": 9}, resume=True)
-    with pytest.raises(InputError, match=r"other options \(mask_strength\)"):
+    with pytest.raises(InputError, match=r"other options \(mask_strength: "):
         reconstruct(video, tmp_path, **options, mask_strength=1.0, resume=True)
     record = (tmp_path / "chunks" / "run.json").read_text()
     for damaged in ("{}", "[]", "{", '{"chunk": 8, "memory_budget": null}', '{"chunk": [8, 2], "memory_budget": "x"}'):
@@ -163,7 +163,7 @@ def test_a_full_disk_loses_nothing(scene, video, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="remove the folder"):
             reconstruct(video, tmp_path, **options, resume=True)
     (tmp_path / "chunks" / "run.json").write_text(record)
-    with pytest.raises(InputError, match=r"other options \(backends\)"):
+    with pytest.raises(InputError, match=r"other options \(backends"):
         reconstruct(video, tmp_path, **options, attn="reference", resume=True)
     words = []
     found = reconstruct(video, tmp_path, **options, resume=True, say=words.append)

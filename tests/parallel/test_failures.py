@@ -101,7 +101,7 @@ def refuse_alone(group):
     else:
         time.sleep(1)
         for _ in range(3):
-            with pytest.raises(RankError, match="rank 1: there is no frame"):
+            with pytest.raises(RankError, match="rank 1 has no frame"):
                 model(images, group=group)
     with torch.no_grad():
         model(images, group=group)
@@ -118,8 +118,8 @@ def test_a_refusal_does_not_wait(fresh_team):
         ("exception", 1, "rank 1: something is wrong"),
         ("memory", 0, "rank 0: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)"),
         ("interrupt", 2, "rank 2: interrupted"),
-        ("killed", 1, "rank 1 ended without a word, or stands still"),
-        ("stopped", 2, "rank 2 ended without a word, or stands still"),
+        ("killed", 1, "rank 1 exited unexpectedly or does not respond"),
+        ("stopped", 2, "rank 2 exited unexpectedly or does not respond"),
         ("hangs", 1, "rank 1 did not come to the exchange of ring within 3 s: it hangs, or is much slower"),
         ("killed", 0, "the process that keeps the common store has ended"),
     ],

@@ -251,6 +251,8 @@ def refused(group, kind):
         options = {"attention": "balanced" if rank else None}
     elif kind == "dtype" and rank == 1:
         model = Page4D.from_pretrained("nano", device="cpu", dtype=torch.bfloat16)
+    elif kind == "backend":
+        os.environ["LOCAL_WORLD_SIZE"] = "1"  # rings between nodes
     elif kind == "frames" and rank == 1:
         images = images[:0]
     elif kind == "values" and rank == 1:
@@ -258,11 +260,12 @@ def refused(group, kind):
     elif kind == "outputs" and rank == 0:
         options = {"outputs": ["nonsense"]}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), use_backend("sdpa" if kind == "backend" else "auto"):
             model(images, group=group, **options)
         problem = None
     except (InputError, RankError) as error:
         problem = f"{type(error).__name__}: {error}"
+    os.environ.pop("LOCAL_WORLD_SIZE", None)
     with torch.no_grad():
         nano()(clip(4)[rank : rank + 1], group=group)
     return problem
@@ -275,7 +278,12 @@ def refused(group, kind):
         ("strength", "InputError: all ranks of a group need the same mask_strength: rank 0 has 1.0, rank 1 has 2.0", None),
         ("plan", "InputError: all ranks of a group need the same attention plan: rank 0 has None, rank 1 has {", None),
         ("dtype", "InputError: all ranks of a group need the same dtype of the trunk: rank 0 has torch.float32, rank 1 has torch.bf", None),
-        ("frames", "RankError: rank 1: there is no frame in images", "InputError: there is no frame in images"),
+        ("frames", "RankError: rank 1 has no frame: give each rank", "InputError: rank 1 has no frame: give each rank"),
+        (
+            "backend",
+            "InputError: 2 ranks are a ring of 2 ranks, and backend 'sdpa' cannot serve rings (it does not return the log-sum",
+            None,
+        ),
         ("values", "RankError: rank 1: images must be finite", "InputError: images must be finite"),
         ("outputs", "InputError: unknown output 'nonsense'", "RankError: rank 0: unknown output 'nonsense'"),
     ],

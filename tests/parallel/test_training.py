@@ -80,7 +80,7 @@ def test_a_run_with_a_shared_context(tmp_path, ranks, context, alone):
 def test_a_number_of_processes_that_does_not_fit(tmp_path):
     result = train(tmp_path / "run", 3, "context=2")
     assert result.returncode != 0
-    assert "error: context: 2 processes share a sequence, and 3 are not a multiple of that" in result.stderr
+    assert "error: context: 2 processes share a sequence, and 3 are not a multiple" in result.stderr
 
 
 @pytest.mark.parametrize(
