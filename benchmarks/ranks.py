@@ -71,6 +71,7 @@ def _process(rank: int, size: int, port: int, device: str, seconds: float, names
     rows = [row for name in names for row in _measure(name, own, seconds)]
     if rank == 0:
         queue.put(rows)
+    dist.barrier()
     dist.destroy_process_group()
 
 

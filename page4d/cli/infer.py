@@ -29,7 +29,9 @@ from .view import check_view, open_page, run_pages
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = Parser(prog, description="Cameras, depth, points, tracks and the dynamics mask of a video.")
+    parser = Parser(
+        prog, description="Cameras, depth, points, tracks and the dynamics mask of a video. Under torchrun, several processes share it."
+    )
     parser.add_argument(
         "input",
         nargs="*",

@@ -100,7 +100,9 @@ def test_gradients_in_float64(team, ranks, heads, kind, frames, batch):
 
 
 @pytest.mark.parametrize("kind", ["plain", "mask", "frame", "thin"])
-@pytest.mark.parametrize(("ranks", "heads", "backend"), [(2, 2, "sdpa"), (3, 2, "cpu"), (3, 2, "chunked"), (4, 2, "cpu")], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "heads", "backend"), [(2, 2, "sdpa"), (3, 2, "cpu"), (3, 2, "chunked"), (3, 2, "sdpa_rows"), (4, 2, "cpu")], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_within_the_budget(team, ranks, heads, kind, backend, dtype):
     parts = team.run(ranks, attend, 5, heads, kind, 2, dtype, False, backend)

@@ -108,6 +108,22 @@ def refuse_alone(group):
     return seconds
 
 
+def one_does_not_call(group):
+    """What rank 0 raises, if rank 1 has used the group before or not, and after how many seconds."""
+    if group.rank() > 0:
+        time.sleep(12)
+        return None
+    start = time.monotonic()
+    with pytest.raises(RankError) as error:
+        Page4D(preset("small").replace(track=None))(torch.rand(1, 2, 3, 56, 84), group=group)
+    return str(error.value), time.monotonic() - start
+
+
+def test_ranks_that_do_not_call_the_model(fresh_team):
+    words, seconds = fresh_team.run(3, one_does_not_call)[0]
+    assert words == "ranks 1, 2 did not call the model within 3 s: all ranks of a group must" and seconds < 10
+
+
 def test_a_refusal_does_not_wait(fresh_team):
     assert max(fresh_team.run(3, refuse_alone)) < 1
 
