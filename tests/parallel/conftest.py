@@ -93,7 +93,7 @@ def team(tmp_path_factory):
 
 @pytest.fixture
 def fresh_team(tmp_path):
-    """Three processes for one test, that wait three seconds for each other."""
-    team = Team(tmp_path, 3, PAGE4D_DEADLINE="3")
+    """Three processes for one test, that wait eight seconds for each other."""
+    team = Team(tmp_path, 3, PAGE4D_DEADLINE="8")
     yield team
     team.stop()

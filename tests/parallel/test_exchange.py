@@ -229,7 +229,7 @@ def measured(group, dtype, budget, outputs, frames, heads, attention):
     with torch.no_grad(), use_backend("cpu"):
         model(images, **options)  # makes the tables
         peaks = []
-        for _ in range(4):  # gloo's thread may let go of a buffer a moment after it has said that it is done
+        for _ in range(3):  # gloo's thread may let go of a buffer a moment after it has said that it is done
             with LiveBytes(*model.parameters(), *model.buffers()) as live:
                 model(images, **options)
             peaks.append(live.peak)
@@ -242,12 +242,10 @@ def measured(group, dtype, budget, outputs, frames, heads, attention):
 @pytest.mark.parametrize(
     ("ranks", "heads", "attention"), [(1, 4, None), (2, 4, None), (4, 4, None), (4, 2, None), (3, 4, None), (2, 4, "2x2")], ids=str
 )
-@pytest.mark.parametrize(
-    ("outputs", "budget"), [(["camera"], 1), (["camera", "depth"], 1), pytest.param(["camera", "depth"], None, marks=pytest.mark.slow)]
-)
-def test_memory_is_that_of_the_plan(team, ranks, heads, attention, dtype, outputs, budget):
-    """Bound by global attention, by the layers that are kept, by the heads. The first rank has the most frames: the plan is made for it."""
-    found = team.run(ranks, measured, dtype, budget, outputs, 32, heads, attention)
+@pytest.mark.parametrize("outputs", [["camera"], ["camera", "depth"]], ids=str)
+def test_memory_is_that_of_the_plan(team, ranks, heads, attention, dtype, outputs):
+    """Bound by attention, or by kept layers and heads. The first rank has the most frames: the plan is made for it."""
+    found = team.run(ranks, measured, dtype, 1, outputs, 32, heads, attention)
     peak, planned = found[0]
     case = f"{ranks} ranks, {heads} heads, {attention}, {dtype}, {outputs}"
     print(f"{case}: planned {planned / 2**20:.1f} MiB, measured {peak / 2**20:.1f}: {planned / peak:.3f}")

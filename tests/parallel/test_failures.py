@@ -15,7 +15,7 @@ from page4d import Page4D, preset
 from page4d.errors import InputError, RankError
 from page4d.execution.ranks import Ranks
 
-LATE = 15.0  # seconds: three of waiting for the deadline, five for an answer to the roll call, and the rest of the pass
+LATE = 40.0  # seconds: eight of waiting for the deadline, five for an answer to the roll call, and much for a busy machine
 
 
 def spoil(kind):
@@ -111,7 +111,7 @@ def refuse_alone(group):
 def one_does_not_call(group):
     """What rank 0 raises, if rank 1 has used the group before or not, and after how many seconds."""
     if group.rank() > 0:
-        time.sleep(12)
+        time.sleep(20)
         return None
     start = time.monotonic()
     with pytest.raises(RankError) as error:
@@ -121,11 +121,11 @@ def one_does_not_call(group):
 
 def test_ranks_that_do_not_call_the_model(fresh_team):
     words, seconds = fresh_team.run(3, one_does_not_call)[0]
-    assert words == "ranks 1, 2 did not call the model within 3 s: all ranks of a group must" and seconds < 10
+    assert words == "ranks 1, 2 did not call the model within 8 s: all ranks of a group must" and seconds < LATE
 
 
 def test_a_refusal_does_not_wait(fresh_team):
-    assert max(fresh_team.run(3, refuse_alone)) < 1
+    assert max(fresh_team.run(3, refuse_alone)) < 8
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_refusal_does_not_wait(fresh_team):
         ("interrupt", 2, "rank 2: interrupted"),
         ("killed", 1, "rank 1 exited unexpectedly or does not respond"),
         ("stopped", 2, "rank 2 exited unexpectedly or does not respond"),
-        ("hangs", 1, "rank 1 did not come to the exchange of ring within 3 s: it hangs, or is much slower"),
+        ("hangs", 1, "rank 1 did not come to the exchange of ring within 8 s: it hangs, or is much slower"),
         ("killed", 0, "the process that keeps the common store has ended"),
     ],
 )  # fmt: skip
