@@ -28,7 +28,7 @@ from .parser import accept_all_names, launched
 
 Follow: TypeAlias = Callable[[dist.ProcessGroup, torch.device], None]
 
-SIGTERM = "ended by SIGTERM: torchrun sends it when another process has ended, and says which below"
+SIGTERM = "ended by SIGTERM, which torchrun sends when another process has ended, or when it is ended itself"
 HEARD = 3.0  # seconds in which rank 0 may take over what failed here
 
 

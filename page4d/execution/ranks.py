@@ -149,6 +149,8 @@ class Ranks:
         """Rank 0 tells all others what to do next, as JSON."""
         with self._store_is_there():
             self.store.set(f"command {self._command}", json.dumps(command))
+            if self._command > 1:  # all have read it: they meet rank 0 after each command
+                self.store.delete_key(f"command {self._command - 2}")
         self._command += 1
 
     def listen(self) -> dict[str, Any]:
@@ -330,8 +332,9 @@ class Pending:
                 self.work.wait(timedelta(seconds=LOOK))
                 break
             except RuntimeError as error:
-                if self.work.is_completed():  # the connection broke
-                    raise ranks._lost(_first_line(error), []) from None
+                if self.work.is_completed():  # either it came just after this wait had ended, or the connection broke
+                    self._complete(error)
+                    break
                 with ranks._store_is_there():
                     ranks._raise_told()
                     ranks.store.set(f"waits/{ranks.rank}", f"{ranks.traffic[self.kind].exchanges} {self.kind}")
@@ -339,6 +342,13 @@ class Pending:
                     raise self._late() from None
         ranks.traffic[self.kind].seconds += time.monotonic() - start
         return self.receive
+
+    def _complete(self, error: RuntimeError) -> None:
+        """Return if the exchange succeeded. RankError if not: a wait for what is complete raises what went wrong, if anything did."""
+        try:
+            self.work.wait(timedelta(seconds=LOOK))
+        except RuntimeError as broken:
+            raise self.ranks._lost(_first_line(broken), []) from error
 
     def _late(self) -> RankError:
         """Nobody came: those who do not wait at this same exchange."""

@@ -156,12 +156,15 @@ class Page4D(nn.Module):
         """
         given = (images, query_points, outputs, mask_strength, memory_budget, allocate, attention, attention_check)
         if group is not None:
+            if torch.compiler.is_compiling():
+                raise InputError("torch.compile cannot trace a pass on several ranks: leave out group, or use compile_parts instead")
             ranks = Ranks.of(group, self.aggregator.camera_token.device)
             with ranks.refusing():
                 if len(images) == 0 or (images.dim() == 5 and images.shape[1] == 0):
                     raise InputError(f"rank {ranks.rank} has no frame: give each rank at least one, or use fewer ranks")
                 call = checked_call(self, *given)
             facts = {"dtype of the trunk": str(self.aggregator.compute_dtype), **call.facts}
+            facts["trained parameters"] = sum(p.requires_grad for p in self.parameters()) if torch.is_grad_enabled() else 0
             across = agreed(ranks, call.images.shape[1], self.config.num_heads, facts)
             check_backend(across, len(call.images), across.total, self.config, self.aggregator.compute_dtype)
             with ranks.guard():

@@ -108,6 +108,36 @@ def refuse_alone(group):
     return seconds
 
 
+class JustLate:
+    """A piece of work that is done right after a wait for it has ended."""
+
+    def __init__(self, work):
+        self.work, self.waits = work, 0
+
+    def wait(self, timeout):
+        self.waits += 1
+        if self.waits == 1:
+            self.work.wait()
+            raise RuntimeError("Operation timed out!")
+        return self.work.wait(timeout)
+
+    def is_completed(self):
+        return self.work.is_completed()
+
+
+def just_late(group):
+    ranks = Ranks.of(group, torch.device("cpu"))
+    send = torch.arange(3.0) + 10 * ranks.rank
+    pending = ranks.start("test", send, [1, 1, 1], torch.empty(3), [1, 1, 1])
+    pending.work = JustLate(pending.work)
+    return pending.wait().tolist()
+
+
+def test_what_comes_just_after_a_wait_counts(fresh_team):
+    """A wait of half a second ends, and then the exchange is complete: no connection broke."""
+    assert fresh_team.run(3, just_late) == [[0, 10, 20], [1, 11, 21], [2, 12, 22]]
+
+
 def one_does_not_call(group):
     """What rank 0 raises, if rank 1 has used the group before or not, and after how many seconds."""
     if group.rank() > 0:
