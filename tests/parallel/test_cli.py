@@ -145,7 +145,7 @@ def test_a_process_without_memory_ends_all(tmp_path, which):
     run = [*command(2, [])[:4], str(tmp_path / "failing.py"), which, "infer", *INFER, "--out", str(tmp_path / "out")]
     start = time.monotonic()
     result = subprocess.run(run, capture_output=True, text=True, env=os.environ | MORE, timeout=120)
-    assert result.returncode != 0 and time.monotonic() - start < 60
+    assert result.returncode != 0 and time.monotonic() - start < 100
     said = [text for text in result.stderr.splitlines() if text.startswith("error:")]
     reason = "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)"
     wanted = (
@@ -168,8 +168,8 @@ def test_a_killed_process_ends_all(tmp_path, which):
         time.sleep(0.01)
     os.kill(members(process)[which], signal.SIGKILL)
     start = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - start < 30
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0 and time.monotonic() - start < 90
     assert "SIGKILL" in errors or "Signal 9" in errors
     assert which == 0 or "error: ended by SIGTERM" in errors or "exited unexpectedly" in errors, errors
     assert not [path for path in left_behind(out) if path.stat().st_size > 1 << 16], "large temporary files"

@@ -229,7 +229,7 @@ def measured(group, dtype, budget, outputs, frames, heads, attention):
     with torch.no_grad(), use_backend("cpu"):
         model(images, **options)  # makes the tables
         peaks = []
-        for _ in range(3):  # gloo's thread may let go of a buffer a moment after it has said that it is done
+        for _ in range(8):  # gloo's thread may let go of a buffer a moment after it has said that it is done
             with LiveBytes(*model.parameters(), *model.buffers()) as live:
                 model(images, **options)
             peaks.append(live.peak)

@@ -174,7 +174,7 @@ def test_a_refusal_does_not_wait(fresh_team):
 def test_all_end_with_the_reason_of_the_first(fresh_team, kind, who, reason, backward):
     """Rank 0 keeps the store here. The group is of no use afterwards, and says so."""
     found = fresh_team.outlive(
-        broken_pass, kind, who, backward, seconds=60, without=who if kind in ("killed", "stopped", "hangs") else None
+        broken_pass, kind, who, backward, seconds=100, without=who if kind in ("killed", "stopped", "hangs") else None
     )
     for rank, answer in enumerate(found):
         if rank == who:
