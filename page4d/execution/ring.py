@@ -145,8 +145,7 @@ class _Ring(torch.autograd.Function):
         d_q = torch.zeros(q.shape, dtype=dtype, device=q.device)
         d_gate, d_bias = (None if x is None else torch.zeros_like(x) for x in (gate, bias))
         parts = [each.of(q, 2) for each in rows]
-        gradients: list[Tensor] = []  # of the block's keys and values, from the ranks that had it before
-        coming: list[Pending] = []
+        coming: list[Pending] = []  # gradients of the block's keys and values, from the ranks that had it before
 
         def use(block: int, keys: Tensor, values: Tensor) -> None:
             found = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (keys, values)]
@@ -169,8 +168,7 @@ class _Ring(torch.autograd.Function):
             coming[:] = [circle.pass_on(x, step) for x in found]
 
         _go_round(circle, [by_token(k), by_token(v)], use)
-        gradients = [pending.wait() for pending in coming]  # the last step sends each block home
-        d_k, d_v = (by_head(x).to(k.dtype) for x in gradients)
+        d_k, d_v = (by_head(pending.wait()).to(k.dtype) for pending in coming)  # the last step sends each block home
         return d_q.to(q.dtype), d_k, d_v, d_gate, d_bias, None, None, None
 
 
@@ -188,7 +186,7 @@ def _seen(
     """The keys and values of a block that rows see, and the vectors of the bias."""
     if rows.kept is not None and rows.log_counts is not None:
         weights = rows.log_counts[block].to(accumulation_dtype(k.dtype)).expand(k.shape[0], -1)
-        count = _count(rows, circle, block)
+        count = _count(rows, circle)
         ones = torch.ones(k.shape[0], count, dtype=weights.dtype, device=k.device)
         return (k.index_select(2, rows.kept[block]), v.index_select(2, rows.kept[block])), (ones, weights)
     if rows.biased and gate is not None and bias is not None:
@@ -196,7 +194,7 @@ def _seen(
     return (k, v), (None, None)
 
 
-def _count(rows: Rows, circle: _Circle, block: int) -> int:
+def _count(rows: Rows, circle: _Circle) -> int:
     """How many rows there are."""
     own = circle.tokens(circle.place)
     return own.stop - own.start if rows.index is None else len(rows.index)
