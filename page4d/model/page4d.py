@@ -10,6 +10,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
+from page4d_kernels.backends.mask_attention import BACKENDS
 from page4d_kernels.profiling import stage
 
 from ..config import Layer, Page4DConfig
@@ -160,10 +161,10 @@ class Page4D(nn.Module):
                 raise InputError("torch.compile cannot trace a pass on several ranks: leave out group, or use compile_parts instead")
             ranks = Ranks.of(group, self.aggregator.camera_token.device)
             with ranks.refusing():
-                if len(images) == 0 or (images.dim() == 5 and images.shape[1] == 0):
+                if 0 in tuple(getattr(images, "shape", ()))[:-3]:
                     raise InputError(f"rank {ranks.rank} has no frame: give each rank at least one, or use fewer ranks")
                 call = checked_call(self, *given)
-            facts = {"dtype of the trunk": str(self.aggregator.compute_dtype), **call.facts}
+            facts = {"dtype of the trunk": str(self.aggregator.compute_dtype), "attention backend": BACKENDS.requested(), **call.facts}
             facts["trained parameters"] = sum(p.requires_grad for p in self.parameters()) if torch.is_grad_enabled() else 0
             across = agreed(ranks, call.images.shape[1], self.config.num_heads, facts)
             check_backend(across, len(call.images), across.total, self.config, self.aggregator.compute_dtype)

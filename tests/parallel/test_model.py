@@ -249,6 +249,8 @@ def refused(group, kind):
         options = {"mask_strength": 1.0 + rank}
     elif kind == "plan":
         options = {"attention": "balanced" if rank else None}
+    elif kind == "array":
+        images = images.numpy() if rank else images.numpy()[:0]
     elif kind == "dtype" and rank == 1:
         model = Page4D.from_pretrained("nano", device="cpu", dtype=torch.bfloat16)
     elif kind == "backend":
@@ -260,7 +262,7 @@ def refused(group, kind):
     elif kind == "outputs" and rank == 0:
         options = {"outputs": ["nonsense"]}
     try:
-        with torch.no_grad(), use_backend("sdpa" if kind == "backend" else "auto"):
+        with torch.no_grad(), use_backend({"backend": "sdpa", "attn": "auto" if rank else "chunked"}.get(kind, "auto")):
             model(images, group=group, **options)
         problem = None
     except (InputError, RankError) as error:
@@ -278,6 +280,8 @@ def refused(group, kind):
         ("strength", "InputError: all ranks of a group need the same mask_strength: rank 0 has 1.0, rank 1 has 2.0", None),
         ("plan", "InputError: all ranks of a group need the same attention plan: rank 0 has None, rank 1 has {", None),
         ("dtype", "InputError: all ranks of a group need the same dtype of the trunk: rank 0 has torch.float32, rank 1 has torch.bf", None),
+        ("array", "InputError: rank 0 has no frame: give each rank", "RankError: rank 0 has no frame: give each rank"),
+        ("attn", "InputError: all ranks of a group need the same attention backend: rank 0 has chunked, rank 1 has auto", None),
         ("frames", "RankError: rank 1 has no frame: give each rank", "InputError: rank 1 has no frame: give each rank"),
         (
             "backend",
